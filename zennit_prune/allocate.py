@@ -1,0 +1,124 @@
+'''Spend a budget: which channels go, given a score for each and what each costs.'''
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from .cost import Budget, CostModel
+from .errors import PruneError
+from .graph import ChannelGraph
+
+Scores = Mapping[str, npt.NDArray[np.float64]]
+
+
+def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int = 1, floor: float = 0.0,
+             round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
+    '''Remove the channels of lowest score, or of lowest score per cost saved, until the budget holds.
+
+    Parameters
+    ----------
+    graph: ChannelGraph
+        The channels.
+    costs: CostModel
+        What they cost.
+    scores: mapping of str to numpy.ndarray
+        A score for each channel of each group; higher is kept. Groups without scores are kept whole.
+    budget: Budget
+        How much is to be left.
+    min_channels: int
+        At least so many channels of each group are kept.
+    floor: float
+        At least this share of each group is kept.
+    round_to: int, optional
+        Groups that lose channels keep a multiple of this many.
+    per_cost: bool
+        Divide scores by what the channel saves in the budget's unit.
+
+    Returns
+    -------
+    dict of str to list of int
+        The positions to remove, by group.
+
+    Raises
+    ------
+    PruneError
+        If the budget is out of reach, with the nearest that is; if it asks for no removal; for arguments out of range.
+    '''
+    _check(min_channels, floor, round_to)
+    savings = costs.savings(budget.unit)
+    priorities, owners, steps = [], [], []
+    orders: dict[int, npt.NDArray[np.int64]] = {}
+    for number, group in enumerate(graph.groups):
+        if group.name not in scores or savings[number] <= 0:
+            continue
+        score = np.asarray(scores[group.name], float)
+        orders[number] = np.argsort(score, kind='stable')
+        ascending = score[orders[number]] / (savings[number] if per_cost else 1.0)
+        least = max(min_channels, math.ceil(floor * group.size - 1e-9))
+        done = 0
+        for step in _steps(group.size, least, round_to):
+            priorities.append(max(ascending[done:done + step].mean(), priorities[-1] if done else -np.inf))
+            owners.append(number)
+            steps.append(step)
+            done += step
+    order = np.argsort(np.array(priorities), kind='stable')
+    owner, step = np.array(owners, int)[order], np.array(steps, float)[order]
+
+    def removed(count: int) -> npt.NDArray[np.float64]:
+        return np.bincount(owner[:count], weights=step[:count], minlength=len(graph.groups)).astype(float)
+
+    whole = costs(budget.unit, removed(0))
+    limit = budget.limit(whole) * (1 + 1e-12)
+    if whole <= limit:
+        raise PruneError(f'{budget!r} leaves the network as it is: it has {whole:,.0f} {budget.unit}. Ask for less.')
+    least_cost = costs(budget.unit, removed(len(owner)))
+    if least_cost > limit:
+        raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels}, floor={floor} and round_to={round_to} '
+                         f'the nearest is {least_cost / whole:.4f} of the original ({math.ceil(least_cost):,} of {whole:,.0f} '
+                         f'{budget.unit}). Allow more, lower these limits, or see graph.locked for what must stay.')
+    low, high = 0, len(owner)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs(budget.unit, removed(middle)) <= limit else (middle, high)
+    counts = _put_back(costs, budget.unit, limit, removed(high), owner[:high], step[:high])
+    return {graph.groups[number].name: sorted(orders[number][:int(counts[number])].tolist())
+            for number in np.flatnonzero(counts).tolist()}
+
+
+def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.float64], owner: npt.NDArray[np.int64],
+              step: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    '''The last step may have saved more than was needed: put back what still fits, the most valuable first.'''
+    for position in range(len(owner) - 1, max(len(owner) - 1 - 4 * len(counts), -1), -1):
+        trial = counts.copy()
+        trial[owner[position]] -= step[position]
+        later = owner[position + 1:] == owner[position]
+        taken_back = counts[owner[position]] == step[:position + 1][owner[:position + 1] == owner[position]].sum()
+        if (taken_back or not later.any()) and costs(unit, trial) <= limit:
+            counts = trial
+    return counts
+
+
+def _steps(size: int, least: int, round_to: int | None) -> list[int]:
+    '''How a group shrinks: one channel at a time, or to multiples of ``round_to``.'''
+    if round_to is None:
+        return [1] * max(size - least, 0)
+    steps = []
+    left = size
+    while True:
+        below = (left - 1) // round_to * round_to
+        if below < max(least, round_to):
+            return steps
+        steps.append(left - below)
+        left = below
+
+
+def _check(min_channels: int, floor: float, round_to: int | None) -> None:
+    if not isinstance(min_channels, int) or isinstance(min_channels, bool) or min_channels < 1:
+        raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on.')
+    if not 0 <= floor <= 1:
+        raise PruneError(f'floor={floor!r}: the share of each group that is kept is a number from 0 to 1.')
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise PruneError(f'round_to={round_to!r}: give None or a whole number from 1 on.')

@@ -1,0 +1,114 @@
+'''Name every Python-level call of a running network, so that an operation seen in one run is found again in another.'''
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class Site(NamedTuple):
+    '''Where a torch function was called: in which module, in the how-manieth call of it, and which of its calls there.'''
+    module: str
+    call: int
+    function: str
+    ordinal: int
+
+
+class Frame:
+    '''One running call of a module.'''
+    __slots__ = ('module', 'kind', 'call', 'counts')
+
+    def __init__(self, module: str, kind: str, call: int):
+        self.module, self.kind, self.call = module, kind, call
+        self.counts: defaultdict[str, int] = defaultdict(int)
+
+
+class CallCounter(TorchFunctionMode):
+    '''While active, count module calls and torch functions of ``root``; ``site`` says where the run is, and ``failed`` in
+    which module it ended if it did not end well.
+
+    Subclasses override :meth:`intercept` to see or change what a function returns, and :meth:`entered` and :meth:`left`
+    to see what goes into and comes out of modules.
+
+    Parameters
+    ----------
+    root: torch.nn.Module
+        The network whose modules are named.
+    '''
+
+    def __init__(self, root: nn.Module):
+        super().__init__()
+        self._names = {id(module): name for name, module in root.named_modules()}
+        self._restart()
+
+    def _restart(self) -> None:
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        self._stack = [Frame('', '', 0)]
+        self.function, self.ordinal = '', 0
+        self.failed = ''
+        self._outer_error = sys.exc_info()[1]
+
+    @property
+    def site(self) -> Site:
+        '''The call that is running now.'''
+        frame = self._stack[-1]
+        return Site(frame.module, frame.call, self.function, self.ordinal)
+
+    @property
+    def kind(self) -> str:
+        '''The class name of the module that is running now.'''
+        return self._stack[-1].kind
+
+    def __enter__(self) -> CallCounter:
+        self._restart()
+        self._handles = [
+            nn.modules.module.register_module_forward_pre_hook(self._enter),
+            nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        name = self._names.get(id(module), self._stack[-1].module)
+        frame = Frame(name, type(module).__name__, self._calls[name])
+        self._calls[name] += 1
+        self._stack.append(frame)
+        self.entered(frame, inputs)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        frame = self._stack.pop()
+        if sys.exc_info()[1] is self._outer_error:
+            self.left(frame, output)
+        else:
+            self.failed = self.failed or frame.module
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, '__name__', '')
+        if name == '__get__' or name == '__set__':
+            return func(*args, **(kwargs or {}))
+        frame, outer = self._stack[-1], (self.function, self.ordinal)
+        self.function, self.ordinal = name, frame.counts[name]
+        frame.counts[name] += 1
+        try:
+            return self.intercept(func, args, kwargs or {})
+        finally:
+            self.function, self.ordinal = outer
+
+    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        '''Run a torch function.'''
+        return func(*args, **kwargs)
+
+    def entered(self, frame: Frame, inputs: Any) -> None:
+        '''A module was called with ``inputs``.'''
+
+    def left(self, frame: Frame, output: Any) -> None:
+        '''A module returned ``output``.'''

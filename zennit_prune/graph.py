@@ -1,0 +1,242 @@
+'''``ChannelGraph``: which channels of a network can be removed, what falls with each, and why the others must stay.'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .errors import PruneError
+from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, layer_name
+from .labels import Labels, flat_pairs
+from .networks import unwrapped
+from .replay import Failure, replay
+from .solve import Lock, solve
+from .surgery import narrowed_copy
+from .tables import table
+from .trace import record
+
+MAX_TRIALS = 400
+
+
+def trace(model: nn.Module, example: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
+    '''Find the removable channels of a network.
+
+    The network is run on a copy without data; it is not touched. What the trace cannot prove removable is locked.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel`` and
+        compiled networks are unwrapped.
+    example: torch.Tensor, tuple or dict
+        An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
+    ignore: sequence of str
+        ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
+
+    Returns
+    -------
+    ChannelGraph
+
+    Raises
+    ------
+    PruneError
+        If the network does not run with the example, branches on values of its input, or is not an ordinary module; if the
+        example is on another device; if a pattern in ``ignore`` matches nothing.
+    '''
+    return ChannelGraph(unwrapped(model), example, ignore)
+
+
+class ChannelGraph:
+    '''The removable channels of a network, made by :func:`trace`; printing it shows groups and locked layers.
+
+    Attributes
+    ----------
+    groups: tuple of ChannelGroup
+        In execution order of their first producers.
+    locked: dict of str to str
+        The layers and parameters whose channels, or some of them, must stay, and why.
+    notes: list of str
+        What the user should know about the trace.
+    '''
+
+    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = ()):
+        self.recording = record(model, example)
+        self.notes = list(self.recording.notes)
+        self._locks: list[Lock] = list(self._ignored(model, ignore))
+        self.roles = Roles(self.recording)
+        self._solve()
+        self._lock_what_fails(model)
+
+    def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
+        '''The channels that leave the modules, or come out of the parameters, that a pattern names.'''
+        if isinstance(patterns, str):
+            raise PruneError(f'ignore is a sequence of patterns, not a string: write ignore=[{patterns!r}].')
+        modules = [name for name, _ in model.named_modules() if name]
+        for pattern in patterns:
+            matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
+            if not matches:
+                raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of named_modules(), e.g. '
+                                 f'{", ".join(map(repr, modules[:5]))}; * matches dots too.')
+            reason = f'ignored ({pattern})'
+            for run in self.recording.runs.values():
+                for (name, _), tensors in run.outputs.items():
+                    if name in matches:
+                        yield from ((field.labels, reason) for fields in tensors for field in fields)
+            for name in matches:
+                yield from ((field.labels, reason) for field in self.recording.fields.get(name, [])[:1])
+
+    def _solve(self) -> None:
+        self.solution = solve(self.recording, self._locks)
+        self.groups: tuple[ChannelGroup, ...] = build_groups(self.recording, self.solution, self.roles)
+        self.locked: dict[str, str] = build_locked(self.recording, self.solution, self.roles)
+
+    def _lock_what_fails(self, model: nn.Module) -> None:
+        '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
+        for _ in range(MAX_TRIALS):
+            removed = {group.name: _on_trial(group.size) for group in self.groups if group.size > 1}
+            if not removed:
+                return
+            failure = self.prove(self.narrowed(model, removed, 'meta'), removed)
+            if failure is None:
+                return
+            self._lock(failure)
+            self._solve()
+        raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
+
+    def _lock(self, failure: Failure) -> None:
+        '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
+        operations = self.recording.runs[failure.mode].operations
+        culprit = failure.operation
+        alike = [operation for operation in operations
+                 if (operation.name, operation.kind, operation.site[2:]) == (culprit.name, culprit.kind, culprit.site[2:])]
+        for candidates in (alike, *([operation] for operation in reversed(operations[:failure.index]))):
+            fresh = [(field.labels, str(failure)) for operation in candidates
+                     for fields in (*operation.inputs, *operation.outputs) for field in fields
+                     if (self.solution.channel[field.labels] >= 0).any()]
+            if fresh:
+                self._locks += fresh
+                return
+        raise PruneError(f'the network cannot be pruned: {failure}, and no channel flows there that could be kept.')
+
+    # what the steps after the trace ask
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        '''Weights whose module has one group for so many of their channels (depthwise convolutions, GroupNorm).'''
+        return {name: size for run in self.recording.runs.values() for name, size in run.group_sizes.items()}
+
+    def group(self, name: str) -> ChannelGroup:
+        '''The group called ``name``, or the only one that holds channels of the layer ``name``.
+
+        Raises
+        ------
+        PruneError
+            If there is none, or if the layer belongs to several.
+        '''
+        for group in self.groups:
+            if group.name == name:
+                return group
+        holders = [group for group in self.groups if name in group.layers('producer', 'follower')]
+        if len(holders) == 1:
+            return holders[0]
+        if holders:
+            raise PruneError(f'{name!r} holds channels of several groups: {", ".join(repr(group.name) for group in holders)}. '
+                             'Name one of these.')
+        if name in self.locked:
+            raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
+        raise PruneError(f'there is no group {name!r}. Groups: {_some(group.name for group in self.groups)}.')
+
+    def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
+        '''For each label, whether it goes when the channels at these positions of these groups go.'''
+        gone = np.zeros(len(self.solution.group) + 1, bool)
+        for name, positions in removed.items():
+            gone[self.group(name).channels[list(positions)]] = True
+        return gone[self.solution.channel]
+
+    def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
+        '''The indices that stay, by parameter or buffer and dimension, where any go.'''
+        gone = self.removed_labels(removed)
+        kept: dict[str, dict[int, Labels]] = {}
+        for axis in self.recording.axes:
+            mask = gone[axis.start:axis.start + axis.size]
+            if mask.any():
+                kept.setdefault(axis.parameter, {})[axis.dim] = np.flatnonzero(~mask)
+        return kept
+
+    def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
+        '''A copy of ``model`` without these channels; not yet proven.'''
+        return narrowed_copy(model, self.kept(removed), self.group_sizes,
+                             device if self.recording.example.device == 'meta' else None)
+
+    def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
+        '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''
+        return replay(self.recording, self.solution, small, self.removed_labels(removed))
+
+    # what people read
+    def why(self, name: str) -> str:
+        '''What couples or locks the channels of a layer, in words.
+
+        Parameters
+        ----------
+        name: str
+            A layer, parameter or group.
+        '''
+        lines = []
+        for group in self.groups:
+            if name == group.name or name in group.layers():
+                lines += self._explain(group, name)
+        if name in self.locked:
+            lines.append(f'{name}: output channels are locked: {self.locked[name]}')
+        if not lines:
+            self.group(name)
+        return '\n'.join(lines)
+
+    def _explain(self, group: ChannelGroup, name: str) -> list[str]:
+        roles = [member.role for member in group.members if member.layer == name]
+        verb = 'reads' if roles and all(role == 'consumer' for role in roles) else 'holds'
+        lines = [f'{name} {verb} the {group.size} channels of group {group.name!r}:',
+                 f'  produced by {_some(group.layers("producer"))}',
+                 f'  read by {_some(group.layers("consumer"))}']
+        if group.layers('follower'):
+            lines.append(f'  followed by {_some(group.layers("follower"))}')
+        couplings = self._couplings(group)
+        if couplings:
+            lines.append(f'  coupled by {_some(couplings)}')
+        return lines
+
+    def _couplings(self, group: ChannelGroup) -> list[str]:
+        '''The operations that tie the channels of different producers.'''
+        inside = np.isin(self.solution.channel, group.channels) & self.roles.produces
+        found = []
+        for operation in self.recording.operations:
+            if operation.ties:
+                left, right = flat_pairs(operation.ties)
+                both = inside[left] & inside[right] & (self.roles.axis[left] != self.roles.axis[right])
+                if both.any():
+                    found.append(str(operation))
+        return list(dict.fromkeys(found))
+
+    def __str__(self) -> str:
+        rows = [(group.name, group.size, _some(group.layers('producer')[1:], 3), _some(group.layers('consumer'), 3))
+                for group in self.groups]
+        text = table(('group', 'channels', 'together with', 'read by'), rows)
+        if self.locked:
+            text += '\n\n' + table(('locked', 'why'), list(self.locked.items()))
+        return '\n'.join([text, *(f'Note: {note}.' for note in self.notes)])
+
+    def __repr__(self) -> str:
+        return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
+
+
+def _on_trial(size: int) -> list[int]:
+    '''About a third of the positions, the same at every call.'''
+    return np.random.default_rng(size).permutation(size)[:max(1, size // 3)].tolist()
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    '''A list to read, cut after ``limit`` names.'''
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more

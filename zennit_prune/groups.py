@@ -1,0 +1,162 @@
+'''Channel groups: the channels that share producers, followers and consumers, and where each of them sits.'''
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .labels import Labels
+from .solve import Solution
+from .trace import Recording
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    '''One dimension of one parameter or buffer that holds the channels of a group.
+
+    Attributes
+    ----------
+    parameter: str
+        Its name in ``named_parameters`` or ``named_buffers``.
+    dim: int
+        The dimension.
+    role: str
+        ``'producer'``: the channels come out of this weight; ``'consumer'``: it reads them; ``'follower'``: it scales or shifts
+        them (norms, biases, depthwise kernels, layer scales).
+    index: numpy.ndarray
+        int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
+    '''
+    parameter: str
+    dim: int
+    role: str
+    index: Labels = field(repr=False)
+
+    @property
+    def layer(self) -> str:
+        '''The name of the layer: the parameter's without ``.weight``.'''
+        return layer_name(self.parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    '''Channels that fall by themselves; the i-th of the group sits at ``member.index[i]`` of every member.
+
+    Attributes
+    ----------
+    name: str
+        The first producer's in execution order.
+    size: int
+        The number of channels.
+    members: tuple of Member
+        Every dimension that holds these channels.
+    channels: numpy.ndarray
+        Their numbers in the solution of the graph.
+    '''
+    name: str
+    size: int
+    members: tuple[Member, ...] = field(repr=False)
+    channels: Labels = field(repr=False)
+
+    def layers(self, *roles: str) -> list[str]:
+        '''The names of the layers that hold the channels in one of ``roles`` (any, if none is given), each once.'''
+        return list(dict.fromkeys(member.layer for member in self.members if not roles or member.role in roles))
+
+
+def layer_name(parameter: str) -> str:
+    '''``'features.0.weight'`` belongs to layer ``'features.0'``; other parameters keep their name.'''
+    return parameter.removesuffix('.weight')
+
+
+class Roles:
+    '''What the recorded operations do with each label.
+
+    Attributes
+    ----------
+    axis: numpy.ndarray
+        For each label, the number of its axis (-1 for label 0).
+    consumes, produces: numpy.ndarray
+        Whether a label is on the contracted side of a weight, and whether it comes out of one.
+    order: dict of int to int
+        The operation that first produces an axis.
+    '''
+
+    def __init__(self, recording: Recording):
+        self.axis = np.concatenate([[-1], np.repeat(np.arange(len(recording.axes)), [axis.size for axis in recording.axes])])
+        self.consumes = np.zeros(recording.size, bool)
+        self.produces = np.zeros(recording.size, bool)
+        self.order: dict[int, int] = {}
+        for position, operation in enumerate(recording.operations):
+            for labels in operation.consumers:
+                self.consumes[labels] = True
+            for labels in operation.producers:
+                self.produces[labels] = True
+                for axis in np.unique(self.axis[labels]).tolist():
+                    self.order.setdefault(axis, position)
+        self.consumes[0] = self.produces[0] = False
+        self.order.pop(-1, None)
+
+
+def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tuple[ChannelGroup, ...]:
+    '''All groups, in execution order of their first producers.'''
+    labels = np.flatnonzero(solution.channel >= 0)
+    if not len(labels):
+        return ()
+    number = solution.group[solution.channel[labels]]
+    labels = labels[np.argsort(number, kind='stable')]
+    number = solution.group[solution.channel[labels]]
+    axis = roles.axis[labels]
+    cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(axis) != 0)) + 1
+    segments: dict[int, list[tuple[int, Labels]]] = {}
+    for segment in np.split(labels, cuts):
+        segments.setdefault(int(solution.group[solution.channel[segment[0]]]), []).append((int(roles.axis[segment[0]]), segment))
+    drafts = []
+    for places in segments.values():
+        last = len(roles.order) + len(recording.operations)
+        when, first_axis, segment = min((roles.order.get(axis, last), axis, segment) for axis, segment in places)
+        channels = solution.channel[segment]
+        channels = channels[np.sort(np.unique(channels, return_index=True)[1])]
+        members = tuple(_member(recording, solution, roles, axis, segment, channels) for axis, segment in places)
+        drafts.append((when, int(segment[0]), layer_name(recording.axes[first_axis].parameter), members, channels))
+    drafts.sort(key=lambda draft: draft[:2])
+    shared = Counter(name for _, _, name, _, _ in drafts)
+    seen: Counter[str] = Counter()
+    groups = []
+    for _, _, name, members, channels in drafts:
+        seen[name] += 1
+        suffix = f'#{seen[name]}' if shared[name] > 1 else ''
+        groups.append(ChannelGroup(name + suffix, len(channels), members, channels))
+    return tuple(groups)
+
+
+def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels, channels: Labels) -> Member:
+    axis = recording.axes[number]
+    numbers = solution.channel[labels]
+    at = labels - axis.start
+    if not np.array_equal(numbers, channels):
+        order = np.argsort(channels)
+        position = order[np.searchsorted(channels, numbers, sorter=order)]
+        at = at[np.argsort(position, kind='stable')]
+    role = 'consumer' if roles.consumes[labels].any() else 'producer' if roles.produces[labels].any() else 'follower'
+    return Member(axis.parameter, axis.dim, role, at.reshape(len(channels), -1))
+
+
+def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict[str, str]:
+    '''The layers whose output channels, or some of them, must stay, and why; and the parameters no operation met.'''
+    locked: dict[str, str] = {}
+    for number in sorted(roles.order, key=lambda number: roles.order[number]):
+        axis = recording.axes[number]
+        labels = np.arange(axis.start, axis.start + axis.size)
+        stuck = labels[solution.locked[labels] & roles.produces[labels]]
+        if len(stuck):
+            reasons = Counter(solution.reason(label) for label in stuck.tolist())
+            share = '' if len(stuck) == axis.size else f'{len(stuck)} of {axis.size} channels: '
+            locked.setdefault(layer_name(axis.parameter), share + '; '.join(reasons))
+    met = {id(field) for operation in recording.operations for fields in operation.inputs for field in fields}
+    for name, fields in recording.fields.items():
+        if fields and not any(id(field) in met for field in fields):
+            locked.setdefault(layer_name(name), 'it is not used when the network runs')
+    return locked

@@ -1,0 +1,139 @@
+'''Label fields: which removable channel sits where in a tensor.
+
+Every index of every dimension of every parameter and buffer carries an integer *label*. A tensor computed from them
+carries :class:`Field` objects: arrays of labels that broadcast to the tensor's shape. Removing a channel deletes, in every
+tensor, the positions that bear its labels. Label 0 marks what must stay.
+'''
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int64]
+
+
+class Field:
+    '''The labels of a tensor along some of its dimensions.
+
+    Parameters
+    ----------
+    labels: numpy.ndarray
+        int64, with as many dimensions as the tensor and of size 1 along every dimension not in ``dims``: a dimension along
+        which labels do not vary is never materialised.
+    dims: tuple of int
+        The dimensions along which the labels vary, ascending. A dimension may be listed and yet be of size 1: that is a
+        dimension which was narrowed to a single channel.
+    '''
+    __slots__ = ('labels', 'dims')
+
+    def __init__(self, labels: Labels, dims: tuple[int, ...]):
+        self.labels = labels
+        self.dims = dims
+
+    @classmethod
+    def along(cls, labels: Labels, dim: int, ndim: int) -> Field:
+        '''Lay the one-dimensional ``labels`` along dimension ``dim`` of a tensor with ``ndim`` dimensions.'''
+        return cls(labels.reshape([-1 if d == dim else 1 for d in range(ndim)]), (dim,))
+
+    def aligned(self, ndim: int) -> Field:
+        '''This field on a tensor with leading dimensions of size 1 added, as broadcasting does.'''
+        extra = ndim - self.labels.ndim
+        if not extra:
+            return self
+        return Field(self.labels.reshape((1,) * extra + self.labels.shape), tuple(d + extra for d in self.dims))
+
+    def __repr__(self) -> str:
+        return f'Field(shape={self.labels.shape}, dims={self.dims})'
+
+
+def first(array: Labels, dim: int) -> Labels:
+    '''The slice of size 1 at the start of dimension ``dim``.'''
+    return array[(slice(None),) * dim + (slice(0, 1),)]
+
+
+def varies(array: Labels, dim: int) -> bool:
+    '''Whether the labels differ along dimension ``dim``.'''
+    return array.shape[dim] > 1 and array.strides[dim] != 0 and bool((array != first(array, dim)).any())
+
+
+def varying_dims(array: Labels) -> tuple[int, ...]:
+    '''The dimensions along which the labels differ.'''
+    return tuple(dim for dim in range(array.ndim) if varies(array, dim))
+
+
+def narrowed_to(array: Labels, dims: Sequence[int]) -> Labels:
+    '''Drop, to size 1, every dimension that is not in ``dims``.'''
+    for dim in range(array.ndim):
+        if dim not in dims and array.shape[dim] > 1:
+            array = first(array, dim)
+    return array
+
+
+def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
+    '''The labels of a tensor of shape ``old`` after it was reshaped to ``new``.
+
+    Dimensions fall into the smallest groups whose sizes multiply to the same number before and after; a group without
+    varying labels stays of size 1, so that a large spatial extent costs nothing.
+    '''
+    source: list[int] = []
+    target: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start, stop = i, j
+        size_old, i = (old[i], i + 1) if i < len(old) else (1, i)
+        size_new, j = (new[j], j + 1) if j < len(new) else (1, j)
+        while size_old != size_new:
+            if size_old < size_new:
+                size_old, i = size_old * old[i], i + 1
+            else:
+                size_new, j = size_new * new[j], j + 1
+        if any(start <= dim < i for dim in field.dims):
+            source += old[start:i]
+            target += new[stop:j]
+        else:
+            source += [1] * (i - start)
+            target += [1] * (j - stop)
+    return np.broadcast_to(field.labels, source).reshape(target)
+
+
+def components(count: int, edges: Labels) -> Labels:
+    '''The connected components of ``count`` labels under the given ties.
+
+    Each label maps to the smallest label of its component (hooking to the minimum with pointer jumping).
+
+    Parameters
+    ----------
+    count: int
+        The number of labels.
+    edges: numpy.ndarray
+        int64, shape (2, number of ties).
+    '''
+    parent = np.arange(count)
+    while edges.shape[1]:
+        left, right = parent[edges[0]], parent[edges[1]]
+        apart = left != right
+        edges, left, right = edges[:, apart], left[apart], right[apart]
+        np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
+        while True:
+            grand = parent[parent]
+            if np.array_equal(grand, parent):
+                break
+            parent = grand
+    return parent
+
+
+def flat_pairs(pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
+    '''All ties as one array of shape (2, number of ties), without those of a label with itself.'''
+    lefts, rights = [], []
+    for left, right in pairs:
+        if left.shape != right.shape:
+            shape = np.broadcast_shapes(left.shape, right.shape)
+            left, right = np.broadcast_to(left, shape), np.broadcast_to(right, shape)
+        lefts.append(left.reshape(-1))
+        rights.append(right.reshape(-1))
+    if not lefts:
+        return np.zeros((2, 0), np.int64)
+    edges = np.stack([np.concatenate(lefts), np.concatenate(rights)])
+    return edges[:, edges[0] != edges[1]]

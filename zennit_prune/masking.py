@@ -1,0 +1,39 @@
+'''The masked network: the original's shapes, but it computes what the pruned network computes.
+
+It is built by zeroing, not by pruning, so that it can check pruning: the slices of weights that read a removed channel are
+zero, so the channel neither speaks nor receives relevance.
+'''
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from .graph import ChannelGraph
+from .networks import copied, tensors_by_module
+
+
+def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+    '''A copy of ``model`` in which the channels at these positions of these groups are silent.
+
+    Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels; there,
+    everything that brings them forth is zero.
+    '''
+    masked = copied(model)
+    tensors = dict(tensors_by_module(masked))
+    channel = graph.solution.channel
+    paired = np.zeros(len(graph.solution.group) + 1, bool)
+    for operation in graph.recording.operations:
+        for labels in operation.paired:
+            paired[channel[labels]] = True
+    paired[-1] = False
+    zeroed = graph.removed_labels(removed) & (graph.roles.consumes | paired[channel])
+    with torch.no_grad():
+        for axis in graph.recording.axes:
+            at = np.flatnonzero(zeroed[axis.start:axis.start + axis.size])
+            if len(at) and not axis.parameter.endswith('running_var'):
+                tensor = tensors[axis.parameter]
+                tensor.index_fill_(axis.dim, torch.from_numpy(at).to(tensor.device), 0)
+    return masked

@@ -1,0 +1,300 @@
+'''The rules of operations that move, combine or reduce data, named as in PyTorch's ATen library.
+
+Those with weights are in ``contractions.py``; ``rules.py`` says what a rule is.
+'''
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .labels import Field, Labels, reshaped
+from .networks import tensors_in
+from .rules import Call, Candidates, NoRule, operation_rule
+
+
+def combine(call: Call, operands: Sequence[tuple[Sequence[int], Sequence[Field]]], ndim: int) -> list[Field]:
+    '''Tie the labels that meet where ``operands`` (shape, fields) broadcast against each other; return the result's fields.'''
+    shapes = [(1,) * (ndim - len(shape)) + tuple(shape) for shape, _ in operands]
+    items = [(position, field.aligned(ndim)) for position, (_, fields) in enumerate(operands) for field in fields]
+    for position, field in items:
+        for other, shape in enumerate(shapes):
+            if other == position or all(shape[dim] == 1 for dim in field.dims):
+                continue
+            partners = [partner for where, partner in items if where == other and set(partner.dims) & set(field.dims)]
+            if not partners:
+                call.lock('it meets a tensor of fixed size', field)
+            elif other > position:
+                for partner in partners:
+                    call.tie(field.labels, partner.labels)
+    result: list[Field] = []
+    for _, field in sorted(items, key=lambda item: -len(item[1].dims)):
+        if not any(set(field.dims) <= set(other.dims) for other in result):
+            result.append(field)
+    return result
+
+
+def pointwise(call: Call) -> Candidates:
+    '''Element-wise operations tie the labels that meet.'''
+    operands = tensors_in((call.args, call.kwargs))
+    if len(operands) == 1:
+        result = call.fields(operands[0])
+    else:
+        result = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in operands], call.outputs[0].dim())
+    return [list(result) for _ in call.outputs]
+
+
+@operation_rule('clone', '_to_copy', 'contiguous', 'lift_fresh', 'native_dropout', 'zeros_like', 'ones_like', 'empty_like',
+                'full_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero', 'uniform', 'normal', 'detach', 'alias')
+def same_shape(call: Call) -> Candidates:
+    '''The result is shaped as the first argument is.'''
+    return [list(call.fields(call.args[0])) for _ in call.outputs]
+
+
+@operation_rule('new_zeros', 'new_empty', 'new_ones', 'new_full', 'new_empty_strided')
+def unlabelled(call: Call) -> Candidates:
+    '''The result has a size of its own.'''
+    return [[] for _ in call.outputs]
+
+
+def _run_on(array: Labels, call: Call) -> list[Labels]:
+    '''Execute the operation itself on a label array.'''
+    result = call.func(torch.from_numpy(array), *call.args[1:], **call.kwargs)
+    return [tensor.numpy() for tensor in tensors_in(result)]
+
+
+@operation_rule('permute', 'transpose', 't', 'numpy_T', 'moveaxis', 'unsqueeze', 'flip', 'roll')
+def movement(call: Call) -> Candidates:
+    '''Operations that move dimensions, or data within one: executed on the labels as they are.'''
+    if call.name == 'roll' and not call.argument(2, 'dims'):
+        raise NoRule  # it runs over the flattened tensor
+    moved = [_run_on(field.labels, call) for field in call.fields(call.args[0])]
+    return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
+
+
+@operation_rule('expand', 'squeeze', 'select', 'unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
+                'unfold', 'diagonal')
+def movement_at_size(call: Call) -> Candidates:
+    '''Operations whose effect depends on the size of every dimension: executed on the labels at full size.'''
+    shape = call.args[0].shape
+    moved = [_run_on(np.broadcast_to(field.labels, shape), call) for field in call.fields(call.args[0])]
+    return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
+
+
+@operation_rule('view', '_unsafe_view', 'reshape', 'view_as_complex', '_reshape_copy')
+def view(call: Call) -> Candidates:
+    old, new = tuple(call.args[0].shape), tuple(call.outputs[0].shape)
+    return [[reshaped(field, old, new) for field in call.fields(call.args[0])]]
+
+
+@operation_rule('as_strided')
+def as_strided(call: Call) -> Candidates:
+    if tuple(call.args[0].shape) != tuple(call.args[1]):
+        raise NoRule
+    return same_shape(call)
+
+
+@operation_rule('constant_pad_nd')
+def constant_pad(call: Call) -> Candidates:
+    '''New positions along a labelled dimension are fixed; the border of a channel belongs to the channel.'''
+    ndim, amounts = call.args[0].dim(), list(call.args[1])
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        labels = field.labels
+        for dim in field.dims:
+            before, after = amounts[2 * (ndim - 1 - dim):2 * (ndim - dim)] or (0, 0)
+            if before < 0 or after < 0:
+                call.lock('it is cropped by a fixed amount', labels)
+            widths = [(max(before, 0), max(after, 0)) if d == dim else (0, 0) for d in range(ndim)]
+            labels = np.pad(labels, widths)
+            labels = labels[(slice(None),) * dim + (slice(max(-before, 0), labels.shape[dim] - max(-after, 0)),)]
+        result.append(Field(labels, field.dims))
+    return [result]
+
+
+@operation_rule('im2col')
+def im2col(call: Call) -> Candidates:
+    '''Channels of (N, C, H, W) become rows of (N, C * kernel size, positions).'''
+    kernel = int(np.prod(call.args[1]))
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if field.dims != (1,):
+            call.lock('patches are cut across it', field)
+            continue
+        result.append(Field.along(np.repeat(field.labels.reshape(-1), kernel), 1, call.outputs[0].dim()))
+    return [result]
+
+
+@operation_rule('split', 'split_with_sizes', 'split_copy', 'split_with_sizes_copy')
+def split(call: Call) -> Candidates:
+    '''Equal blocks of a labelled dimension lose the same positions, so that the blocks stay equal.'''
+    dim = call.dim(2)
+    sizes = [tensor.shape[dim] for tensor in call.outputs]
+    stops = np.cumsum(sizes)
+    results: Candidates = [[] for _ in call.outputs]
+    for field in call.fields(call.args[0]):
+        if dim not in field.dims:
+            for result in results:
+                result.append(field)
+            continue
+        blocks = [field.labels[(slice(None),) * dim + (slice(stop - size, stop),)] for size, stop in zip(sizes, stops)]
+        if len(set(sizes)) > 1:
+            call.lock('it is split into parts of different sizes', field)
+        elif sizes[0] > 0:
+            for block in blocks[1:]:
+                call.tie(blocks[0], block)
+        for result, block in zip(results, blocks):
+            result.append(Field(block, field.dims))
+    return results
+
+
+@operation_rule('slice')
+def slice_(call: Call) -> Candidates:
+    '''Bounds are taken for hard-coded: no position below them may move.'''
+    dim, size = call.dim(1), call.args[0].shape[call.dim(1)]
+    bounds = slice(call.argument(2, 'start'), call.argument(3, 'end'), call.argument(4, 'step', 1))
+    start, stop, step = bounds.indices(size)
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if dim not in field.dims:
+            result.append(field)
+            continue
+        fixed = size if step != 1 else stop if stop < size else start
+        if fixed:
+            call.lock('it is sliced at fixed positions', field.labels[(slice(None),) * dim + (slice(0, fixed),)])
+        result.append(Field(field.labels[(slice(None),) * dim + (bounds,)], field.dims))
+    return [result]
+
+
+@operation_rule('index')
+def index(call: Call) -> Candidates:
+    '''Advanced indexing with tensors along dimensions that carry no labels.'''
+    x, indices = call.args[0], list(call.args[1])
+    indexed = [dim for dim, at in enumerate(indices) if at is not None]
+    if any(at.dtype in (torch.bool, torch.uint8) for at in indices if at is not None):
+        raise NoRule
+    for at in indices:
+        call.lock('it selects positions', *call.fields(at))
+    result: list[Field | Labels] = []
+    for field in call.fields(x):
+        if set(field.dims) & set(indexed):
+            call.lock('its positions are selected by a tensor', field)
+            continue
+        zeros = [None if at is None else torch.zeros(at.shape, dtype=torch.long) for at in indices]
+        result.append(call.func(torch.from_numpy(field.labels), zeros).numpy())
+    return [result]
+
+
+@operation_rule('index_select', 'gather', 'take_along_dim')
+def index_select(call: Call) -> Candidates:
+    dim = call.dim(1)
+    for field in call.fields(call.args[0]):
+        if dim in field.dims:
+            call.lock('its positions are selected by a tensor', field)
+    call.lock('it selects positions', *call.fields(call.args[2]))
+    kept = [field for field in call.fields(call.args[0]) if dim not in field.dims]
+    if call.name != 'index_select' and kept:
+        raise NoRule
+    return [list(kept)]
+
+
+@operation_rule('embedding')
+def embedding(call: Call) -> Candidates:
+    '''Rows are looked up by number and stay; columns are channels.'''
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if field.dims == (1,):
+            result.append(Field.along(field.labels.reshape(-1), call.outputs[0].dim() - 1, call.outputs[0].dim()))
+        else:
+            call.lock('its rows are looked up by number', field)
+    call.lock('it looks up rows', *call.fields(call.args[1]))
+    return [result]
+
+
+@operation_rule('cat')
+def cat(call: Call) -> Candidates:
+    '''Labels along the concatenated dimension follow each other; labels along others must agree.'''
+    ndim, dim = call.outputs[0].dim(), call.dim(1)
+    pieces = [tensor for tensor in call.args[0] if tensor.dim() == ndim]
+    across = [(tuple(1 if d == dim else size for d, size in enumerate(tensor.shape)),
+               [field for field in call.fields(tensor) if dim not in field.dims]) for tensor in pieces]
+    along = [[field for field in call.fields(tensor) if dim in field.dims] for tensor in pieces]
+    result: list[Field | Labels] = []
+    dims_of: list[set[int]] = []
+    for rank in range(max(map(len, along))):
+        dims = set().union(*(fields[rank].dims for fields in along if len(fields) > rank))
+        blocks = []
+        for tensor, fields in zip(pieces, along):
+            labels = fields[rank].labels if len(fields) > rank else np.zeros((1,) * ndim, np.int64)
+            blocks.append(np.broadcast_to(labels, [size if d in dims else 1 for d, size in enumerate(tensor.shape)]))
+        result.append(Field(np.concatenate(blocks, dim), tuple(sorted(dims))))
+        dims_of.append(dims)
+    result += [field for field in combine(call, across, ndim) if not any(set(field.dims) <= dims for dims in dims_of)]
+    return [result]
+
+
+@operation_rule('stack')
+def stack(call: Call) -> Candidates:
+    ndim = call.outputs[0].dim()
+    dim = int(call.argument(1, 'dim', 0)) % ndim
+    fields = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in call.args[0]], ndim - 1)
+    return [[Field(np.expand_dims(field.labels, dim), tuple(d + (d >= dim) for d in field.dims)) for field in fields]]
+
+
+@operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'logsumexp', 'var_mean', 'max', 'min', 'linalg_vector_norm', 'prod',
+                'any', 'all')
+def reduction(call: Call) -> Candidates:
+    '''A reduction over a labelled dimension would change when channels go.'''
+    x, shift = call.args[0], call.name == 'linalg_vector_norm'
+    dims = call.argument(1 + shift, 'dim')
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims:
+        raise NoRule
+    dims = sorted(dim % x.dim() for dim in dims)
+    keepdim = call.outputs[0].dim() == x.dim()
+    result: list[Field | Labels] = []
+    for field in call.fields(x):
+        if set(field.dims) <= set(dims):
+            call.lock(f'{call.name} runs over it', field)
+            continue
+        kept = call.tie_along(field, dims)
+        if not keepdim:
+            position = {d: k for k, d in enumerate(d for d in range(x.dim()) if d not in dims)}
+            kept = Field(np.squeeze(kept.labels, tuple(dims)), tuple(position[d] for d in kept.dims))
+        result.append(kept)
+    return [list(result) for _ in call.outputs]
+
+
+@operation_rule('_softmax', '_safe_softmax', '_log_softmax', 'cumsum', 'logcumsumexp')
+def softmax(call: Call) -> Candidates:
+    '''What is normalised over a labelled dimension changes when channels go.'''
+    dim = call.dim(1)
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if field.dims == (dim,):
+            call.lock(f'{call.name.strip("_")} runs over it', field)
+        else:
+            result.append(call.tie_along(field, [dim]))
+    return [result]
+
+
+@operation_rule(
+    'max_pool2d_with_indices', 'max_pool3d_with_indices', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d', '_adaptive_avg_pool1d',
+    '_adaptive_avg_pool2d', '_adaptive_avg_pool3d', 'adaptive_max_pool2d', 'adaptive_max_pool3d', 'upsample_nearest1d',
+    'upsample_nearest2d', 'upsample_nearest3d', 'upsample_linear1d', 'upsample_bilinear2d', 'upsample_trilinear3d',
+    'upsample_bicubic2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa', '_upsample_nearest_exact2d', 'grid_sampler_2d',
+    'reflection_pad1d', 'reflection_pad2d', 'reflection_pad3d', 'replication_pad1d', 'replication_pad2d', 'replication_pad3d')
+def spatial(call: Call) -> Candidates:
+    '''Pooling and resampling act on each channel by itself; the trailing dimensions are space.'''
+    ranks = [rank for rank in (1, 2, 3) if f'{rank}d' in call.name]
+    lead = call.args[0].dim() - (ranks[0] if ranks else 2)
+    for tensor in tensors_in(call.args[1:]):
+        call.lock('it steers a resampling', *call.fields(tensor))
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if min(field.dims) >= lead:
+            call.lock(f'{call.name} runs over it', field)
+        else:
+            result.append(call.tie_along(field, [dim for dim in field.dims if dim >= lead]))
+    return [list(result) for _ in call.outputs]

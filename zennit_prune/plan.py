@@ -1,0 +1,278 @@
+'''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied.'''
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .cost import CostModel
+from .errors import PruneError
+from .graph import ChannelGraph
+from .groups import ChannelGroup
+from .masking import masked_copy
+from .networks import tensors_by_module, unwrapped
+from .surgery import transplant
+from .tables import table
+from .verify import compare
+
+FORMAT = 'zennit_prune plan'
+
+
+class Plan:
+    '''Which channels of which groups are to be removed.
+
+    Every edit returns a new plan; nothing happens to any network before :meth:`apply`.
+
+    Parameters
+    ----------
+    graph: ChannelGraph
+        The network's removable channels.
+    removed: mapping of str to iterable of int, optional
+        Positions within each group.
+
+    Attributes
+    ----------
+    removed: mapping of str to tuple of int
+        Sorted positions by group name, groups that lose nothing left out. Read-only.
+
+    Raises
+    ------
+    PruneError
+        For an unknown or locked name, a position out of range or given twice, or a dimension that would be emptied.
+    '''
+
+    def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None):
+        self.graph = graph
+        found: dict[str, tuple[int, ...]] = {}
+        for name, positions in (removed or {}).items():
+            group = graph.group(name)
+            if group.name in found:
+                raise PruneError(f'{name!r} names group {group.name!r}, which is given twice: join the positions.')
+            found[group.name] = _checked(group, positions)
+        ordered = {group.name: found[group.name] for group in graph.groups if found.get(group.name)}
+        self.removed: Mapping[str, tuple[int, ...]] = MappingProxyType(ordered)
+        self._check_not_emptied()
+
+    def _check_not_emptied(self) -> None:
+        gone = self.graph.removed_labels(self.removed)
+        for axis in self.graph.recording.axes:
+            if gone[axis.start:axis.start + axis.size].all():
+                raise PruneError(f'the plan removes all {axis.size} channels along dimension {axis.dim} of {axis.parameter!r}: '
+                                 'keep at least one.')
+
+    # editing
+    def remove(self, name: str, positions: Iterable[int]) -> Plan:
+        '''A plan that also removes these positions of a group (or of the only group of a layer).'''
+        group = self.graph.group(name)
+        fresh = _checked(group, positions)
+        return Plan(self.graph, {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})})
+
+    def keep(self, name: str, positions: Iterable[int]) -> Plan:
+        '''A plan that keeps these positions of a group (or of the only group of a layer).'''
+        group = self.graph.group(name)
+        kept = set(_checked(group, positions))
+        return Plan(self.graph, {**self.removed, group.name: [p for p in self.removed.get(group.name, ()) if p not in kept]})
+
+    def compose(self, later: Plan) -> Plan:
+        '''The plan that does in one step what this plan and then ``later``, made for the pruned network, do.
+
+        Parameters
+        ----------
+        later: Plan
+            Its positions count what this plan leaves of each group of the same name.
+
+        Raises
+        ------
+        PruneError
+            If ``later`` was made for a network with other groups.
+        '''
+        removed = {name: list(positions) for name, positions in self.removed.items()}
+        for name, positions in later.removed.items():
+            group, size = self.graph.group(name), later.graph.group(name).size
+            left = [position for position in range(group.size) if position not in set(self.removed.get(name, ()))]
+            if len(left) != size:
+                raise PruneError(f'group {name!r} has {len(left)} channels after this plan, but {size} in the later one: the later '
+                                 'plan was made for another network.')
+            removed.setdefault(name, []).extend(left[position] for position in positions)
+        return Plan(self.graph, removed)
+
+    # trying and applying
+    def masked(self, model: nn.Module) -> nn.Module:
+        '''A separate network of the original shapes that computes what the pruned network will compute.
+
+        It is built by zeroing what reads the removed channels, attributions included. It can be used in a ``with`` statement;
+        ``model`` is never touched. A rule that ignores weights (``Flat``, ``WSquare``) inside the network still spreads
+        relevance over silent channels: use the pruned network for such composites.
+
+        Parameters
+        ----------
+        model: torch.nn.Module
+            The traced network.
+        '''
+        masked = masked_copy(self.graph, self._checked_model(model), self.removed)
+        masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
+        return masked
+
+    def apply(self, model: nn.Module, verify: bool = True) -> nn.Module:
+        '''Remove the channels: an ordinary, smaller network of the same class.
+
+        The structure is always proven; ``verify`` adds numbers.
+
+        Parameters
+        ----------
+        model: torch.nn.Module
+            The traced network; it is left as it is, whatever happens.
+        verify: bool
+            Compare the result with the masked original on noise.
+
+        Returns
+        -------
+        torch.nn.Module
+            A new network on the same device, with the same training flags and ``requires_grad``.
+
+        Raises
+        ------
+        PruneError
+            If the plan is empty, ``model`` is not the network that was traced, or the result is not provably the original
+            with these channels silent (:class:`VerificationError` where numbers differ).
+        '''
+        model = self._checked_model(model)
+        if not self.removed:
+            raise PruneError('the plan is empty: it removes no channel.')
+        small = self.graph.narrowed(model, self.removed)
+        failure = self.graph.prove(small, self.removed)
+        if failure is not None:
+            raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or trace with '
+                             f'ignore=[{failure.operation.site.module!r}].')
+        if verify:
+            compare(self.graph, model, small, self.removed, self.graph.recording.example)
+        return small
+
+    def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, verify: bool = True) -> nn.Module:
+        '''Remove the channels in place; everything is proven before the first write.
+
+        Parameters
+        ----------
+        model: torch.nn.Module
+            The traced network; it is narrowed and returned.
+        optimizer: torch.optim.Optimizer, optional
+            Its parameter groups point to the new parameters, and its state (momentum, Adam moments) is narrowed along.
+        verify: bool
+            As for :meth:`apply`.
+
+        Raises
+        ------
+        PruneError
+            As :meth:`apply`; nothing is changed then.
+        '''
+        inner = self._checked_model(model)
+        small = self.apply(inner, verify)
+        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes, optimizer)
+        return model
+
+    def _checked_model(self, model: nn.Module) -> nn.Module:
+        '''The network inside ``model``, after a check that it is the one that was traced.'''
+        model = unwrapped(model)
+        tensors = dict(tensors_by_module(model))
+        for axis in self.graph.recording.axes:
+            shape = tuple(tensors[axis.parameter].shape) if axis.parameter in tensors else ()
+            if len(shape) <= axis.dim or shape[axis.dim] != axis.size:
+                has = f'has shape {shape}' if shape else 'is missing'
+                raise PruneError(f'this is not the network that was traced: {axis.parameter!r} {has}, but had {axis.size} indices '
+                                 f'along dimension {axis.dim}. Trace it again.')
+        return model
+
+    # files
+    def save(self, path: str | os.PathLike[str]) -> None:
+        '''Write the plan as JSON.'''
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + '\n')
+
+    def to_dict(self) -> dict[str, Any]:
+        '''The plan as JSON values: its removals and the sizes of all groups, by which :meth:`load` knows the network.'''
+        return {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
+                'removed': {name: list(positions) for name, positions in self.removed.items()}}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Plan:
+        '''Read a plan for the network of ``graph``.
+
+        Raises
+        ------
+        PruneError
+            If the file is not a plan, or is one for another network.
+        '''
+        try:
+            data = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise PruneError(f'{os.fspath(path)!r} is not a plan: {error}.') from error
+        return cls.from_dict(data, graph, os.fspath(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, graph: ChannelGraph, source: str = 'the data') -> Plan:
+        '''The inverse of :meth:`to_dict`.'''
+        if not isinstance(data, dict) or data.get('format') != FORMAT:
+            raise PruneError(f'{source!r} is not a plan: it lacks "format": "{FORMAT}".')
+        if data.get('version') != 1:
+            raise PruneError(f'{source!r} is a plan of version {data.get("version")!r}; this release reads version 1.')
+        sizes = {group.name: group.size for group in graph.groups}
+        for name, size in data.get('groups', {}).items():
+            if sizes.get(name) != size:
+                raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, here it has '
+                                 f'{sizes.get(name, "none")}.')
+        return cls(graph, data.get('removed', {}))
+
+    # reading
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and other.graph is self.graph and dict(other.removed) == dict(self.removed)
+
+    def __hash__(self) -> int:
+        return hash((id(self.graph), tuple(self.removed.items())))
+
+    def __str__(self) -> str:
+        rows = []
+        for group in self.graph.groups:
+            gone = len(self.removed.get(group.name, ()))
+            rows.append((group.name, group.size, group.size - gone, f'{1 - gone / group.size:.0%}'))
+        counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
+        costs = CostModel(self.graph)
+        totals = [f'{unit}: {costs(unit, 0 * counts):,.0f} -> {costs(unit, counts):,.0f} '
+                  f'({costs(unit, counts) / costs(unit, 0 * counts):.1%} left)' for unit in ('flops', 'params', 'channels')]
+        return '\n'.join([table(('group', 'channels', 'left', 'share'), rows), '', *totals])
+
+    def __repr__(self) -> str:
+        return f'Plan({sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups removed)'
+
+
+class _Masked:
+    '''Lets a masked network be used in a ``with`` statement.'''
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+
+def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
+    '''Sorted positions, each a whole number within the group and given once.'''
+    if isinstance(positions, (int, np.integer, str)):
+        raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
+    numbers = []
+    for position in positions:
+        if isinstance(position, (bool, float)) or not hasattr(position, '__index__'):
+            raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to {group.size - 1}.')
+        numbers.append(position.__index__())
+        if not 0 <= numbers[-1] < group.size:
+            raise PruneError(f'position {position} is out of range for group {group.name!r}: it has positions 0 to '
+                             f'{group.size - 1}.')
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if numbers.count(number) > 1)
+        raise PruneError(f'position {twice} of group {group.name!r} is given twice.')
+    return tuple(sorted(numbers))

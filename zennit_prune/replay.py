@@ -1,0 +1,185 @@
+'''The proof: a narrowed network is traced again and must be the original with the removed labels deleted.
+
+Operation by operation, names, numbers, shapes, the labels *in order*, ties and locks are compared. The first difference
+names the operation that does not survive pruning: a hard-coded size, an uneven split, a scale computed from a width.
+'''
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from .calls import CallCounter
+from .labels import Field, Labels, flat_pairs, varies
+from .networks import structural_copy
+from .solve import Solution
+from .trace import ForwardError, Recording, run_network
+from .tracer import Operation, Tracer
+
+Kept = dict[int, npt.NDArray[np.bool_]]
+
+
+class Mismatch(Exception):
+    '''The pruned network does something else than the original with the removed channels deleted.'''
+
+
+@dataclass
+class Failure:
+    '''Where a replay failed: the operation of the original and what was different.'''
+    operation: Operation
+    index: int
+    mode: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f'{self.reason} ({self.operation})'
+
+
+class Deletion:
+    '''Delete the ``removed`` labels from fields; the results are kept, since most fields flow through many operations.'''
+
+    def __init__(self, removed: npt.NDArray[np.bool_]):
+        self.removed = removed
+        self._kept: dict[int, tuple[Field, Kept]] = {}
+        self._results: dict[tuple[int, ...], tuple[list[Field], Kept]] = {}
+
+    def kept(self, field: Field) -> Kept:
+        '''The positions that stay, for each dimension along which some go.'''
+        if id(field) not in self._kept:
+            kept: Kept = {}
+            gone = self.removed[field.labels]
+            if gone.any():
+                for dim in field.dims:
+                    whole = gone.all(axis=tuple(d for d in range(gone.ndim) if d != dim))
+                    if whole.any():
+                        kept[dim] = ~whole
+            self._kept[id(field)] = field, kept
+        return self._kept[id(field)][1]
+
+    def __call__(self, fields: list[Field]) -> tuple[list[Field], Kept]:
+        '''The fields of a tensor after the deletion, and the positions kept per dimension.'''
+        key = tuple(map(id, fields))
+        if key not in self._results:
+            kept: Kept = {}
+            for field in fields:
+                for dim, mask in self.kept(field).items():
+                    kept[dim] = kept[dim] & mask if dim in kept else mask
+            self._results[key] = [self._narrowed(field, kept) for field in fields], kept
+        return self._results[key]
+
+    def _narrowed(self, field: Field, kept: Kept) -> Field:
+        labels = field.labels
+        for dim, mask in kept.items():
+            if dim in field.dims:
+                labels = np.compress(mask, labels, dim)
+        if self.removed[labels].any():
+            raise Mismatch('the removed channels do not form a block of the tensor')
+        return field if labels is field.labels else Field(labels, field.dims)
+
+
+class Replayer(Tracer):
+    '''Trace a pruned network and hold every operation against the original's.'''
+
+    def __init__(self, calls: CallCounter, parameters: Mapping[int, str], expected: list[Operation], deletion: Deletion,
+                 solution: Solution):
+        super().__init__(calls, parameters)
+        self.expected, self.deletion, self.solution = expected, deletion, solution
+        self._equal: set[tuple[int, int]] = set()
+
+    def begin(self, name: str) -> Operation:
+        operation = super().begin(name)
+        expected = self._counterpart(name)
+        if expected is not None:
+            operation.decisions = dict(expected.decisions)
+        return operation
+
+    def _counterpart(self, name: str) -> Operation | None:
+        index = len(self.operations)
+        found = self.expected[index] if index < len(self.expected) else None
+        return found if found is not None and found.name == name else None
+
+    def dims_of(self, option: Field | Labels, operation: Operation, output: int, rank: int) -> tuple[int, ...] | None:
+        if isinstance(option, Field):
+            return option.dims
+        expected = self._counterpart(operation.name)
+        if expected is None or output >= len(expected.layouts) or rank >= len(expected.layouts[output]):
+            raise Mismatch('the pruned network runs another operation here')
+        dims = expected.layouts[output][rank]
+        if any(varies(option, dim) for dim in range(option.ndim) if dim not in (dims or ())):
+            raise Mismatch('channels end up along another dimension')
+        return dims
+
+    def record(self, operation: Operation) -> None:
+        expected = self._counterpart(operation.name)
+        if expected is None:
+            raise Mismatch(f'the pruned network runs {operation.name} here')
+        if expected.scalars != operation.scalars:
+            raise Mismatch(f'a number changes with the number of channels, from {expected.scalars} to {operation.scalars}')
+        for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes, operation.outputs, operation.shapes):
+            narrowed, kept = self.deletion(fields)
+            if tuple(int(kept[dim].sum()) if dim in kept else size for dim, size in enumerate(shape)) != new_shape:
+                raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}')
+            if len(narrowed) != len(new_fields):
+                raise Mismatch('other channels come out')
+            for old, new in zip(narrowed, new_fields):
+                if old is not new and (id(old), id(new)) not in self._equal:
+                    if old.dims != new.dims or not np.array_equal(old.labels, new.labels):
+                        raise Mismatch('other channels come out')
+                    self._equal.add((id(old), id(new)))
+        self._check_statements(operation)
+        super().record(operation)
+
+    def _check_statements(self, operation: Operation) -> None:
+        '''Nothing may be tied or locked that the original does not tie or lock.'''
+        if operation.ties:
+            left, right = flat_pairs(operation.ties)
+            apart = self.solution.component[left] != self.solution.component[right]
+            if apart.any() and not self.solution.locked[[*left[apart], *right[apart]]].all():
+                raise Mismatch('other channels meet')
+        for labels, reason in operation.locks:
+            if not self.solution.locked[labels].all():
+                raise Mismatch(reason)
+
+
+def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed: npt.NDArray[np.bool_]) -> Failure | None:
+    '''Trace ``pruned`` and compare it with the recorded original.
+
+    Parameters
+    ----------
+    recording: Recording
+        The original network.
+    solution: Solution
+        Its channels.
+    pruned: torch.nn.Module
+        The narrowed network; it is copied without its data.
+    removed: numpy.ndarray
+        For each label, whether it was deleted.
+
+    Returns
+    -------
+    Failure or None
+        The first difference, or None if there is none.
+    '''
+    deletion = Deletion(removed)
+    fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
+    for mode, run in recording.runs.items():
+        tracers: list[Replayer] = []
+
+        def tracer_type(*arguments: Any, expected: list[Operation] = run.operations) -> Replayer:
+            tracers.append(Replayer(*arguments, expected, deletion, solution))
+            return tracers[-1]
+
+        network = structural_copy(pruned, recording.example.device)
+        try:
+            run_network(network, recording.example, mode == 'train', tracer_type, fields)
+            done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
+        except ForwardError as error:
+            mismatch = isinstance(error.__cause__, Mismatch)
+            done, reason = error.index, str(error.__cause__ if mismatch else error)
+        if done < len(run.operations):
+            return Failure(run.operations[done], done, mode, reason)
+    return None

@@ -1,0 +1,123 @@
+'''From recorded ties and locks to removable channels: connected components of labels, grouped by where they sit.'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .labels import Field, Labels, components, first, flat_pairs
+from .trace import Recording
+from .tracer import Operation
+
+Lock = tuple[Labels, str]
+NOT_READ = 'no weight reads it'
+
+
+@dataclass
+class Solution:
+    '''Which labels form a channel.
+
+    Attributes
+    ----------
+    component: numpy.ndarray
+        For each label, the smallest label that is tied to it.
+    channel: numpy.ndarray
+        For each label, the number of its channel, or -1 where it must stay.
+    group: numpy.ndarray
+        For each channel, the number of its group: channels of one group sit equally often in the same dimensions.
+    reasons: dict of int to str
+        Why the labels of a component must stay.
+    '''
+    component: Labels
+    channel: Labels
+    group: Labels
+    reasons: dict[int, str]
+
+    @property
+    def locked(self) -> npt.NDArray[np.bool_]:
+        return self.channel < 0
+
+    def reason(self, label: int) -> str:
+        return self.reasons.get(int(self.component[label]), NOT_READ)
+
+
+def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
+    '''Find the removable channels, given further ``locks`` (labels, reason) beside those recorded.'''
+    ties = [tie for operation in recording.operations for tie in operation.ties]
+    joint = joint_fields(recording.operations)
+    while True:
+        edges = flat_pairs(ties)
+        component = components(recording.size, edges[:, (edges != 0).all(0)])
+        reasons = _lock_reasons(recording, locks, ties, component)
+        kept = np.zeros(recording.size, bool)
+        kept[list(reasons)] = True
+        kept[0] = True
+        further = list(_rectangular_ties(joint, np.where(kept[component], 0, component)))
+        if not further:
+            break
+        ties = ties + further
+    read = np.zeros(recording.size, bool)
+    for operation in recording.operations:
+        for labels in operation.contracted:
+            read[component[labels]] = True
+    roots = np.flatnonzero(read & ~kept & (component == np.arange(recording.size)))
+    number = np.full(recording.size, -1, np.int64)
+    number[roots] = np.arange(len(roots))
+    channel = number[component]
+    return Solution(component, channel, _group(recording, channel, len(roots)), reasons)
+
+
+def _lock_reasons(recording: Recording, locks: Sequence[Lock], ties: Sequence[tuple[Labels, Labels]],
+                  component: Labels) -> dict[int, str]:
+    '''The first lock that hits each component, in execution order.'''
+    reasons: dict[int, str] = {}
+
+    def hit(labels: Labels, reason: str) -> None:
+        for root in np.unique(component[labels]).tolist():
+            reasons.setdefault(root, reason)
+
+    for labels, reason in locks:
+        hit(labels, reason)
+    for operation in recording.operations:
+        for labels, reason in operation.locks:
+            hit(labels, f'{reason} ({operation})')
+        for left, right in operation.ties:
+            if not (left.all() and right.all()):
+                edges = flat_pairs([(left, right)])
+                hit(edges.max(0)[edges.min(0) == 0], f'it meets positions that must stay ({operation})')
+    return reasons
+
+
+def joint_fields(operations: Iterable[Operation]) -> list[Labels]:
+    '''The label arrays that vary along several dimensions, each once.'''
+    found = {id(field): field for operation in operations for fields in (*operation.inputs, *operation.outputs)
+             for field in fields if len(field.dims) > 1}
+    unique = {(field.labels.shape, field.labels.tobytes()): field.labels for field in found.values()}
+    return list(unique.values())
+
+
+def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tuple[Labels, Labels]]:
+    '''Where channels vary along several dimensions of a tensor, tie all but the last: what is removed is a block.'''
+    for labels in joint:
+        classes = component[labels]
+        dims = [dim for dim in range(classes.ndim) if (classes != first(classes, dim)).any()]
+        for dim in dims[:-1]:
+            yield labels, first(labels, dim)
+            labels = first(labels, dim)
+
+
+def _group(recording: Recording, channel: Labels, count: int) -> Labels:
+    '''Number the groups: channels with equal counts on every labelled axis.'''
+    hashes = np.random.default_rng(0).integers(1, 2 ** 63, size=len(recording.axes), dtype=np.uint64)
+    on_axis = np.repeat(hashes, [axis.size for axis in recording.axes])
+    signature = np.zeros(count, np.uint64)
+    labels = np.flatnonzero(channel >= 0)
+    np.add.at(signature, channel[labels], on_axis[labels - 1])
+    return np.unique(signature, return_inverse=True)[1]
+
+
+def fields_of(operation: Operation) -> list[Field]:
+    '''All fields that meet in an operation.'''
+    return [field for fields in (*operation.inputs, *operation.outputs) for field in fields]

@@ -1,0 +1,133 @@
+'''Narrow a network: slice parameters, buffers, the attributes that state their sizes, and optimizer state.'''
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from .errors import PruneError
+from .networks import copied, tensors_by_module
+
+Kept = Mapping[str, Mapping[int, npt.NDArray[Any]]]
+
+
+def narrowed(tensor: torch.Tensor, kept: Mapping[int, npt.NDArray[Any]], device: str | None = None) -> torch.Tensor:
+    '''Keep the given indices of each dimension; on ``'meta'``, without data.'''
+    if device == 'meta':
+        return torch.empty([len(kept[d]) if d in kept else size for d, size in enumerate(tensor.shape)], dtype=tensor.dtype,
+                           device='meta')
+    with torch.no_grad():
+        for dim, index in kept.items():
+            tensor = tensor.index_select(dim, torch.as_tensor(index, device=tensor.device))
+    return tensor.detach()
+
+
+def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], device: str | None = None) -> nn.Module:
+    '''A narrowed copy of a network.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The original; it is not touched.
+    kept: mapping of str to mapping of int to numpy.ndarray
+        The indices to keep, by parameter or buffer name and dimension.
+    group_sizes: mapping of str to int
+        Weights whose module has one group for so many of their first dimension (depthwise convolutions, GroupNorm).
+    device: ``'meta'`` or None
+        ``'meta'`` makes a copy without data, for a trace.
+    '''
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors_by_module(model):
+        if id(tensor) in memo or (name not in kept and device is None):
+            continue
+        new = narrowed(tensor, kept.get(name, {}), device)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = new
+    small = copied(model, memo)
+    fix_attributes(small, kept, group_sizes)
+    return small
+
+
+def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int]) -> None:
+    '''Make every narrowed module state the sizes it now has.'''
+    touched = {name.rpartition('.')[0] for name in kept}
+    for name, module in model.named_modules():
+        if name in touched:
+            group_size = group_sizes.get(f'{name}.weight' if name else 'weight')
+            for kind, attributes in ATTRIBUTES.items():
+                if isinstance(module, kind):
+                    for attribute, value in attributes(module, group_size).items():
+                        setattr(module, attribute, value)
+
+
+def _convolution(module: Any, group_size: int | None) -> dict[str, Any]:
+    first, second = module.weight.shape[:2]
+    groups = first // group_size if group_size else module.groups
+    sizes = (first, second * groups)
+    inputs, outputs = sizes if module.transposed else sizes[::-1]
+    return {'groups': groups, 'in_channels': inputs, 'out_channels': outputs}
+
+
+def _group_norm(module: Any, group_size: int | None) -> dict[str, Any]:
+    channels = module.weight.shape[0]
+    return {'num_channels': channels, 'num_groups': channels // group_size if group_size else module.num_groups}
+
+
+def _batch_norm(module: Any, group_size: int | None) -> dict[str, Any]:
+    return {'num_features': (module.weight if module.weight is not None else module.running_mean).shape[0]}
+
+
+ATTRIBUTES: dict[type, Callable[[Any, int | None], dict[str, Any]]] = {
+    nn.modules.conv._ConvNd: _convolution,
+    nn.GroupNorm: _group_norm,
+    nn.modules.batchnorm._NormBase: _batch_norm,
+    nn.Linear: lambda module, _: dict(zip(('out_features', 'in_features'), module.weight.shape)),
+    nn.LayerNorm: lambda module, _: {'normalized_shape': tuple(module.weight.shape)},
+    nn.Embedding: lambda module, _: dict(zip(('num_embeddings', 'embedding_dim'), module.weight.shape)),
+    nn.PReLU: lambda module, _: {'num_parameters': module.weight.shape[0]},
+}
+
+
+def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
+               optimizer: torch.optim.Optimizer | None = None) -> None:
+    '''Give ``model`` the parameters and buffers of ``small``, its narrowed copy, and the optimizer the matching state.
+
+    New ``Parameter`` objects replace the narrowed ones, so that an autograd graph still alive keeps its tensors. The
+    optimizer's groups point to them, and every state tensor of a parameter's shape (momentum, Adam moments) is narrowed along.
+
+    Raises
+    ------
+    PruneError
+        If the optimizer holds none of the network's parameters; nothing is changed then.
+    '''
+    old = dict(model.named_parameters(remove_duplicate=False))
+    replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
+                for name, parameter in small.named_parameters() if name in kept}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']} if optimizer else set()
+    if optimizer is not None and not held & {id(parameter) for parameter in old.values()}:
+        raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
+    modules = dict(small.named_modules())
+    for name, module in model.named_modules():
+        for key, value in module._parameters.items():
+            if value is not None and id(value) in replaced:
+                module._parameters[key] = replaced[id(value)][1]
+        for key in module._buffers:
+            if (f'{name}.{key}' if name else key) in kept:
+                module._buffers[key] = modules[name]._buffers[key]
+    fix_attributes(model, kept, group_sizes)
+    for before, after, indices in replaced.values():
+        if before.grad is not None:
+            after.grad = narrowed(before.grad, indices)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group['params'] = [replaced[id(parameter)][1] if id(parameter) in replaced else parameter
+                               for parameter in group['params']]
+        for before, after, indices in replaced.values():
+            if before in optimizer.state:
+                optimizer.state[after] = {
+                    key: narrowed(value, indices) if isinstance(value, torch.Tensor) and value.shape == before.shape else value
+                    for key, value in optimizer.state.pop(before).items()}

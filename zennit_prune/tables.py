@@ -1,0 +1,29 @@
+'''Plain text tables.'''
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+WIDEST = 60
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    '''Columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
+    last = len(header) - 1
+    cells = [[_cell(value) if column == last else _cut(_cell(value)) for column, value in enumerate(row)] for row in rows]
+    widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
+    numeric = [bool(rows) and all(isinstance(row[column], (int, float)) for row in rows) for column in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        return '  '.join(value.rjust(width) if right else value.ljust(width)
+                         for value, width, right in zip(values, widths, numeric)).rstrip()
+
+    return '\n'.join([line(header), line(['-' * width for width in widths]), *map(line, cells)])
+
+
+def _cell(value: Any) -> str:
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else text[:WIDEST - 3] + '...'

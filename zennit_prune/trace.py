@@ -1,0 +1,269 @@
+'''Run a network once on meta tensors and record how every ATen operation moves channel labels.
+
+Meta tensors have shapes and no data, so that a trace costs a fraction of a second whatever the size of the network. A
+network that needs values (constants made on the CPU, data-dependent shapes) is run on copies of its real tensors instead;
+one whose Python branches on values of its input is refused, for only one of its paths would be seen.
+'''
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from .calls import CallCounter, Frame
+from .errors import PruneError
+from .labels import Field
+from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
+from .tracer import Operation, Tracer
+
+
+TRACED_BATCH = 2
+
+
+class Boundaries(CallCounter):
+    '''Count calls, and note which values enter and leave modules.'''
+
+    def __init__(self, root: nn.Module):
+        super().__init__(root)
+        self.tracer: Tracer | None = None
+        self.places: dict[int, list[Place]] = {}
+        self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
+
+    def entered(self, frame: Frame, inputs: Any) -> None:
+        self._note('input', frame, inputs)
+
+    def left(self, frame: Frame, output: Any) -> None:
+        self._note('output', frame, output)
+        if self.tracer is not None:
+            self.outputs[frame.module, frame.call] = [self.tracer.fields_of(tensor) for tensor in output_tensors(output)]
+
+    def _note(self, side: str, frame: Frame, tensors: Any) -> None:
+        for position, tensor in enumerate(tensors_in(tensors)):
+            if self.tracer is not None and self.tracer.fields_of(tensor):
+                place = Place(side, frame.module, frame.call, position)
+                self.places.setdefault(self.tracer.value_of(tensor), []).append(place)
+
+
+class Place(NamedTuple):
+    '''Where a value can be read in another run: the n-th tensor that enters or leaves a call of a module.'''
+    side: str
+    module: str
+    call: int
+    position: int
+
+
+class Axis(NamedTuple):
+    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of one parameter or buffer.'''
+    parameter: str
+    dim: int
+    size: int
+    start: int
+
+
+class TensorSize(NamedTuple):
+    '''The number of elements of a tensor, the bytes of each, and whether it is a parameter rather than a buffer.'''
+    elements: int
+    bytes_each: int
+    is_parameter: bool
+
+
+@dataclass
+class Run:
+    '''What one pass through a network showed: its operations; see :meth:`Tracer.keep_group_size`; where each value enters and
+    leaves modules; and the fields of every tensor that a call of a module returned.'''
+    operations: list[Operation]
+    group_sizes: dict[str, int]
+    places: dict[int, list[Place]]
+    outputs: dict[tuple[str, int], list[list[Field]]]
+
+    def signature(self) -> list[Any]:
+        '''Equal for two passes that did the same to labels.'''
+        seen: dict[int, int] = {}
+        return [(operation.name, operation.shapes[:1], operation.scalars, len(operation.ties), len(operation.locks),
+                 [seen.setdefault(value, len(seen)) for value in operation.reads]) for operation in self.operations]
+
+
+@dataclass
+class Example:
+    '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
+
+    On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and channels.
+    '''
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given_batch: int
+    device: str = 'meta'
+    resize: bool = True
+
+    @property
+    def batch(self) -> int:
+        '''The number of samples that the network is traced with.'''
+        return TRACED_BATCH if self.resize else self.given_batch
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return map_tensors(self._prepared, self.args), map_tensors(self._prepared, self.kwargs)
+
+    def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device != 'meta':
+            return tensor.detach().clone()
+        shape = list(tensor.shape)
+        if self.resize and shape and shape[0] == self.given_batch:
+            shape[0] = TRACED_BATCH
+        return torch.empty(shape, dtype=tensor.dtype, device='meta')
+
+
+def prepare_example(model: nn.Module, example: Any) -> Example:
+    '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.'''
+    if isinstance(example, Example):
+        return example
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    kwargs = example if isinstance(example, dict) else {}
+    tensors = tensors_in((args, kwargs))
+    if not tensors:
+        raise PruneError(f'the example holds no tensor (it is a {type(example).__name__}): give a tensor, a tuple of arguments '
+                         'or a dict of keyword arguments, as the network is called with.')
+    devices = {tensor.device for _, tensor in tensors_by_module(model)}
+    for tensor in tensors:
+        if devices and tensor.device not in devices and tensor.device.type != 'meta':
+            raise PruneError(f'the example is on {tensor.device} and the network on {", ".join(sorted(map(str, devices)))}: '
+                             'move one of them, e.g. example.to(next(model.parameters()).device).')
+    return Example(args, kwargs, tensors[0].shape[0] if tensors[0].dim() else 1)
+
+
+def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
+                fields: Mapping[str, list[Field]]) -> Run:
+    '''Run a structural copy once under a tracer; ``fields`` are the labels of its parameters and buffers by name.'''
+    tensors = {id(tensor): name for name, tensor in reversed(tensors_by_module(network))}
+    counter = Boundaries(network)
+    tracer = counter.tracer = tracer_type(counter, tensors)
+    for name, tensor in tensors_by_module(network):
+        if name in fields:
+            tracer.place(tensor, fields[name])
+    network.train(training)
+    args, kwargs = example.arguments()
+    tracer.activate(tensors_in((args, kwargs)))
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), counter, tracer:
+            warnings.simplefilter('ignore')
+            output = network(*args, **kwargs)
+        tracer.finish(output_tensors(output))
+    except PruneError:
+        raise
+    except Exception as error:
+        raise ForwardError(counter.failed, len(tracer.operations), error) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs)
+
+
+class ForwardError(Exception):
+    '''``forward`` raised.'''
+
+    def __init__(self, module: str, index: int, error: Exception):
+        super().__init__(f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}')
+        self.module, self.index = module, index
+
+
+@dataclass
+class Recording:
+    '''A traced network.
+
+    Attributes
+    ----------
+    example: Example
+        What it was run with.
+    axes: list of Axis
+        Every labelled dimension, in the order of the labels.
+    fields: dict of str to list of Field
+        The same, as the label fields of each floating-point parameter and buffer.
+    sizes: dict of str to TensorSize
+        The size of each parameter and buffer, once.
+    runs: dict of str to Run
+        What each pass showed: ``'eval'``, and ``'train'`` where that differs.
+    notes: list of str
+        What the user should know about the trace.
+    '''
+    example: Example
+    axes: list[Axis]
+    fields: dict[str, list[Field]]
+    sizes: dict[str, TensorSize]
+    runs: dict[str, Run]
+    notes: list[str]
+
+    @property
+    def size(self) -> int:
+        '''The number of labels, 0 included.'''
+        return self.axes[-1].start + self.axes[-1].size if self.axes else 1
+
+    @property
+    def operations(self) -> list[Operation]:
+        '''The operations of all passes.'''
+        return [operation for run in self.runs.values() for operation in run.operations]
+
+
+def record(model: nn.Module, example: Any) -> Recording:
+    '''Trace ``model`` in evaluation and in training mode.
+
+    Raises
+    ------
+    PruneError
+        If the network cannot be run or traced with the example.
+    '''
+    arguments = prepare_example(model, example)
+    axes, fields = label_axes(model)
+    runs: dict[str, Run] = {}
+    notes: list[str] = []
+    try:
+        runs['eval'] = run_network(structural_copy(model), arguments, False, Tracer, fields)
+    except ForwardError as error:
+        runs['eval'] = _run_otherwise(model, arguments, fields, error)
+        if arguments.device == 'real':
+            notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
+    try:
+        runs['train'] = run_network(structural_copy(model, arguments.device), arguments, True, Tracer, fields)
+        if runs['train'].signature() == runs['eval'].signature():
+            del runs['train']
+    except (ForwardError, PruneError) as error:
+        notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is proven')
+    sizes = {name: TensorSize(tensor.numel(), tensor.element_size(), isinstance(tensor, nn.Parameter))
+             for name, tensor in unique_tensors(model).items()}
+    return Recording(arguments, axes, fields, sizes, runs, notes)
+
+
+def _run_otherwise(model: nn.Module, example: Example, fields: Mapping[str, list[Field]], first: ForwardError) -> Run:
+    '''Try again with the batch that was given, then with real values.'''
+    last = first
+    example.resize = False
+    for example.device in ('meta', 'real'):
+        try:
+            return run_network(structural_copy(model, example.device), example, False, Tracer, fields)
+        except ForwardError as error:
+            last = error
+    shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
+    raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
+                     f'{last.module or type(model).__name__!r} raised {last}. Give an example that the network accepts: a '
+                     'tensor, a tuple of arguments, or a dict of keyword arguments.') from last
+
+
+def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
+    '''Give every index of every dimension of every parameter and buffer a label of its own, from 1 on.'''
+    axes: list[Axis] = []
+    fields: dict[str, list[Field]] = {}
+    start = 1
+    for name, tensor in unique_tensors(model).items():
+        if not tensor.is_floating_point():
+            continue
+        fields[name] = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                axes.append(Axis(name, dim, size, start))
+                fields[name].append(Field.along(np.arange(start, start + size), dim, tensor.dim()))
+                start += size
+    return axes, fields
