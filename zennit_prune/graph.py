@@ -11,7 +11,7 @@ from torch import nn
 from .errors import PruneError
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, layer_name
 from .labels import Labels, flat_pairs
-from .networks import unwrapped
+from .networks import structural_copy, unwrapped
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -99,7 +99,7 @@ class ChannelGraph:
             removed = {group.name: _on_trial(group.size) for group in self.groups if group.size > 1}
             if not removed:
                 return
-            failure = self.prove(self.narrowed(model, removed, 'meta'), removed)
+            failure = self._replayed(self.narrowed(model, removed, 'meta'), removed)
             if failure is None:
                 return
             self._lock(failure)
@@ -172,6 +172,9 @@ class ChannelGraph:
 
     def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''
+        return self._replayed(structural_copy(small, self.recording.example.device), removed)
+
+    def _replayed(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         return replay(self.recording, self.solution, small, self.removed_labels(removed))
 
     # what people read

@@ -60,6 +60,7 @@ def varies(array: Labels, dim: int) -> bool:
 
 def varying_dims(array: Labels) -> tuple[int, ...]:
     '''The dimensions along which the labels differ.'''
+    array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
     return tuple(dim for dim in range(array.ndim) if varies(array, dim))
 
 

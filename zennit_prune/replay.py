@@ -155,7 +155,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed:
     solution: Solution
         Its channels.
     pruned: torch.nn.Module
-        The narrowed network; it is copied without its data.
+        The narrowed network, a copy of its own without data: ``forward`` may write into it.
     removed: numpy.ndarray
         For each label, whether it was deleted.
 
@@ -173,7 +173,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed:
             tracers.append(Replayer(*arguments, expected, deletion, solution))
             return tracers[-1]
 
-        network = structural_copy(pruned, recording.example.device)
+        network = pruned if len(recording.runs) == 1 else structural_copy(pruned, recording.example.device)
         try:
             run_network(network, recording.example, mode == 'train', tracer_type, fields)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
