@@ -1,9 +1,18 @@
 '''Prune networks by explaining them: remove the channels of least relevance, exactly.'''
+from .canonize import GraphCanonizer
+from .collect import Collector
 from .cost import Budget, Cost, cost, latency
 from .errors import PruneError, PruneWarning, VerificationError
 from .graph import ChannelGraph, trace
 from .groups import ChannelGroup, Member
-from .plan import Plan
+from .heatmap import heatmap, heatmap_image
+from .plan import Plan, verify
+from .pruner import Pruner, prune
+from .relevance import Relevance
+from .storage import load, save
 
-__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Cost', 'Member', 'Plan', 'PruneError', 'PruneWarning',
-           'VerificationError', 'cost', 'latency', 'trace']
+__version__ = '0.1.0'
+
+__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan', 'PruneError',
+           'PruneWarning', 'Pruner', 'Relevance', 'VerificationError', 'cost', 'heatmap', 'heatmap_image', 'latency', 'load',
+           'prune', 'save', 'trace', 'verify']

@@ -78,7 +78,7 @@ class CallCounter(TorchFunctionMode):
             handle.remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        name = self._names.get(id(module), self._stack[-1].module)
+        name = self._names.get(id(module), f'{self._stack[-1].module}/?')  # a module made while the network runs
         frame = Frame(name, type(module).__name__, self._calls[name])
         self._calls[name] += 1
         self._stack.append(frame)

@@ -1,6 +1,7 @@
 '''What a network costs: parameters, floating-point operations, bytes, seconds; and budgets in these units.'''
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,9 +178,9 @@ class CostModel:
         terms: dict[str, list[tuple[float, list[int]]]] = {'params': [], 'bytes': [], 'flops': []}
         for name, size in graph.recording.sizes.items():
             axes = [self._axis(field.labels) for field in graph.recording.fields.get(name, [])]
-            terms['bytes'].append((size.elements * size.bytes_each, axes))
+            terms['bytes'].append((math.prod(size.shape) * size.bytes_each, axes))
             if size.is_parameter:
-                terms['params'].append((size.elements, axes))
+                terms['params'].append((math.prod(size.shape), axes))
         for operation in graph.recording.runs['eval'].operations:
             if operation.flops:
                 axes = [self._axis(labels) for labels in operation.contracted[:1]]

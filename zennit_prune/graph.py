@@ -21,7 +21,7 @@ from .trace import record
 MAX_TRIALS = 400
 
 
-def trace(model: nn.Module, example: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
+def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock') -> ChannelGraph:
     '''Find the removable channels of a network.
 
     The network is run on a copy without data; it is not touched. What the trace cannot prove removable is locked.
@@ -35,6 +35,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = ()) -> Channel
         An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
     ignore: sequence of str
         ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
+    layernorm: str
+        ``'lock'``: channels that LayerNorm runs over stay, since removing one would change the statistics of all others.
 
     Returns
     -------
@@ -46,6 +48,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = ()) -> Channel
         If the network does not run with the example, branches on values of its input, or is not an ordinary module; if the
         example is on another device; if a pattern in ``ignore`` matches nothing.
     '''
+    if layernorm != 'lock':
+        raise PruneError(f'layernorm={layernorm!r} is not supported: \'lock\' keeps the channels that LayerNorm runs over.')
     return ChannelGraph(unwrapped(model), example, ignore)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .calls import CallCounter, Frame
+from .calls import CallCounter, Frame, Site
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
@@ -42,19 +42,27 @@ class Boundaries(CallCounter):
         if self.tracer is not None:
             self.outputs[frame.module, frame.call] = [self.tracer.fields_of(tensor) for tensor in output_tensors(output)]
 
-    def _note(self, side: str, frame: Frame, tensors: Any) -> None:
+    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        site = self.site
+        result = func(*args, **kwargs)
+        self._note('function', Frame(site.module, '', site.call), result, site)
+        return result
+
+    def _note(self, side: str, frame: Frame, tensors: Any, site: Site | None = None) -> None:
         for position, tensor in enumerate(tensors_in(tensors)):
             if self.tracer is not None and self.tracer.fields_of(tensor):
-                place = Place(side, frame.module, frame.call, position)
+                place = Place(side, frame.module, frame.call, position, site)
                 self.places.setdefault(self.tracer.value_of(tensor), []).append(place)
 
 
 class Place(NamedTuple):
-    '''Where a value can be read in another run: the n-th tensor that enters or leaves a call of a module.'''
+    '''Where a value can be read in another run: the n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a
+    module, or that a torch function returns (``'function'``, called at ``site``).'''
     side: str
     module: str
     call: int
     position: int
+    site: Site | None = None
 
 
 class Axis(NamedTuple):
@@ -66,8 +74,8 @@ class Axis(NamedTuple):
 
 
 class TensorSize(NamedTuple):
-    '''The number of elements of a tensor, the bytes of each, and whether it is a parameter rather than a buffer.'''
-    elements: int
+    '''The shape of a tensor, the bytes of each element, and whether it is a parameter rather than a buffer.'''
+    shape: tuple[int, ...]
     bytes_each: int
     is_parameter: bool
 
@@ -232,7 +240,7 @@ def record(model: nn.Module, example: Any) -> Recording:
             del runs['train']
     except (ForwardError, PruneError) as error:
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is proven')
-    sizes = {name: TensorSize(tensor.numel(), tensor.element_size(), isinstance(tensor, nn.Parameter))
+    sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
              for name, tensor in unique_tensors(model).items()}
     return Recording(arguments, axes, fields, sizes, runs, notes)
 

@@ -1,0 +1,263 @@
+'''What attribution passes share: a copy to work on, the default composite, initial relevance, and readers of tensors.
+
+All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's network,
+its training flags, gradients and hooks are never touched.
+'''
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from zennit.composites import LayerMapComposite, layer_map_base
+from zennit.core import BasicHook, Composite
+from zennit.rules import Epsilon
+from zennit.types import Linear
+
+from .calls import CallCounter
+from .canonize import GraphCanonizer
+from .errors import PruneError
+from .networks import copied, map_tensors, output_tensors, tensors_in
+from .trace import Place
+
+INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive')
+Initial = str | Callable[[torch.Tensor], torch.Tensor]
+
+
+def recommended_composite() -> Composite:
+    '''Epsilon everywhere, the rule that ranks channels best across layers; BatchNorm is merged by the graph's canonizer.'''
+    return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
+
+
+@contextmanager
+def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer,
+                reader: Callable[[nn.Module], Reader] | None = None) -> Iterator[tuple[nn.Module, Reader | None]]:
+    '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
+
+    The graph's canonizer is applied after the composite's own; the composite is left as it was.
+    '''
+    network = copied(model).eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    reading = reader(network) if reader else None
+    canonizers = composite.canonizers
+    own = [] if any(isinstance(other, GraphCanonizer) for other in canonizers) else [canonizer]
+    composite.canonizers = [*canonizers, *own]
+    try:
+        composite.register(network)
+        _refuse_reuse(composite, network, canonizer)
+        if reading is not None:
+            reading.attach()
+        yield network, reading
+    finally:
+        composite.canonizers = canonizers
+        composite.remove()
+
+
+def _refuse_reuse(composite: Composite, network: nn.Module, canonizer: GraphCanonizer) -> None:
+    '''Zennit's rules keep the tensors of a module's last call only.'''
+    for name, module in network.named_modules():
+        if canonizer.calls.get(name, 1) > 1 and any(isinstance(getattr(hook, '__self__', None), BasicHook)
+                                                    for hook in module._forward_hooks.values()):
+            raise PruneError(f'layer {name!r} is called {canonizer.calls[name]} times in one pass, and Zennit keeps the tensors of '
+                             'the last call only, so its relevance would be wrong. Give each call a module of its own (they may '
+                             'share parameters), or leave the layer without a rule.')
+
+
+class Reader(CallCounter):
+    '''Catch the gradient edges of tensors at given places while a network runs.
+
+    An edge is caught where the tensor appears, so that later in-place operations do not matter.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The copy that will be attributed, before a composite is registered.
+    places: sequence of Place
+        What to catch.
+    '''
+
+    def __init__(self, network: nn.Module, places: Sequence[Place]):
+        super().__init__(network)
+        self.network = network
+        self.caught: dict[Place, GradientEdge] = {}
+        self._wanted = {place for place in places if place.side == 'function'}
+        self._sites = {place.site for place in self._wanted}
+        self._at_modules: defaultdict[str, list[Place]] = defaultdict(list)
+        for place in places:
+            if place.side != 'function':
+                self._at_modules[place.module].append(place)
+        forward = network.forward
+
+        def read_forward(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        if self._wanted:  # entered inside the canonizers' own modes, so that it sees the calls first
+            network.forward = read_forward
+
+    def attach(self) -> None:
+        '''Hook the modules, after the composite did: what is caught is what its rules return.'''
+        for name, module in self.network.named_modules():
+            places = self._at_modules.get(name, ())
+            if places:
+                calls = {'input': 0, 'output': 0}
+                self._counts = getattr(self, '_counts', [])
+                self._counts.append(calls)
+                if any(place.side == 'input' for place in places):
+                    module.register_forward_pre_hook(self._hook('input', places, calls), prepend=True)
+                if any(place.side == 'output' for place in places):
+                    module.register_forward_hook(self._hook('output', places, calls))
+
+    def _hook(self, side: str, places: Sequence[Place], calls: dict[str, int]) -> Callable[..., None]:
+        def catch(module: nn.Module, inputs: Any, output: Any = None) -> None:
+            for place in places:
+                if place.side == side and place.call == calls[side]:
+                    self._catch(place, inputs if side == 'input' else output)
+            calls[side] += 1
+        return catch
+
+    def _catch(self, place: Place, value: Any) -> None:
+        tensors = tensors_in(value)
+        if place.position < len(tensors) and tensors[place.position].requires_grad:
+            self.caught[place] = get_gradient_edge(tensors[place.position])
+
+    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        site = self.site
+        result = func(*args, **kwargs)
+        if site in self._sites:
+            for place in self._wanted:
+                if place.site == site:
+                    self._catch(place, result)
+        return result
+
+    def clear(self) -> None:
+        '''Forget what was caught, before the next pass.'''
+        self.caught.clear()
+        for calls in getattr(self, '_counts', ()):
+            calls.update(input=0, output=0)
+
+
+def differentiable(inputs: Any, network: nn.Module) -> Any:
+    '''A copy of the inputs on the network's device, from which relevance can be traced back to every layer.
+
+    Raises
+    ------
+    PruneError
+        If an input holds values that are not finite.
+    '''
+    device = next((tensor.device for tensor in network.parameters()), torch.device('cpu'))
+    inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), inputs)
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    for tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or infinite): check '
+                             'the data.')
+        tensor.requires_grad_(True)
+    if not tensors:  # token numbers, say: relevance is traced back to the embeddings
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+    return inputs
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    '''Call a network with a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises
+    ------
+    PruneError
+        If it does not run, with the shapes it was given.
+    '''
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) \
+        else ((inputs,), {})
+    try:
+        return network(*args, **kwargs)
+    except PruneError:
+        raise
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: {error}') from error
+
+
+def main_output(output: Any) -> torch.Tensor:
+    '''The first floating-point tensor that a network returned.'''
+    for tensor in output_tensors(output):
+        if tensor.is_floating_point():
+            return tensor
+    raise PruneError(f'the network returns no floating-point tensor to start relevance from, but a {type(output).__name__}.')
+
+
+def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> torch.Tensor:
+    '''The relevance at the output that is propagated back.
+
+    Parameters
+    ----------
+    output: torch.Tensor
+        The network's output, shape (batch, classes) or (batch, classes, ...).
+    target: torch.Tensor, callable, ``'predicted'`` or None
+        Class indices, shape (batch,) or, for outputs with further dimensions, a mask of shape (batch, ...); or one-hot (or
+        weighted) rows of the output's shape; or a function of the output that returns the relevance.
+    initial: str or callable
+        ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the target's softmax
+        probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class. Or a function of the output.
+
+    Returns
+    -------
+    torch.Tensor
+        As the output is shaped.
+
+    Raises
+    ------
+    PruneError
+        If target and output do not fit.
+    '''
+    output = output.detach()
+    function = target if callable(target) else initial if callable(initial) else None
+    if function is not None:
+        relevance = function(output)
+        if not isinstance(relevance, torch.Tensor) or relevance.shape != output.shape:
+            got = tuple(relevance.shape) if isinstance(relevance, torch.Tensor) else type(relevance).__name__
+            raise PruneError(f'the function for the initial relevance returned {got}, but the output has shape '
+                             f'{tuple(output.shape)}: return a tensor of that shape.')
+        return relevance.detach().to(output)
+    rows = target_rows(output, target)
+    if initial == 'one-hot':
+        return rows
+    if initial == 'logit':
+        return rows * output
+    if initial == 'softmax':
+        probability = output.softmax(1)
+        return probability * (rows - (rows * probability).sum(1, keepdim=True))
+    if initial == 'contrastive':
+        rival = output.masked_fill(rows != 0, -torch.inf).argmax(1, keepdim=True)
+        return rows - torch.zeros_like(output).scatter_(1, rival, 1.0)
+    raise PruneError(f'initial={initial!r} is unknown: use one of {", ".join(map(repr, INITIAL))} or a function of the output.')
+
+
+def target_rows(output: torch.Tensor, target: Any) -> torch.Tensor:
+    '''One-hot rows, shaped as the output, for any kind of target.'''
+    if isinstance(target, str):
+        if target != 'predicted':
+            raise PruneError(f'target={target!r} is unknown: give class indices, rows, a function, or \'predicted\'.')
+        target = output.argmax(1)
+    if target is None:
+        raise PruneError('there are no labels: give a loader of (inputs, labels) pairs, or target=\'predicted\', or a function of '
+                         'the output as initial=.')
+    if output.dim() < 2:
+        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output as initial=.')
+    target = torch.as_tensor(target, device=output.device)
+    if target.shape == output.shape and (target.is_floating_point() or target.dtype == torch.bool or output.dim() == target.dim()):
+        return target.to(output.dtype)
+    expected = (output.shape[0], *output.shape[2:])
+    if target.shape != expected or target.is_floating_point():
+        raise PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of shape '
+                         f'{tuple(output.shape)}: give class indices of shape {tuple(expected)}, or rows shaped as the output.')
+    classes = output.shape[1]
+    if target.numel() and (int(target.min()) < 0 or int(target.max()) >= classes):
+        wrong = int(target.min()) if int(target.min()) < 0 else int(target.max())
+        raise PruneError(f'label {wrong} is out of range: the network has {classes} classes, 0 to {classes - 1}.')
+    return torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)

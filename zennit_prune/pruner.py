@@ -1,0 +1,170 @@
+'''``Pruner`` ties the steps together; ``prune`` takes them all at once.'''
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from zennit.core import Composite
+
+from .allocate import allocate
+from .attribute import Initial, recommended_composite
+from .canonize import GraphCanonizer
+from .collect import Collector, batches
+from .cost import Budget, CostModel
+from .criteria import CRITERIA
+from .errors import PruneError
+from .graph import ChannelGraph, trace
+from .heatmap import heatmap
+from .networks import unwrapped
+from .plan import Plan
+from .relevance import Relevance
+
+Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
+
+
+class Pruner:
+    '''A network, the rules that explain it, and its removable channels.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network; no method changes it.
+    composite: zennit.core.Composite or None
+        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged.
+    example: torch.Tensor, tuple or dict
+        An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
+    ignore, layernorm:
+        See :func:`zennit_prune.trace`.
+
+    Attributes
+    ----------
+    graph: ChannelGraph
+        The removable channels; print it.
+    '''
+
+    def __init__(self, model: nn.Module, composite: Composite | None, example: Any, ignore: Sequence[str] = (),
+                 layernorm: str = 'lock'):
+        if composite is not None and not isinstance(composite, Composite):
+            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), or None.')
+        self.model = unwrapped(model)
+        self.composite = recommended_composite() if composite is None else composite
+        self.graph = trace(self.model, example, ignore, layernorm)
+
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'one-hot') -> Collector:
+        '''A collector for a loop of your own; see :class:`zennit_prune.Collector`.'''
+        return Collector(self.graph, self.model, self.composite, aggregate, initial)
+
+    def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
+                initial: Initial = 'one-hot', seed: int = 0, progress: bool = True) -> Relevance:
+        '''Score every channel on reference data.
+
+        Parameters
+        ----------
+        loader: iterable
+            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function.
+        criterion: str or callable
+            ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph, model,
+            loader) that returns a :class:`Relevance`.
+        aggregate, initial:
+            See :class:`Collector`.
+        seed: int
+            For ``'random'``.
+        progress: bool
+            Show a progress bar on standard error.
+
+        Returns
+        -------
+        Relevance
+
+        Raises
+        ------
+        PruneError
+            For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are not finite.
+        '''
+        if callable(criterion):
+            return criterion(self.graph, self.model, loader)
+        if criterion in CRITERIA:
+            return CRITERIA[criterion](self.graph, self.model, seed)
+        if criterion != 'relevance':
+            raise PruneError(f'criterion={criterion!r} is unknown: use one of '
+                             f'{", ".join(map(repr, ("relevance", *CRITERIA)))}, or a function of (graph, model, loader).')
+        with self.collector(aggregate, initial) as collector:
+            for inputs, target in batches(loader, 'relevance' if progress else None):
+                collector.update(inputs, target)
+        return collector.compute()
+
+    def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
+             round_to: int | None = None, per_cost: bool = True) -> Plan:
+        '''Choose the channels to remove: lowest relevance per cost saved first, until the budget holds.
+
+        Parameters
+        ----------
+        relevance: Relevance
+            The scores; groups without are kept whole.
+        budget: Budget
+            What is to be left of the network.
+        min_channels, floor, round_to, per_cost:
+            See :func:`zennit_prune.allocate.allocate`.
+
+        Raises
+        ------
+        PruneError
+            If scores do not fit the groups, or the budget is out of reach.
+        '''
+        if not isinstance(budget, Budget):
+            raise PruneError(f'a Budget is needed, not {budget!r}: e.g. Budget(flops=0.5).')
+        scores = {}
+        for name, values in relevance.items():
+            group = self.graph.group(name)
+            if len(values) != group.size:
+                raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} channels.')
+            scores[group.name] = values.numpy()
+        removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
+        return Plan(self.graph, removed)
+
+    def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
+        '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
+        return heatmap(self.model, self.composite, x, target, initial, GraphCanonizer.from_recording(self.graph.recording))
+
+
+def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget, ignore: Sequence[str] = (),
+          progress: bool = True) -> nn.Module:
+    '''Remove the channels of least relevance in one call: trace, collect, plan, apply and verify.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network; it is left as it is.
+    composite: zennit.core.Composite or None
+        The rules of relevance; None for the recommended ones.
+    loader: iterable
+        Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch.
+    budget: Budget
+        What is to be left, e.g. ``Budget(flops=0.5)``.
+    ignore: sequence of str
+        Patterns of module names whose output channels are kept.
+    progress: bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    torch.nn.Module
+        A new, smaller network of the same class.
+
+    Raises
+    ------
+    PruneError
+        Whatever keeps the result from being exact; nothing is changed.
+    '''
+    stream = batches(loader)
+    first = next(stream, None)
+    if first is None:
+        raise PruneError('the loader is empty: there is nothing to collect relevance from.')
+    device = next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
+    example = first[0].to(device) if isinstance(first[0], torch.Tensor) else first[0]
+    pruner = Pruner(model, composite, example, ignore)
+    relevance = pruner.collect(chain([first], stream), progress=progress)
+    return pruner.plan(relevance, budget).apply(pruner.model)

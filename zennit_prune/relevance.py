@@ -1,0 +1,139 @@
+'''``Relevance``: one score for every channel of every group, with what it takes to judge and to keep it.'''
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import ItemsView, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import PruneError
+from .tables import table
+
+FORMAT = 'zennit_prune relevance'
+
+
+class Relevance:
+    '''Scores of channels by group; higher is kept.
+
+    Parameters
+    ----------
+    scores: mapping of str to torch.Tensor
+        For each group name, one finite number per channel of the group.
+    halves: mapping of str to torch.Tensor, optional
+        The scores from the even and from the odd samples alone, shape (2, channels), for :meth:`stability`.
+    info: mapping, optional
+        How the scores came about, as JSON values.
+
+    Raises
+    ------
+    PruneError
+        If scores are not one-dimensional or not finite.
+    '''
+
+    def __init__(self, scores: Mapping[str, Any], halves: Mapping[str, torch.Tensor] | None = None,
+                 info: Mapping[str, Any] | None = None):
+        self._scores: dict[str, torch.Tensor] = {}
+        for name, values in scores.items():
+            values = torch.as_tensor(values).detach().to('cpu', torch.float64)
+            if values.dim() != 1:
+                raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per channel.')
+            if not torch.isfinite(values).all():
+                where = torch.nonzero(~torch.isfinite(values)).flatten()[:5].tolist()
+                raise PruneError(f'scores of group {name!r} are not finite at positions {where}.')
+            self._scores[name] = values
+        self._halves = {name: values.detach().to('cpu', torch.float64) for name, values in (halves or {}).items()}
+        self.info: dict[str, Any] = dict(info or {})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._scores:
+            raise PruneError(f'there are no scores for {name!r}. Groups with scores: {", ".join(self._scores) or "none"}.')
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._scores
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        '''Pairs of group name and scores.'''
+        return self._scores.items()
+
+    def stability(self) -> dict[str, float]:
+        '''How far the ranking depends on the samples: Spearman's rank correlation of the scores from two halves of them.
+
+        Returns
+        -------
+        dict of str to float
+            For each group with at least two channels; 1 is a ranking that does not change, 0 is chance.
+
+        Raises
+        ------
+        PruneError
+            If the scores were not collected from at least two samples.
+        '''
+        if not self._halves or self.info.get('samples', 0) < 2:
+            raise PruneError('stability needs relevance collected from at least two samples.')
+        return {name: spearman(*halves) for name, halves in self._halves.items() if halves.shape[1] > 1}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        '''Write everything to one safetensors file, without code.'''
+        tensors = {f'scores.{name}': values for name, values in self._scores.items()}
+        tensors.update({f'halves.{name}': values.contiguous() for name, values in self._halves.items()})
+        save_file(tensors, os.fspath(path), {'format': FORMAT, 'version': '1', 'info': json.dumps(self.info)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Relevance:
+        '''Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        PruneError
+            If the file is something else.
+        '''
+        try:
+            with safe_open(os.fspath(path), 'pt') as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise PruneError(f'{os.fspath(path)!r} is no file of relevance: {error}.') from error
+        if metadata.get('format') != FORMAT:
+            raise PruneError(f'{os.fspath(path)!r} holds no relevance: its metadata lack "format": "{FORMAT}".')
+        parts: dict[str, dict[str, torch.Tensor]] = {'scores': {}, 'halves': {}}
+        for key, values in tensors.items():
+            kind, _, name = key.partition('.')
+            parts[kind][name] = values
+        return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')))
+
+    def __str__(self) -> str:
+        stability = self.stability() if self._halves and self.info.get('samples', 0) > 1 else {}
+        rows = [(name, len(values), float(values.min()), float(values.median()), float(values.max()),
+                 f'{stability[name]:.2f}' if name in stability else '') for name, values in self._scores.items()]
+        return table(('group', 'channels', 'least', 'median', 'most', 'stability'), rows)
+
+    def __repr__(self) -> str:
+        how = ', '.join(f'{key}={value!r}' for key, value in self.info.items())
+        return f'Relevance({sum(map(len, self._scores.values()))} channels of {len(self)} groups{", " * bool(how)}{how})'
+
+
+def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
+    '''Spearman's rank correlation, with average ranks for ties; 0 where one side is constant.'''
+    ranks = [_ranks(values.numpy()) for values in (left, right)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Any) -> Any:
+    '''The rank of each value; equal values share the mean of their ranks.'''
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + last - 1) / 2.0)[inverse]
