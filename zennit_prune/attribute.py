@@ -164,6 +164,23 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     return inputs
 
 
+def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any]) -> Sequence[torch.Tensor | None]:
+    '''The relevance at ``inputs`` (tensors or gradient edges) when ``start`` is put on ``output``; None where none arrives.
+
+    Raises
+    ------
+    PruneError
+        If a rule of the composite fails.
+    '''
+    try:
+        return torch.autograd.grad([output], inputs, [start], allow_unused=True)
+    except PruneError:
+        raise
+    except RuntimeError as error:
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a module that '
+                         'it does not fit, e.g. one with several inputs: map it to no rule, or to one that fits.') from error
+
+
 def call_network(network: nn.Module, inputs: Any) -> Any:
     '''Call a network with a tensor, a tuple of arguments or a dict of keyword arguments.
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from .attribute import Initial, Reader, attributing, call_network, differentiable, initial_relevance, main_output
+from .attribute import Initial, Reader, attributing, call_network, differentiable, initial_relevance, main_output, propagate
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
@@ -57,6 +57,8 @@ class Collector:
                  initial: Initial = 'one-hot'):
         if aggregate not in AGGREGATES:
             raise PruneError(f'aggregate={aggregate!r} is unknown: use one of {", ".join(map(repr, AGGREGATES))}.')
+        if not graph.groups:
+            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what locks them.')
         self.graph, self.model, self.composite = graph, model, composite
         self.aggregate, self.initial = aggregate, initial
         self.states, self.unread = find_states(graph)
@@ -107,7 +109,10 @@ class Collector:
             output = main_output(call_network(self._network, inputs))
             start = initial_relevance(output, target, self.initial)
             caught = list(self._reader.caught.items())
-            relevance = torch.autograd.grad([output], [edge for _, edge in caught], [start], allow_unused=True)
+            if not caught:
+                raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of the modules '
+                                 'that hold them.')
+            relevance = propagate(output, start, [edge for _, edge in caught])
         self._forget_batch()
         self._add({place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None},
                   output.shape[0])
@@ -181,6 +186,8 @@ class Collector:
         '''
         if not self.samples:
             raise PruneError('there was no sample to collect relevance from: the loader is empty, or no batch was added.')
+        if not any(values.any() for values in self._sums.values()):
+            raise PruneError('all relevance is zero: the targets do not depend on any channel, or the network\'s last layer is zero.')
         counts = torch.tensor(self._counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
         sums = {name: values.to('cpu', torch.float64) for name, values in self._sums.items()}
         return Relevance({name: values.sum(0) / self.samples for name, values in sums.items()},

@@ -13,7 +13,7 @@ from torch import nn
 from zennit.core import Composite
 from zennit.image import palette
 
-from .attribute import (Initial, attributing, call_network, differentiable, initial_relevance, main_output,
+from .attribute import (Initial, attributing, call_network, differentiable, initial_relevance, main_output, propagate,
                         recommended_composite)
 from .canonize import GraphCanonizer
 from .errors import PruneError
@@ -62,8 +62,8 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
         if not floating:
             raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
         output = main_output(call_network(network, inputs))
-        relevance, = torch.autograd.grad([output], floating[:1], [initial_relevance(output, target, initial)])
-    relevance = relevance.detach().cpu()
+        arrived, = propagate(output, initial_relevance(output, target, initial), floating[:1])
+    relevance = torch.zeros(floating[0].shape) if arrived is None else arrived.detach().cpu()
     if not torch.isfinite(relevance).all():
         raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
     return relevance.sum(1) if relevance.dim() > 2 else relevance

@@ -41,7 +41,9 @@ def pointwise(call: Call) -> Candidates:
     if len(operands) == 1:
         result = call.fields(operands[0])
     else:
-        result = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in operands], call.outputs[0].dim())
+        written = call.outputs[0] if call.in_place else None
+        result = combine(call, [((1,) * tensor.dim() if call.is_uniform(tensor) and tensor is not written else tensor.shape,
+                                 call.fields(tensor)) for tensor in operands], call.outputs[0].dim())
     return [list(result) for _ in call.outputs]
 
 

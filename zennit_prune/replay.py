@@ -107,7 +107,7 @@ class Replayer(Tracer):
             return option.dims
         expected = self._counterpart(operation.name)
         if expected is None or output >= len(expected.layouts) or rank >= len(expected.layouts[output]):
-            raise Mismatch('the pruned network runs another operation here')
+            raise Mismatch(f'the pruned network runs {operation.name} here')
         dims = expected.layouts[output][rank]
         if any(varies(option, dim) for dim in range(option.ndim) if dim not in (dims or ())):
             raise Mismatch('channels end up along another dimension')

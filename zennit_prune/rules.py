@@ -66,6 +66,15 @@ class Call:
         '''Whether a tensor depends on parameters only, not on the network's input.'''
         return not self.tracer.is_active(tensor)
 
+    def is_uniform(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor without labels is constant or independent noise, so that it fits any choice of channels.'''
+        return self.tracer.is_uniform(tensor) and not self.fields(tensor)
+
+    @property
+    def in_place(self) -> bool:
+        '''Whether the operation writes into its first argument.'''
+        return bool(self.outputs) and any(self.outputs[0] is tensor for tensor in tensors_in((self.args, self.kwargs)))
+
     def tie(self, left: Labels, right: Labels) -> None:
         '''Labels at the same position of two arrays go or stay together (arrays broadcast).'''
         self.operation.ties.append((left, right))

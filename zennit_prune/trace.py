@@ -152,7 +152,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     for name, tensor in tensors_by_module(network):
         if name in fields:
             tracer.place(tensor, fields[name])
-    network.train(training)
+    network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -20,7 +20,10 @@ from .rules import RULES, Call, Candidates, NoRule
 TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout'}
 POINTWISE = set('copy_ add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish clamp '
                 'clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
-FILLS = {'full', 'scalar_tensor', 'lift_fresh'}  # constants made from numbers: their values must survive pruning
+FILLS = {'full', 'scalar_tensor', 'lift_fresh', 'new_full', 'full_like'}  # constants made from numbers: their values must survive pruning
+UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full', 'empty_like', 'zeros_like',
+           'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted', 'new_empty_strided'}
+REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
 NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
 
@@ -86,6 +89,7 @@ class Tracer(TorchDispatchMode):
         self._fields: dict[int, list[Field]] = {}
         self._values: dict[int, int] = {}
         self._active: set[int] = set()
+        self._uniform: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
         self._count = 0
 
@@ -95,6 +99,10 @@ class Tracer(TorchDispatchMode):
 
     def is_active(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._active
+
+    def is_uniform(self, tensor: torch.Tensor) -> bool:
+        '''Whether no position of a tensor differs from another: constants and independent noise, made as large as needed.'''
+        return id(tensor) in self._uniform
 
     def is_parameter(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self.parameters
@@ -161,6 +169,11 @@ class Tracer(TorchDispatchMode):
             self._active.update(map(id, outputs))
         name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
+        is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
+        if name in UNIFORM or (is_pointwise or name in REFILLED) and self._uniform.issuperset(map(id, inputs)):
+            self._uniform.update(map(id, outputs))
+        else:
+            self._uniform.difference_update(map(id, outputs))
         if not labelled and name not in FILLS:
             return result
         operation = self.begin(name)
@@ -168,15 +181,16 @@ class Tracer(TorchDispatchMode):
         operation.reads = [self.value_of(tensor) for tensor in inputs]
         operation.active = [id(tensor) in self._active for tensor in inputs]
         operation.shapes = [tuple(tensor.shape) for tensor in outputs]
-        is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
         candidates: Candidates
         if not labelled:
             candidates = [[] for _ in outputs]
         else:
             candidates = self._apply(Call(self, operation, func, args, kwargs, outputs), is_pointwise, inputs)
         self.settle(operation, outputs, candidates)
+        if name.startswith('new_'):
+            operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if name in FILLS:
-            operation.scalars = _constants(args)
+            operation.scalars = _constants(name, args)
         if name in TRANSPARENT and not operation.scalars:
             for tensor in outputs:
                 self._values[id(tensor)] = operation.reads[0]
@@ -241,9 +255,9 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
 
 
-def _constants(args: Any) -> list[float]:
+def _constants(name: str, args: Any) -> list[float]:
     '''The value of a constant made from a number, e.g. by ``torch.tensor(channels)``.'''
-    if args and isinstance(args[0], torch.Tensor):
+    if name == 'lift_fresh':
         known = args[0].numel() == 1 and not args[0].is_meta and not args[0].is_complex()
         return [float(args[0].detach().item())] if known else []
     return [float(value) for value in args if isinstance(value, (int, float))]

@@ -1,0 +1,39 @@
+# Each target makes what it needs in .venv, from nothing but Python 3.10 or later with venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+
+.PHONY: demo test test-other-zennit test-slow lint benchmark clean
+
+demo: $(VENV)/demo.installed
+	$(VENV)/bin/zennit-prune demo
+
+test: $(VENV)/test.installed
+	$(RUN) -m pytest -n $(WORKERS)
+	$(MAKE) test-other-zennit
+
+# Zennit 0.5.1 and 1.0.0 differ in their hooks: what touches them is tested with the one that is not installed, too.
+test-other-zennit: $(VENV)/test.installed
+	other=$$($(RUN) -c "from importlib.metadata import version; print('1.0.0' if version('zennit') < '1' else '0.5.1')") && \
+	$(RUN) -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target $(VENV)/zennit-$$other zennit==$$other && \
+	PYTHONPATH=$(VENV)/zennit-$$other $(RUN) -m pytest -n $(WORKERS) tests/test_collect.py tests/test_canonize.py tests/test_heatmap.py
+
+test-slow: $(VENV)/test.installed
+	$(RUN) -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/lint.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+benchmark: $(VENV)/benchmark.installed
+	$(RUN) benchmarks/structure.py
+	$(RUN) benchmarks/selection.py
+
+$(VENV)/%.installed: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
