@@ -1,4 +1,5 @@
 '''Shared by all tests.'''
 import torch
 
-torch.set_num_threads(1)  # the networks are tiny: threads cost more than they give, and results stay the same everywhere
+# the networks are tiny: threads cost more than they give
+torch.set_num_threads(1)

@@ -1,10 +1,11 @@
 '''Networks made up at random, and an oracle for pruning them that knows nothing of the library.
 
-A network is a list of steps over registers, run by :class:`Generated`. :func:`identify` runs the same steps on lists of channel
-identities instead of tensors: what a convolution brings forth is new, an addition makes identities one, a concatenation joins
-lists. From that alone follows which reads must be silent when channels go (:func:`Identities.masks`), and the original network
-with these reads silenced is what a pruned network must equal.
+A network is a list of steps over registers, run by :class:`Generated`. :func:`identify` runs the same steps on lists
+of channel identities instead of tensors: what a convolution brings forth is new, an addition makes identities one, a
+concatenation joins lists. From that alone follows which reads must be silent when channels go
+(:func:`Identities.masks`), and the original network with these reads silenced is what a pruned network must equal.
 '''
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,13 +19,20 @@ from torch.nn import functional as F
 FIXED = 0  # the identity of everything that must stay: inputs, outputs, constants
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    'relu': nn.ReLU, 'relu_': lambda: nn.ReLU(inplace=True), 'silu': nn.SiLU, 'silu_': lambda: nn.SiLU(inplace=True),
-    'leaky': nn.LeakyReLU, 'hardswish': nn.Hardswish, 'dropout': nn.Dropout, 'prelu_one': nn.PReLU,
+    'relu': nn.ReLU,
+    'relu_': lambda: nn.ReLU(inplace=True),
+    'silu': nn.SiLU,
+    'silu_': lambda: nn.SiLU(inplace=True),
+    'leaky': nn.LeakyReLU,
+    'hardswish': nn.Hardswish,
+    'dropout': nn.Dropout,
+    'prelu_one': nn.PReLU,
 }
 
 
 class Step(NamedTuple):
     '''One step: the value of register ``output`` is ``kind`` of the registers ``inputs``.'''
+
     kind: str
     inputs: tuple[int, ...]
     output: int
@@ -203,7 +211,8 @@ def _sizes(model: Generated, channels: int, size: int) -> dict[int, Any]:
         layer = model.layers[step.module] if step.module else None
         values[step.output] = FORWARD[step.kind](layer, step.numbers, *[values[register] for register in step.inputs])
     return {register: value[0, 0].numel() for register, value in values.items() if isinstance(value, torch.Tensor)} | {
-        register: None for register, value in values.items() if not isinstance(value, torch.Tensor)}
+        register: None for register, value in values.items() if not isinstance(value, torch.Tensor)
+    }
 
 
 def _identified(found: Identities, number: int, step: Step, layer: Any, inputs: list[Any], positions: int) -> Any:
@@ -238,11 +247,11 @@ def _identified(found: Identities, number: int, step: Step, layer: Any, inputs: 
         return [identity for value in inputs for identity in value]
     elif kind in ('chunk', 'halves'):
         width = len(x) // step.numbers[0]
-        return [x[start:start + width] for start in range(0, len(x), width)]
+        return [x[start : start + width] for start in range(0, len(x), width)]
     elif kind == 'split_fixed':
         found.fix(x)
         stops = np.cumsum(step.numbers).tolist()
-        return [x[stop - width:stop] for width, stop in zip(step.numbers, stops)]
+        return [x[stop - width : stop] for width, stop in zip(step.numbers, stops, strict=True)]
     elif kind == 'item':
         return x[step.numbers[0]]
     elif kind == 'flip':
@@ -288,7 +297,7 @@ class Generator:
 
     def network(self) -> Generated:
         with torch.random.fork_rng():
-            torch.manual_seed(int(self.rng.integers(2 ** 31)))
+            torch.manual_seed(int(self.rng.integers(2**31)))
             x = self.convolution(0)
             for _ in range(self.rng.integers(1, 5)):
                 x = self.block(x)
@@ -298,7 +307,9 @@ class Generator:
         return model.eval()
 
     # steps
-    def add(self, kind: str, *inputs: int, shape: Any = None, layer: nn.Module | None = None, numbers: Sequence[int] = ()) -> int:
+    def add(
+        self, kind: str, *inputs: int, shape: Any = None, layer: nn.Module | None = None, numbers: Sequence[int] = ()
+    ) -> int:
         '''Append a step; its shape (channels, rows) is the first input's unless given.'''
         name = ''
         if layer is not None:
@@ -332,8 +343,19 @@ class Generator:
     def block(self, x: int) -> int:
         if self.shapes[x][0] > 16:
             x = self.convolution(x)
-        kinds = [self.chain, self.chain, self.residual, self.residual, self.branches, self.chunks, self.excitation, self.option_a,
-                 self.twice, self.shuffled, self.resolution]
+        kinds = [
+            self.chain,
+            self.chain,
+            self.residual,
+            self.residual,
+            self.branches,
+            self.chunks,
+            self.excitation,
+            self.option_a,
+            self.twice,
+            self.shuffled,
+            self.resolution,
+        ]
         return self.choose(kinds)(x)
 
     def chain(self, x: int) -> int:
@@ -344,8 +366,21 @@ class Generator:
     def single(self, x: int) -> int:
         '''One step that keeps a single stream.'''
         channels, rows = self.shapes[x]
-        kind = self.choose(['convolution', 'convolution', 'activation', 'activation', 'norm', 'norm', 'depthwise', 'grouped', 'scale',
-                            'prelu', 'rare'])
+        kind = self.choose(
+            [
+                'convolution',
+                'convolution',
+                'activation',
+                'activation',
+                'norm',
+                'norm',
+                'depthwise',
+                'grouped',
+                'scale',
+                'prelu',
+                'rare',
+            ]
+        )
         if kind == 'activation':
             if self.maybe(0.15):
                 return self.add('relu_in_place', x)
@@ -360,7 +395,9 @@ class Generator:
             return self.convolution(x, channels * factor, groups=channels) if channels > 1 else x
         if kind == 'grouped':
             groups = self.divisor(channels)
-            return self.convolution(x, groups * self.choose([1, 2, 3]), groups=groups) if groups else self.convolution(x)
+            return (
+                self.convolution(x, groups * self.choose([1, 2, 3]), groups=groups) if groups else self.convolution(x)
+            )
         if kind == 'scale':
             return self.add('follower', x, layer=Scale(channels, self.maybe(0.6)))
         if kind == 'prelu':
@@ -372,8 +409,19 @@ class Generator:
     def rare(self, x: int) -> int:
         '''What must lock channels, and small oddities.'''
         channels = self.shapes[x][0]
-        kind = self.choose(['layer_norm', 'channel_mean_gate', 'view_fixed', 'split_fixed', 'flip', 'flip', 'linear_last', 'linear_last',
-                            'spatial_gate'])
+        kind = self.choose(
+            [
+                'layer_norm',
+                'channel_mean_gate',
+                'view_fixed',
+                'split_fixed',
+                'flip',
+                'flip',
+                'linear_last',
+                'linear_last',
+                'spatial_gate',
+            ]
+        )
         if kind == 'layer_norm':
             return self.add(kind, x, layer=nn.LayerNorm(channels))
         if kind == 'view_fixed':
@@ -388,7 +436,9 @@ class Generator:
             return self.add('cat', right, left, shape=self.shapes[x])
         if kind == 'linear_last':
             out = int(self.choose([2, 4, 5]))
-            return self.add(kind, x, shape=(out, self.shapes[x][1]), layer=nn.Linear(channels, out, bias=self.maybe(0.5)))
+            return self.add(
+                kind, x, shape=(out, self.shapes[x][1]), layer=nn.Linear(channels, out, bias=self.maybe(0.5))
+            )
         if kind == 'spatial_gate':
             return self.add('gate', x, self.convolution(x, 1, 1))
         return self.add(kind, x)
@@ -421,8 +471,11 @@ class Generator:
         matched = []
         for out in outs:
             while self.shapes[out][1] > rows:
-                out = self.convolution(out, stride=2) if -(-self.shapes[out][1] // 2) >= rows else self.add(
-                    'squeeze', out, shape=(self.shapes[out][0], 1))
+                out = (
+                    self.convolution(out, stride=2)
+                    if -(-self.shapes[out][1] // 2) >= rows
+                    else self.add('squeeze', out, shape=(self.shapes[out][0], 1))
+                )
             matched.append(out)
         if len({self.shapes[out][1] for out in matched}) > 1:
             matched = [self.add('squeeze', out, shape=(self.shapes[out][0], 1)) for out in matched]
@@ -447,9 +500,13 @@ class Generator:
             items = [self.add('squeeze', item, shape=(self.shapes[item][0], 1)) for item in items]
         way = self.choose(['add', 'cat', 'gate'])
         if way == 'cat':
-            return self.add('cat', *reversed(items), shape=(sum(self.shapes[item][0] for item in items), self.shapes[items[0]][1]))
+            return self.add(
+                'cat', *reversed(items), shape=(sum(self.shapes[item][0] for item in items), self.shapes[items[0]][1])
+            )
         if way == 'gate':
-            return self.add('gate', *items[:2]) if pieces == 2 else self.add('add', self.add('gate', *items[:2]), items[2])
+            return (
+                self.add('gate', *items[:2]) if pieces == 2 else self.add('add', self.add('gate', *items[:2]), items[2])
+            )
         return self.add('add', *items)
 
     def excitation(self, x: int) -> int:
@@ -500,9 +557,15 @@ class Generator:
         kinds += ['pixel_unshuffle'] if rows > 1 and rows % 2 == 0 and channels <= 4 else []
         kinds += ['pixel_shuffle'] if channels % 4 == 0 and channels > 4 and rows < 9 else []
         kind = self.choose(kinds or ['squeeze'])
-        shape = {'pad_space': (channels, rows + 1), 'upsample': (channels, 2 * rows), 'max_pool': (channels, -(-rows // 2)),
-                 'avg_pool': (channels, rows // 2), 'pixel_unshuffle': (4 * channels, rows // 2),
-                 'pixel_shuffle': (channels // 4, 2 * rows), 'squeeze': (channels, 1)}[kind]
+        shape = {
+            'pad_space': (channels, rows + 1),
+            'upsample': (channels, 2 * rows),
+            'max_pool': (channels, -(-rows // 2)),
+            'avg_pool': (channels, rows // 2),
+            'pixel_unshuffle': (4 * channels, rows // 2),
+            'pixel_shuffle': (channels // 4, 2 * rows),
+            'squeeze': (channels, 1),
+        }[kind]
         return self.add(kind, x, shape=shape)
 
     def head(self, x: int) -> None:
@@ -511,7 +574,7 @@ class Generator:
         if way == 'map':
             self.convolution(self.convolution(x), 3)
             return
-        width = channels * rows ** 2 if way == 'flatten' else channels
+        width = channels * rows**2 if way == 'flatten' else channels
         if width > 400:
             way, width = 'mean', channels
         x = self.add(way, x, shape=(width, 1))
@@ -530,7 +593,10 @@ def _randomise(model: nn.Module) -> None:
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.running_mean.normal_(0, 0.5)
                 module.running_var.uniform_(0.5, 2)
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
+            if (
+                isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm))
+                and module.weight is not None
+            ):
                 module.weight.normal_(1, 0.5)
                 module.bias.normal_(0, 0.5)
             if isinstance(module, nn.PReLU):

@@ -35,7 +35,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     round_to: int, optional
         Groups that lose channels keep a multiple of this many.
     per_cost: bool
-        Divide scores by what the channel saves in the budget's unit.
+        Divide scores by what the channel saves, in the budget's unit, for each layer that brings it forth.
 
     Returns
     -------
@@ -48,7 +48,8 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         If the budget is out of reach, with the nearest that is; if it asks for no removal; for arguments out of range.
     '''
     _check(min_channels, floor, round_to)
-    savings = costs.savings(budget.unit)
+    layers = np.array([max(len(group.layers('producer')), 1) for group in graph.groups])
+    savings = costs.savings(budget.unit) / layers  # a score is a mean over a stream's layers, and so is what it is divided by
     priorities, owners, steps = [], [], []
     orders: dict[int, npt.NDArray[np.int64]] = {}
     for number, group in enumerate(graph.groups):

@@ -19,6 +19,7 @@ from .networks import unwrapped
 from .trace import Recording, record
 from .tracer import Operation
 
+LINEAR = {'convolution', 'addmm', 'mm'}
 ADDITIONS = {'add', 'add_', '__add__', '__iadd__', '__radd__'}
 
 
@@ -66,7 +67,7 @@ class GraphCanonizer(Canonizer):
         for operation in operations:
             if 'batch_norm' in operation.name:
                 linear = writer.get(operation.reads[0])
-                names = (linear.site.module, operation.site.module) if linear is not None and linear.contracted else ('', '')
+                names = (linear.site.module, operation.site.module) if linear is not None and linear.name in LINEAR else ('', '')
                 if all(self.calls.get(name) == 1 for name in names) and readers[operation.reads[0]] == 1:
                     self.batch_norms.append(names)
             elif _is_addition(operation):

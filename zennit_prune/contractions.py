@@ -13,11 +13,16 @@ NO_PARTNER = 'it is multiplied with something of fixed size'
 
 
 def contract(call: Call, left: Labels, left_tensor: torch.Tensor, right: Labels, right_tensor: torch.Tensor) -> None:
-    '''Tie two contracted dimensions, and remember which side is a weight: zeroing it there silences the channel.'''
+    '''Tie two contracted dimensions, and remember which side is a weight: zeroing it there silences the channel.
+
+    Where neither is, the channel is silent if one side is zero whenever the weights that bring it forth are.
+    '''
     call.tie(left, right)
     call.operation.contracted.append(left)
     sides = [labels for labels, tensor in ((left, left_tensor), (right, right_tensor)) if call.is_weight(tensor)]
     (call.operation.consumers if sides else call.operation.paired).extend(sides or [left])
+    if not sides and not (call.tracer.vanishes(left_tensor) or call.tracer.vanishes(right_tensor)):
+        call.lock('activations are multiplied that are not zero where their weights are', left, right)
 
 
 def produce(call: Call, tensor: torch.Tensor, labels: Labels) -> None:
@@ -160,7 +165,7 @@ def batch_norm(call: Call) -> Candidates:
     training = next((value for value in call.args[5:] if isinstance(value, bool)), call.name != '_native_batch_norm_legit_no_training')
     if training:
         for field in call.fields(x):
-            if field.dims != (1,):
+            if 1 not in field.dims:
                 call.lock('its batch statistics run over it', field)
     flowing = call.vector(x, 1)
     for tensor in call.args[1:5]:
@@ -193,9 +198,11 @@ def group_norm(call: Call) -> Candidates:
     '''Statistics run over the channels of a group: whole groups go.'''
     x, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]
     flowing = call.vector(x, 1)
+    statistics: list[Field | Labels] = []
     if flowing is not None:
         blocks = flowing.reshape(groups, -1)
         call.tie(blocks, blocks[:, :1])
+        statistics.append(Field.along(blocks[:, 0], 1, 2))
         if weight is None or not call.tracer.is_parameter(weight):
             call.lock('GroupNorm without weights keeps its number of channels', flowing)
         else:
@@ -206,7 +213,7 @@ def group_norm(call: Call) -> Candidates:
                 call.lock('it normalises something of fixed size', field)
             else:
                 call.tie(field.labels.reshape(-1), flowing)
-    return [list(call.fields(x))] + [[] for _ in call.outputs[1:]]
+    return [list(call.fields(x))] + [list(statistics) for _ in call.outputs[1:]]
 
 
 @operation_rule('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_efficient_attention',

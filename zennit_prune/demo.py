@@ -20,6 +20,7 @@ from .storage import load, save
 from .tables import table
 
 EPOCHS = 12
+DROPOUT = 0.2
 FURTHER = 2
 BATCH = 64
 SHOWN = 8
@@ -38,15 +39,15 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.dropout2d(F.relu(self.bn1(self.conv1(x))), DROPOUT, self.training)
         y = self.bn2(self.conv2(y))
-        return F.relu(y + self.shortcut(x))
+        return F.dropout2d(F.relu(y + self.shortcut(x)), DROPOUT, self.training)
 
 
 class DigitNet(nn.Module):
     '''Three residual blocks for 8 x 8 scans of digits.'''
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 48):
         super().__init__()
         self.conv = nn.Conv2d(1, width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
@@ -110,7 +111,7 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
 
     composite = EpsilonPlus()
     pruner = Pruner(network, composite, data[:1])
-    plan = pruner.plan(pruner.collect((data[chosen], truth[chosen])), HALF, floor=0.5)
+    plan = pruner.plan(pruner.collect((data[chosen], truth[chosen])), HALF, per_cost=False)
     print(plan)
 
     shown, targets = test_data[:SHOWN], test_truth[:SHOWN]
@@ -132,7 +133,7 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
     print(_summary(folder, test_data, test_truth, network, small, trained))
     rivals = []
     for seed in range(3):
-        random = pruner.plan(pruner.collect((), 'random', seed=seed), HALF, floor=0.5).apply(network, verify=False)
+        random = pruner.plan(pruner.collect((), 'random', seed=seed), HALF, per_cost=False).apply(network, verify=False)
         rivals.append((accuracy(random, test_data, test_truth),
                        accuracy(train(random, data, truth, FURTHER), test_data, test_truth)))
     at_once, later = zip(*rivals)

@@ -70,7 +70,7 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
 
 
 def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: dict[str, torch.Tensor],
-                  captions: Sequence[str] = (), cmap: str = 'coldnhot') -> None:
+                  captions: Sequence[str] = (), cmap: str = 'bwr') -> None:
     '''Draw inputs and their heatmaps as one PNG: a column for each image, a row for each network.
 
     The heatmaps of one image share one scale, symmetric around zero, so that rows can be compared.

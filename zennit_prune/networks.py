@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +24,20 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    '''All tensors a network returned: nested tuples, lists, dicts, or objects with ``to_tuple`` or dataclass fields.'''
-    if hasattr(output, 'to_tuple'):
-        output = output.to_tuple()
-    elif is_dataclass(output):
-        output = vars(output)
-    return tensors_in(output)
+    '''All tensors a network returned, in nested tuples, lists, dicts and the attributes of objects.'''
+    return list(_found(output, set()))
+
+
+def _found(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (str, bytes, type, nn.Module)):
+        seen.add(id(value))
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list, set)) else \
+            vars(value).values() if hasattr(value, '__dict__') else [
+                getattr(value, name) for kind in type(value).__mro__ for name in getattr(kind, '__slots__', ()) if hasattr(value, name)]
+        for part in parts:
+            yield from _found(part, seen)
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -83,6 +90,10 @@ def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
         for _, tensor in tensors_by_module(model):
             empty = torch.empty_like(tensor, device='meta', requires_grad=False)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        for module in model.modules():
+            for value in module.__dict__.values():
+                if isinstance(value, torch.Tensor):  # what forward cached
+                    memo[id(value)] = torch.empty_like(value, device='meta', requires_grad=False)
     return copied(model, memo)
 
 

@@ -75,7 +75,7 @@ def movement(call: Call) -> Candidates:
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 
 
-@operation_rule('expand', 'squeeze', 'select', 'unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
+@operation_rule('expand', 'squeeze', 'unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
                 'unfold', 'diagonal')
 def movement_at_size(call: Call) -> Candidates:
     '''Operations whose effect depends on the size of every dimension: executed on the labels at full size.'''
@@ -84,7 +84,7 @@ def movement_at_size(call: Call) -> Candidates:
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 
 
-@operation_rule('view', '_unsafe_view', 'reshape', 'view_as_complex', '_reshape_copy')
+@operation_rule('view')
 def view(call: Call) -> Candidates:
     old, new = tuple(call.args[0].shape), tuple(call.outputs[0].shape)
     return [[reshaped(field, old, new) for field in call.fields(call.args[0])]]
@@ -128,7 +128,7 @@ def im2col(call: Call) -> Candidates:
     return [result]
 
 
-@operation_rule('split', 'split_with_sizes', 'split_copy', 'split_with_sizes_copy')
+@operation_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes')
 def split(call: Call) -> Candidates:
     '''Equal blocks of a labelled dimension lose the same positions, so that the blocks stay equal.'''
     dim = call.dim(2)
@@ -166,6 +166,20 @@ def slice_(call: Call) -> Candidates:
         if fixed:
             call.lock('it is sliced at fixed positions', field.labels[(slice(None),) * dim + (slice(0, fixed),)])
         result.append(Field(field.labels[(slice(None),) * dim + (bounds,)], field.dims))
+    return [result]
+
+
+@operation_rule('select')
+def select(call: Call) -> Candidates:
+    '''A fixed position is picked: it stays, and so does everything that its number counts from.'''
+    dim, at = call.dim(1), call.argument(2, 'index')
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        chosen = (slice(None),) * dim
+        if dim in field.dims:
+            call.lock('a fixed position of it is picked', field.labels[(*chosen, slice(0, at + 1) if at >= 0 else slice(at, None))])
+        dims = tuple(d - (d > dim) for d in field.dims if d != dim)
+        result.append(Field(field.labels[(*chosen, at if dim in field.dims else 0)], dims))
     return [result]
 
 

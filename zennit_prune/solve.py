@@ -46,18 +46,19 @@ class Solution:
 def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     '''Find the removable channels, given further ``locks`` (labels, reason) beside those recorded.'''
     ties = [tie for operation in recording.operations for tie in operation.ties]
+    blocks: list[tuple[Labels, Labels]] = []
     joint = joint_fields(recording.operations)
     while True:
-        edges = flat_pairs(ties)
+        edges = flat_pairs(ties + blocks)
         component = components(recording.size, edges[:, (edges != 0).all(0)])
-        reasons = _lock_reasons(recording, locks, ties, component)
+        reasons = _lock_reasons(recording, locks, blocks, component)
         kept = np.zeros(recording.size, bool)
         kept[list(reasons)] = True
         kept[0] = True
         further = list(_rectangular_ties(joint, np.where(kept[component], 0, component)))
         if not further:
             break
-        ties = ties + further
+        blocks += further
     read = np.zeros(recording.size, bool)
     for operation in recording.operations:
         for labels in operation.contracted:
@@ -69,7 +70,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     return Solution(component, channel, _group(recording, channel, len(roots)), reasons)
 
 
-def _lock_reasons(recording: Recording, locks: Sequence[Lock], ties: Sequence[tuple[Labels, Labels]],
+def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[tuple[Labels, Labels]],
                   component: Labels) -> dict[int, str]:
     '''The first lock that hits each component, in execution order.'''
     reasons: dict[int, str] = {}
@@ -85,9 +86,16 @@ def _lock_reasons(recording: Recording, locks: Sequence[Lock], ties: Sequence[tu
             hit(labels, f'{reason} ({operation})')
         for left, right in operation.ties:
             if not (left.all() and right.all()):
-                edges = flat_pairs([(left, right)])
-                hit(edges.max(0)[edges.min(0) == 0], f'it meets positions that must stay ({operation})')
+                hit(_beside_zero(left, right), f'it meets positions that must stay ({operation})')
+    for left, right in blocks:
+        hit(_beside_zero(left, right), 'it forms a block with positions that must stay')
     return reasons
+
+
+def _beside_zero(left: Labels, right: Labels) -> Labels:
+    '''The labels that are tied to label 0.'''
+    edges = flat_pairs([(left, right)])
+    return edges.max(0)[edges.min(0) == 0]
 
 
 def joint_fields(operations: Iterable[Operation]) -> list[Labels]:

@@ -1,7 +1,9 @@
 '''Where the relevance of a channel is read: the tensors that carry its complete value.
 
 For a plain convolution that is its output. In a residual stream it is the first value and the output of every coupling
-operation: what a branch adds is a summand, and what one branch reads is a part.
+operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel a new
+value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before may be a
+constant that matters behind.
 '''
 from __future__ import annotations
 
@@ -109,16 +111,18 @@ class Flow:
         self.owner = owner[graph.solution.channel]
         self.number = {group.name: number for number, group in enumerate(graph.groups)}
         self._producing: defaultdict[int, list[Operation]] = defaultdict(list)
-        self._coupling: defaultdict[int, list[Operation]] = defaultdict(list)
+        self._renewing: defaultdict[int, list[Operation]] = defaultdict(list)
         for operation in self.operations:
             for number in self._numbers(operation.producers):
                 self._producing[number].append(operation)
             carried = [set(self._numbers([field.labels for field in fields]))
                        for fields, active in zip(operation.inputs, operation.active) if active]
-            if not operation.contracted and len(carried) > 1 and operation.name not in ('cat', 'stack'):
-                for number in set.union(*carried):
-                    if sum(number in numbers for numbers in carried) > 1:
-                        self._coupling[number].append(operation)
+            if operation.contracted or operation.name in ('cat', 'stack'):
+                continue
+            depthwise = operation.name == 'convolution'
+            for number in set().union(*carried):
+                if depthwise or sum(number in numbers for numbers in carried) > 1:
+                    self._renewing[number].append(operation)
 
     def _numbers(self, arrays: list[Labels]) -> list[int]:
         '''The groups that label arrays hold channels of.'''
@@ -132,20 +136,20 @@ class Flow:
         return None
 
     def candidates(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
-        '''The values that weights bring forth, and those that couple several activations.'''
+        '''The values that weights bring forth, and those that couple several activations or pass a depthwise convolution.'''
         number = self.number[group.name]
-        for operation in (*self._producing[number], *self._coupling[number]):
+        for operation in (*self._producing[number], *self._renewing[number]):
             for value in operation.writes[:1]:
                 if self.carries(value, group):
                     yield value, operation
 
     def is_complete(self, value: int, group: ChannelGroup) -> bool:
-        '''Whether something else than a coupling operation reads the value, be it after norms and activations.'''
-        coupling = {id(operation) for operation in self._coupling[self.number[group.name]]}
+        '''Whether anything reads the value, after norms and activations or not, that does not merely turn it into another state.'''
+        renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         front, seen = [value], {value}
         while front:
             for operation in self.readers[front.pop()]:
-                if id(operation) in coupling:
+                if id(operation) in renewing:
                     continue
                 onward = [written for written in operation.writes if self.carries(written, group)]
                 if operation.contracted and self.number[group.name] in self._numbers(operation.contracted) or not onward:

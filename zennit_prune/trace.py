@@ -19,10 +19,12 @@ from .calls import CallCounter, Frame, Site
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
-from .tracer import Operation, Tracer
+from .tracer import Operation, Tracer, numbers_in
 
 
 TRACED_BATCH = 2
+MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
+FROM_NUMBERS = {torch.tensor, torch.as_tensor}
 
 
 class Boundaries(CallCounter):
@@ -44,6 +46,10 @@ class Boundaries(CallCounter):
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site = self.site
+        if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value for value in args)
+        elif func in FROM_NUMBERS and self.tracer is not None:
+            self.tracer.constant(list(numbers_in(args)))
         result = func(*args, **kwargs)
         self._note('function', Frame(site.module, '', site.call), result, site)
         return result

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -20,9 +21,12 @@ from .rules import RULES, Call, Candidates, NoRule
 TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout'}
 POINTWISE = set('copy_ add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish clamp '
                 'clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
-FILLS = {'full', 'scalar_tensor', 'lift_fresh', 'new_full', 'full_like'}  # constants made from numbers: their values must survive pruning
 UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full', 'empty_like', 'zeros_like',
            'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted', 'new_empty_strided'}
+SIZED = UNIFORM | {'view', 'expand', 'split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', 'native_layer_norm',
+                   'native_group_norm', 'as_strided'}
+SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
+VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt abs'.split())
 REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
 NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
@@ -70,6 +74,10 @@ class Operation:
         return f'{self.name} in {self.site.module or "the network itself"}'
 
 
+def _dim(args: Any) -> int:
+    return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
+
+
 class Tracer(TorchDispatchMode):
     '''Carry label fields along while a network runs, and record every operation that meets one.
 
@@ -90,6 +98,7 @@ class Tracer(TorchDispatchMode):
         self._values: dict[int, int] = {}
         self._active: set[int] = set()
         self._uniform: set[int] = set()
+        self._vanishing: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
         self._count = 0
 
@@ -103,6 +112,16 @@ class Tracer(TorchDispatchMode):
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         '''Whether no position of a tensor differs from another: constants and independent noise, made as large as needed.'''
         return id(tensor) in self._uniform
+
+    def vanishes(self, tensor: torch.Tensor) -> bool:
+        '''Whether a channel of a tensor is zero once the weights that bring it forth are.'''
+        return id(tensor) in self._vanishing
+
+    def constant(self, numbers: Sequence[float]) -> None:
+        '''A tensor is made from numbers: pruning may not change them.'''
+        operation = self.begin('constant')
+        operation.scalars = list(numbers)
+        self.record(operation)
 
     def is_parameter(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self.parameters
@@ -126,6 +145,7 @@ class Tracer(TorchDispatchMode):
         '''Give a parameter its labels.'''
         self._alive.append(tensor)
         self._fields[id(tensor)] = fields
+        self._vanishing.add(id(tensor))
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
         '''Mark the network's inputs: what depends on them is an activation.'''
@@ -134,6 +154,9 @@ class Tracer(TorchDispatchMode):
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
+        if not outputs:
+            raise PruneError('the network returns no tensor that was found: it must return tensors, or nested tuples, lists, dicts or '
+                             'objects that hold them as attributes.')
         operation = Operation('output', Site('', 0, 'output', 0))
         for tensor in outputs:
             fields = self.fields_of(tensor)
@@ -168,14 +191,13 @@ class Tracer(TorchDispatchMode):
         if not self._active.isdisjoint(map(id, inputs)):
             self._active.update(map(id, outputs))
         name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
+        name = SAME.get(name, name)
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
         is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
         if name in UNIFORM or (is_pointwise or name in REFILLED) and self._uniform.issuperset(map(id, inputs)):
             self._uniform.update(map(id, outputs))
         else:
             self._uniform.difference_update(map(id, outputs))
-        if not labelled and name not in FILLS:
-            return result
         operation = self.begin(name)
         operation.inputs = [self._fields.get(id(tensor), []) for tensor in inputs]
         operation.reads = [self.value_of(tensor) for tensor in inputs]
@@ -187,22 +209,52 @@ class Tracer(TorchDispatchMode):
         else:
             candidates = self._apply(Call(self, operation, func, args, kwargs, outputs), is_pointwise, inputs)
         self.settle(operation, outputs, candidates)
-        if name.startswith('new_'):
+        self._note_vanishing(operation, args, outputs, is_pointwise)
+        if name in UNIFORM and not any(operation.outputs):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
-        if name in FILLS:
-            operation.scalars = _constants(name, args)
-        if name in TRANSPARENT and not operation.scalars:
+        if name in TRANSPARENT:
             for tensor in outputs:
                 self._values[id(tensor)] = operation.reads[0]
         else:
             for tensor in outputs:
                 self.renew(tensor)
             operation.writes = [self._values[id(tensor)] for tensor in outputs]
-            operation.scalars += [value for value in _numbers((args, kwargs)) if is_pointwise or isinstance(value, float)]
+            operation.scalars = self._fixed_numbers(name, args, kwargs)
             if func.overloadpacket in flop_registry:
                 operation.flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
             self.record(operation)
         return result
+
+    def _fixed_numbers(self, name: str, args: Any, kwargs: Any) -> list[float]:
+        '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
+        if name in SIZED:
+            return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
+                    or name in UNIFORM and isinstance(value, int)]
+        if name == 'convolution':
+            return list(numbers_in(args[3:8]))
+        if name == 'slice' and any(_dim(args) in field.dims for field in self.fields_of(args[0])):
+            return list(numbers_in(args[4:]))
+        if name == 'slice':
+            return [_dim(args), *slice(*args[2:5]).indices(args[0].shape[_dim(args)])]
+        return list(numbers_in((args, kwargs)))
+
+    def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor], is_pointwise: bool) -> None:
+        '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
+        vanishing = [id(tensor) in self._vanishing for tensor in tensors_in(args)]
+        labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
+        if operation.name in ('mul', 'bmm', 'mm', 'convolution'):
+            zero = any(labelled) or bool(operation.producers)
+        elif operation.name == 'div':
+            zero = vanishing[:1] == [True]
+        elif operation.name in ('add', 'sub'):
+            zero = len(vanishing) > 1 and all(vanishing)
+        elif operation.name == 'addmm':
+            zero = vanishing[0] and bool(operation.producers)
+        else:
+            zero = bool(labelled) and all(labelled) and 'softmax' not in operation.name and (
+                not is_pointwise or operation.name in VANISHING)
+        change = self._vanishing.update if zero else self._vanishing.difference_update
+        change(map(id, outputs))
 
     def _apply(self, call: Call, is_pointwise: bool, inputs: list[torch.Tensor]) -> Candidates:
         rule = pointwise if is_pointwise else RULES.get(call.name)
@@ -230,7 +282,8 @@ class Tracer(TorchDispatchMode):
                 elif isinstance(option, Field) and option.dims == dims:
                     fields.append(option)
                 else:
-                    fields.append(Field(narrowed_to(labels, dims), dims))
+                    shape = [size if dim in dims else 1 for dim, size in enumerate(tensor.shape)]
+                    fields.append(Field(np.broadcast_to(narrowed_to(labels, dims), shape), dims))
             operation.layouts.append(layout)
             operation.outputs.append(fields)
             self._fields[id(tensor)] = fields
@@ -243,21 +296,13 @@ class Tracer(TorchDispatchMode):
         return dims if dims or option.reshape(-1)[:1].any() else None
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    '''All numbers (not booleans) in nested arguments.'''
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def numbers_in(value: Any) -> Iterator[float]:
+    '''All numbers and flags in nested arguments.'''
+    if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _numbers(item)
+            yield from numbers_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _numbers(item)
-
-
-def _constants(name: str, args: Any) -> list[float]:
-    '''The value of a constant made from a number, e.g. by ``torch.tensor(channels)``.'''
-    if name == 'lift_fresh':
-        known = args[0].numel() == 1 and not args[0].is_meta and not args[0].is_complex()
-        return [float(args[0].detach().item())] if known else []
-    return [float(value) for value in args if isinstance(value, (int, float))]
+            yield from numbers_in(item)

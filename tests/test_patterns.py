@@ -1,0 +1,752 @@
+'''One small network per pattern people write: pruned exactly, or locked with a reason.'''
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+import zennit_prune as zp
+from zennit_prune.verify import compare
+
+Forward = Callable[..., Any]
+
+
+class Net(nn.Module):
+    '''A network of named layers and parameters whose forward is a function.'''
+
+    def __init__(self, forward: Forward, **parts: Any):
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+@dataclass
+class Answer:
+    features: Any
+    logits: torch.Tensor
+
+
+class Pattern(NamedTuple):
+    '''A network, and what is expected: sizes of groups by name; parts of the reasons for which layers are locked.'''
+
+    make: Callable[[], Net]
+    groups: dict[str, int] | None = None
+    locked: dict[str, str] | None = None
+    example: Callable[[], Any] = lambda: image()
+
+
+def image(size: int = 6) -> torch.Tensor:
+    return torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def conv(inputs: int, outputs: int, kernel: int = 1, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def classified(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return net.head(h.mean((2, 3)))
+
+
+def one_layer(change: Forward, width: int = 8, out: int | None = None, **parts: Any) -> Callable[[], Net]:
+    '''``conv``, what ``change`` does with its output, ``head``.'''
+
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return classified(net, change(net, net.conv(x)))
+
+    return lambda: Net(forward, conv=conv(3, width), head=nn.Linear(out or width, 4), **parts)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))))
+
+
+def with_buffer(make: Callable[[], Net], **buffers: torch.Tensor) -> Callable[[], Net]:
+    def made() -> Net:
+        net = make()
+        for name, tensor in buffers.items():
+            net.register_buffer(name, tensor)
+        return net
+
+    return made
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return parameter(*shape).data
+
+
+def tokens(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.conv(x).flatten(2).transpose(1, 2)
+
+
+def attention(scores: Forward) -> Callable[[], Net]:
+    '''Attention by hand; ``scores`` makes weights of queries and keys.'''
+
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        h = tokens(net, x)
+        return net.head((scores(net.query(h), net.key(h)) @ net.value(h)).mean(1))
+
+    return lambda: Net(
+        forward,
+        conv=conv(3, 8),
+        query=nn.Linear(8, 6),
+        key=nn.Linear(8, 6),
+        value=nn.Linear(8, 5),
+        head=nn.Linear(5, 4),
+    )
+
+
+def two_heads(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = tokens(net, x)
+    query, key, value = (layer(h).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (net.query, net.key, net.value))
+    mixed = (query @ key.transpose(-2, -1) * 0.4).softmax(-1) @ value
+    return net.head(mixed.transpose(1, 2).flatten(2)).mean(1)
+
+
+def split_path(net: Net, x: torch.Tensor) -> torch.Tensor:
+    left, right = net.conv(x).split([3, 5], 1)
+    return classified(net, torch.cat([right, left], 1))
+
+
+def cached(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    if getattr(net, 'cache', None) is None:
+        net.cache = torch.ones(h.shape[2:], dtype=h.dtype, device=h.device)
+    net.last = h
+    return classified(net, h * net.cache)
+
+
+def auxiliary(net: Net, x: torch.Tensor) -> Any:
+    h = net.conv(x)
+    y = classified(net, net.next(h))
+    return (y, net.side(h.mean((2, 3)))) if net.training else y
+
+
+def in_place(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    left, right = h.chunk(2, 1)
+    left.mul_(2).add_(right)
+    h.relu_()
+    h += net.other(x)
+    return classified(net, h)
+
+
+def shared_twice(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    return classified(net, net.same(F.silu(net.same(h))))
+
+
+def grown(net: Net, x: torch.Tensor) -> torch.Tensor:
+    '''An answer whose features the caller reads.'''
+    h = net.conv(x)
+    return h, classified(net, net.next(h))
+
+
+def stack(**parts: Any) -> Callable[[Forward], Callable[[], Net]]:
+    return lambda forward: lambda: Net(forward, conv=conv(3, 8), head=nn.Linear(8, 4), **parts)
+
+
+FREE = {'conv': 8}
+PATTERNS: dict[str, Pattern] = {
+    # locked, and why
+    'final layer': Pattern(one_layer(lambda net, h: h), FREE, {'head': 'output of the network'}),
+    'hard-coded view': Pattern(
+        one_layer(lambda net, h: h.view(-1, 2, 4, 6, 6).flatten(1, 2)), {}, {'conv': 'view in the network itself'}
+    ),
+    'hard-coded view in a module': Pattern(
+        one_layer(lambda net, h: net.inner(h), inner=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2))),
+        {},
+        {'conv': 'in inner.0'},
+    ),
+    'uneven split': Pattern(lambda: Net(split_path, conv=conv(3, 8), head=nn.Linear(8, 4)), {}, {'conv': 'split'}),
+    'computed scale': Pattern(one_layer(lambda net, h: h / h.shape[1] ** 0.5), {}, {'conv': 'a number changes'}),
+    'constant scale': Pattern(one_layer(lambda net, h: h / math.sqrt(8)), FREE),
+    'tensor of the width': Pattern(
+        one_layer(lambda net, h: h / torch.tensor(h.shape[1])), {}, {'conv': 'a number changes'}
+    ),
+    'fixed slice': Pattern(
+        one_layer(lambda net, h: torch.cat([h[:, :3].relu(), h[:, 3:]], 1)), {'conv': 5}, {'conv': '3 of 8'}
+    ),
+    'fixed channel': Pattern(one_layer(lambda net, h: h * h[:, :1].sigmoid()), {'conv': 7}, {'conv': '1 of 8'}),
+    'feature extractor': Pattern(
+        lambda: Net(grown, conv=conv(3, 8), next=conv(8, 6), head=nn.Linear(6, 4)),
+        {'next': 6},
+        {'conv': 'output of the network'},
+    ),
+    'softmax over channels': Pattern(one_layer(lambda net, h: h.softmax(1)), {}, {'conv': 'softmax'}),
+    'normalised channels': Pattern(one_layer(lambda net, h: F.normalize(h, dim=1)), {}, {'conv': 'norm'}),
+    'local response norm': Pattern(
+        one_layer(lambda net, h: net.norm(h), norm=nn.LocalResponseNorm(3)), {}, {'conv': 'in norm'}
+    ),
+    'layer norm': Pattern(
+        one_layer(lambda net, h: net.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=nn.LayerNorm(8)),
+        {},
+        {'conv': 'LayerNorm'},
+    ),
+    'fixed permutation': Pattern(
+        one_layer(lambda net, h: h[:, [2, 0, 1, 3, 4, 7, 6, 5]]), {}, {'conv': 'selected by a tensor'}
+    ),
+    'top channels': Pattern(one_layer(lambda net, h: h.topk(2, 1)[0], out=2), {}, {'conv': 'topk'}),
+    'plain tensor attribute': Pattern(
+        one_layer(lambda net, h: h * net.plain, plain=noise(8, 1, 1).double()), {}, {'conv': 'fixed size'}
+    ),
+    'rolled channels': Pattern(one_layer(lambda net, h: h.roll(1, 1)), {}, {'conv': 'roll'}),
+    'nn.MultiheadAttention': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(net.mix(*[tokens(net, x)] * 3)[0].mean(1)),
+            conv=conv(3, 8),
+            mix=nn.MultiheadAttention(8, 2, batch_first=True),
+            head=nn.Linear(8, 4),
+        )
+    ),
+    'nn.LSTM': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(net.mix(tokens(net, x))[0].mean(1)),
+            conv=conv(3, 8),
+            mix=nn.LSTM(8, 6, batch_first=True),
+            head=nn.Linear(6, 4),
+        ),
+        {},
+        {'mix.weight_ih_l0': 'no rule'},
+    ),
+    # arguments and answers
+    'dict in, dict out': Pattern(
+        stack()(lambda net, images, shift: {'logits': classified(net, net.conv(images)) + shift}),
+        FREE,
+        example=lambda: {'images': image(), 'shift': torch.ones(3, 4, dtype=torch.float64)},
+    ),
+    'tuple of arguments': Pattern(
+        stack()(lambda net, x, y: classified(net, net.conv(x) + net.conv(y))), FREE, example=lambda: (image(), image())
+    ),
+    'nested arguments': Pattern(
+        stack()(lambda net, batch: classified(net, net.conv(batch['views'][0]))),
+        FREE,
+        example=lambda: ({'views': [image()]},),
+    ),
+    'tuple out': Pattern(
+        stack()(lambda net, x: (classified(net, net.conv(x)), [net.conv(x).mean((1, 2, 3))])),
+        {},
+        {'conv': 'mean runs over it'},
+    ),
+    'dataclass out': Pattern(
+        stack(next=conv(8, 6))(lambda net, x: (lambda h: Answer(net.next(h), classified(net, h)))(net.conv(x))),
+        FREE,
+        {'next': 'output of the network'},
+    ),
+    # reuse and sharing
+    'module called twice': Pattern(stack(same=conv(8, 8))(shared_twice), FREE),
+    'tied weights': Pattern(
+        lambda: Net(
+            lambda net, x: F.linear(F.relu(F.linear(x.flatten(1), net.weight, net.bias)), net.weight.t()),
+            weight=parameter(8, 108),
+            bias=parameter(8),
+        ),
+        {'weight': 8},
+    ),
+    'shared parameter': Pattern(
+        stack(weight=parameter(8, 8, 1, 1))(
+            lambda net, x: classified(net, F.conv2d(F.relu(F.conv2d(net.conv(x), net.weight)), net.weight))
+        ),
+        FREE,
+    ),
+    'embedding tied to the output': Pattern(
+        lambda: Net(lambda net, x: F.linear(F.relu(net.embed(x)), net.embed.weight), embed=nn.Embedding(7, 6)),
+        None,
+        None,
+        example=lambda: torch.arange(6).view(2, 3),
+    ),
+    'unused layer': Pattern(
+        stack(unused=conv(8, 5))(lambda net, x: classified(net, net.conv(x))), FREE, {'unused': 'not used'}
+    ),
+    # kinds of layers
+    'functional convolution': Pattern(
+        lambda: Net(
+            lambda net, x: classified(net, F.conv2d(x, net.weight, net.bias)),
+            weight=parameter(8, 3, 1, 1),
+            bias=parameter(8),
+            head=nn.Linear(8, 4),
+        ),
+        {'weight': 8},
+    ),
+    'transposed convolution': Pattern(
+        one_layer(lambda net, h: net.up(h), out=6, up=nn.ConvTranspose2d(8, 6, 2, 2)), {'conv': 8, 'up': 6}
+    ),
+    'one-dimensional convolution': Pattern(
+        one_layer(lambda net, h: net.along(h.flatten(2)).unsqueeze(-1), out=6, along=nn.Conv1d(8, 6, 3)),
+        {'conv': 8, 'along': 6},
+    ),
+    'three-dimensional convolution': Pattern(
+        one_layer(lambda net, h: net.volume(h.unsqueeze(2)).squeeze(2), out=6, volume=nn.Conv3d(8, 6, 1)),
+        {'conv': 8, 'volume': 6},
+    ),
+    'circular padding': Pattern(
+        one_layer(lambda net, h: net.round(h), out=6, round=conv(8, 6, 3, padding_mode='circular')),
+    ),
+    'reflected padding': Pattern(
+        one_layer(lambda net, h: net.mirror(h), out=6, mirror=conv(8, 6, 3, padding_mode='reflect')),
+        {'conv': 8, 'mirror': 6},
+    ),
+    'einsum': Pattern(
+        one_layer(lambda net, h: torch.einsum('bchw,dc->bdhw', h, net.matrix), out=5, matrix=parameter(5, 8)),
+        {'conv': 8, 'matrix': 5},
+    ),
+    'bilinear pooling': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(
+                torch.einsum('bi,bj->bij', net.conv(x).mean((2, 3)), net.other(x).mean((2, 3))).flatten(1)
+            ),
+            conv=conv(3, 4),
+            other=conv(3, 5),
+            head=nn.Linear(20, 4),
+        )
+    ),
+    'attention by hand': Pattern(
+        attention(lambda q, k: (q @ k.transpose(1, 2) * 0.4).softmax(-1)), {'conv': 8, 'query': 6, 'value': 5}
+    ),
+    'two heads by hand': Pattern(
+        lambda: Net(
+            two_heads,
+            conv=conv(3, 8),
+            query=nn.Linear(8, 12),
+            key=nn.Linear(8, 12),
+            value=nn.Linear(8, 8),
+            head=nn.Linear(8, 4),
+        )
+    ),
+    'scale before the scores': Pattern(
+        attention(lambda q, k: ((q / q.shape[-1] ** 0.5) @ k.transpose(1, 2)).softmax(-1)),
+        {'conv': 8, 'value': 5},
+        {'query': 'a number changes'},
+    ),
+    'instance norm': Pattern(
+        one_layer(lambda net, h: net.norm(h).relu(), norm=nn.InstanceNorm2d(8, affine=True)), FREE
+    ),
+    'dropout': Pattern(one_layer(lambda net, h: net.drop(h), drop=nn.Dropout2d(0.5)), FREE),
+    'auxiliary head in training': Pattern(
+        lambda: Net(auxiliary, conv=conv(3, 8), next=conv(8, 6), side=nn.Linear(8, 4), head=nn.Linear(6, 4)),
+        {'conv': 8, 'next': 6},
+    ),
+    'in-place operations': Pattern(stack(other=conv(3, 8))(in_place), {'conv': 4}),
+    'buffer per channel': Pattern(
+        with_buffer(one_layer(lambda net, h: (h - net.mean) * 2), mean=noise(1, 8, 1, 1)), FREE
+    ),
+    'integer buffer selects': Pattern(
+        with_buffer(one_layer(lambda net, h: h[:, net.order]), order=torch.arange(8).flip(0)),
+        {},
+        {'conv': 'selected by a tensor'},
+    ),
+    'cache made in forward': Pattern(lambda: Net(cached, conv=conv(3, 8), head=nn.Linear(8, 4)), FREE),
+    'repeated channels': Pattern(one_layer(lambda net, h: h.repeat(1, 2, 1, 1), out=16), FREE),
+    'interleaved channels': Pattern(one_layer(lambda net, h: h.repeat_interleave(2, 1), out=16), FREE),
+    'maxout': Pattern(one_layer(lambda net, h: h.view(len(h), 2, -1, 6, 6).amax(1), out=4), {'conv': 4}),
+    'standardised weights': Pattern(
+        one_layer(
+            lambda net, h: F.conv2d(h, net.weight / net.weight.std((1, 2, 3), keepdim=True)),
+            out=6,
+            weight=parameter(6, 8, 1, 1),
+        ),
+        {'weight': 6},
+        {'conv': 'std runs over it'},
+    ),
+    'mixture of kernels': Pattern(
+        one_layer(
+            lambda net, h: F.conv2d(h, (h.mean((0, 2, 3))[:2, None, None, None, None] * net.kernels).sum(0)),
+            out=6,
+            kernels=parameter(2, 6, 8, 1, 1),
+        ),
+        {'conv': 6, 'kernels': 6},
+    ),
+}
+
+
+def made(pattern: Pattern) -> tuple[Net, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pattern.make().double().eval(), pattern.example()
+
+
+def plans(graph: zp.ChannelGraph) -> list[zp.Plan]:
+    '''A few channels of every group, in three ways that leave more than one of each.'''
+    found = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        plan = zp.Plan(graph)
+        for group in graph.groups:
+            if group.size > 2:
+                plan = plan.remove(group.name, rng.permutation(group.size)[: rng.integers(1, group.size - 1)].tolist())
+        if plan.removed:
+            found.append(plan)
+    return found
+
+
+def outputs(value: Any) -> list[torch.Tensor]:
+    '''All tensors in an answer, whatever holds them.'''
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (Answer, SimpleNamespace)):
+        value = vars(value)
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in outputs(item)]
+
+
+def called(model: nn.Module, example: Any) -> list[torch.Tensor]:
+    args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+    with torch.no_grad():
+        return outputs(model(*args, **(example if isinstance(example, dict) else {})))
+
+
+def assert_prunes_exactly(model: nn.Module, graph: zp.ChannelGraph, example: Any) -> None:
+    '''The structural proof alone accepts only what is right in numbers and keeps the shapes of all outputs.'''
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shapes = [tensor.shape for tensor in called(copy.deepcopy(model), example)]
+    for plan in plans(graph):
+        small = plan.apply(model, verify=False)
+        compare(graph, model, small, plan.removed, example)
+        assert type(small) is type(model)
+        assert [tensor.shape for tensor in called(small, example)] == shapes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name in state)
+
+
+@pytest.mark.parametrize('name', PATTERNS)
+def test_pattern(name: str) -> None:
+    pattern = PATTERNS[name]
+    model, example = made(pattern)
+    graph = zp.trace(model, example)
+    if pattern.groups is not None:
+        assert {group.name: group.size for group in graph.groups} == pattern.groups
+    for layer, reason in (pattern.locked or {}).items():
+        assert reason in graph.locked[layer]
+    assert_prunes_exactly(model, graph, example)
+
+
+def check(make: Callable[[], Net]) -> None:
+    model, example = made(Pattern(make))
+    assert_prunes_exactly(model, zp.trace(model, example), example)
+
+
+# known to be wrong: accepted without a proof in numbers, though they do not compute the masked original
+UNLABELLED = 'an operation on a tensor without labels is not recorded, so a number computed from a width goes unseen'
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        pytest.param(
+            attention(lambda q, k: (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)),
+            id='scores scaled after the product',
+        ),
+        pytest.param(
+            one_layer(lambda net, h: h / (torch.ones(1, dtype=h.dtype, device=h.device) * h.shape[1])),
+            id='ones times the width',
+        ),
+        pytest.param(one_layer(lambda net, h: h / torch.tensor([h.shape[1], 1.0])[0]), id='tensor of several numbers'),
+        pytest.param(
+            one_layer(lambda net, h: h / torch.arange(1, h.shape[1] + 1, device=h.device).sum()), id='sum of a range'
+        ),
+        pytest.param(
+            lambda: Net(
+                lambda net, x: classified(net, net.conv(x / net.conv.weight.shape[0]).relu()),
+                conv=conv(3, 8),
+                head=nn.Linear(8, 4),
+            ),
+            id='input scaled by a width',
+        ),
+        pytest.param(
+            lambda: Net(
+                lambda net, x: classified(net, net.conv(x)).softmax(1).sum(1) * net.conv.out_channels,
+                conv=conv(3, 8),
+                head=nn.Linear(8, 4),
+            ),
+            id='answer scaled by a width',
+        ),
+    ],
+)
+def test_number_computed_from_a_width_is_seen(make: Callable[[], Net]) -> None:
+    check(make)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        pytest.param(
+            one_layer(
+                lambda net, h: F.conv2d(h, net.weight, padding='same', dilation=1 + h.shape[1] // 8),
+                out=6,
+                weight=parameter(6, 8, 3, 3),
+            ),
+            id='dilation',
+        ),
+        pytest.param(
+            one_layer(
+                lambda net, h: h.roll(h.shape[1], 2) * torch.linspace(0, 1, 6, dtype=h.dtype, device=h.device)[:, None]
+            ),
+            id='roll',
+        ),
+        pytest.param(one_layer(lambda net, h: h[:, :, h.shape[1] // 4 : h.shape[1] // 4 + 2]), id='slice of rows'),
+        pytest.param(
+            one_layer(lambda net, h: F.avg_pool2d(h, 2, padding=1, count_include_pad=h.shape[1] == 8)),
+            id='flag of a pool',
+        ),
+    ],
+)
+def test_argument_computed_from_a_width_is_seen(make: Callable[[], Net]) -> None:
+    check(make)
+
+
+def test_channels_selected_by_number_stay_where_they_are() -> None:
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        h = net.conv(x)
+        return classified(net, h) + (h[:, 2] - 2 * h[:, -1]).mean((1, 2))[:, None]
+
+    model, example = made(Pattern(lambda: Net(forward, conv=conv(3, 4), head=nn.Linear(4, 4))))
+    graph = zp.trace(model, example)
+    for group in graph.groups:
+        plan = zp.Plan(graph, {group.name: [0]})
+        try:
+            small = plan.apply(model, verify=False)
+        except zp.VerificationError:
+            raise
+        except zp.PruneError:
+            continue
+        compare(graph, model, small, plan.removed, example)
+
+
+@pytest.mark.parametrize(
+    'feature', [torch.sigmoid, lambda x: F.elu(x) + 1, torch.exp], ids=['sigmoid', 'elu + 1', 'exp']
+)
+def test_masked_network_where_activations_meet(feature: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    check(attention(lambda q, k: feature(q) @ feature(k).transpose(1, 2)))
+
+
+def namespace_answer(net: Net, x: torch.Tensor) -> Any:
+    h = net.conv(x)
+    return SimpleNamespace(features=h, logits=classified(net, h))
+
+
+def nested_answer(net: Net, x: torch.Tensor) -> Any:
+    h = net.conv(x)
+    return Answer(Answer(h, h), classified(net, h))
+
+
+def listed_answer(net: Net, x: torch.Tensor) -> Any:
+    h = net.conv(x)
+    return [Answer(h, classified(net, h))], classified(net, h)
+
+
+@pytest.mark.parametrize('forward', [namespace_answer, nested_answer, listed_answer])
+def test_outputs_in_any_container_are_locked_or_refused(forward: Forward) -> None:
+    model, example = made(Pattern(stack()(forward)))
+    try:
+        graph = zp.trace(model, example)
+    except zp.PruneError:
+        return
+    assert not graph.groups
+
+
+def width_one(make: Callable[[], Net]) -> None:
+    '''Narrow the first group to one channel.'''
+    model, example = made(Pattern(make))
+    graph = zp.trace(model, example)
+    for group in graph.groups:
+        plan = zp.Plan(graph, {group.name: range(1, group.size)})
+        compare(graph, model, plan.apply(model, verify=False), plan.removed, example)
+
+
+def shuffled(net: Net, h: torch.Tensor) -> torch.Tensor:
+    n, c, height, width = h.shape
+    return h.view(n, 2, c // 2, height, width).transpose(1, 2).reshape(n, c, height, width)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        pytest.param(one_layer(lambda net, h: h), id='convolution'),
+        pytest.param(
+            one_layer(shuffled),
+            id='channel shuffle'
+        ),
+        pytest.param(
+            one_layer(
+                lambda net, h: net.dense(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), out=6, dense=nn.Linear(8, 6)
+            ),
+            id='linear over the last dimension'
+        ),
+        pytest.param(
+            one_layer(lambda net, h: net.norm(h).relu(), norm=nn.InstanceNorm2d(8, affine=True)),
+            id='instance norm'
+        ),
+    ],
+)
+def test_narrowed_to_a_single_channel(make: Callable[[], Net]) -> None:
+    width_one(make)
+
+
+def test_whole_groups_of_group_norm_can_go() -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: net.norm(h).relu(), norm=nn.GroupNorm(4, 8))))
+    graph = zp.trace(model, example)
+    assert [group.size for group in graph.groups] == [4]
+    small = zp.Plan(graph, {'conv': [1, 2]}).apply(model)
+    assert (small.norm.num_groups, small.norm.num_channels) == (2, 4)
+
+
+def test_batch_norm_after_pixel_shuffle() -> None:
+    make = one_layer(lambda net, h: net.norm(F.pixel_shuffle(h, 2)), width=16, out=4, norm=nn.BatchNorm2d(4))
+    model, example = made(Pattern(make))
+    assert [group.size for group in zp.trace(model, example).groups] == [4]
+
+
+def test_locked_parametrized_layers_are_listed() -> None:
+    model, example = made(Pattern(stack()(lambda net, x: classified(net, net.conv(x)))))
+    weight_norm(model.conv)
+    graph = zp.trace(model, example)
+    assert any(name.startswith('conv') for name in (*graph.locked, *(group.name for group in graph.groups)))
+
+
+# what is refused
+def test_branch_on_a_value_is_refused_and_named() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu() if x.sum() > 0 else x
+
+    model, example = made(Pattern(one_layer(lambda net, h: net.gate(h), gate=Branch())))
+    with pytest.raises(zp.PruneError, match="module 'gate'"):
+        zp.trace(model, example)
+
+
+def test_branch_on_a_width_is_exact_or_refused() -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: h.relu() if h.shape[1] > 4 else h)))
+    graph = zp.trace(model, example)
+    plan = zp.Plan(graph, {'conv': [0]})
+    compare(graph, model, plan.apply(model, verify=False), plan.removed, example)
+    with pytest.raises(zp.PruneError):
+        zp.Plan(graph, {'conv': [0, 1, 2, 3, 4]}).apply(model, verify=False)
+
+
+# what a pruned network keeps
+def test_frozen_parameters_stay_frozen() -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: h)))
+    model.conv.requires_grad_(False)
+    small = zp.Plan(zp.trace(model, example), {'conv': [0, 5]}).apply(model)
+    assert {name: parameter.requires_grad for name, parameter in small.named_parameters()} == {
+        'conv.weight': False,
+        'conv.bias': False,
+        'head.weight': True,
+        'head.bias': True,
+    }
+
+
+def test_shared_parameters_stay_shared() -> None:
+    model, example = made(
+        Pattern(
+            stack(same=conv(8, 8), twin=conv(8, 8))(
+                lambda net, x: classified(net, net.twin(F.silu(net.same(net.conv(x)))))
+            )
+        )
+    )
+    model.twin.weight = model.same.weight
+    graph = zp.trace(model, example)
+    assert_prunes_exactly(model, graph, example)
+    small = zp.Plan(graph, {graph.groups[0].name: [2]}).apply(model)
+    assert small.twin.weight is small.same.weight
+    assert small.twin.weight.shape[:2] == (7, 7)
+
+
+def test_training_only_head_is_pruned_along() -> None:
+    model, example = made(PATTERNS['auxiliary head in training'])
+    small = zp.Plan(zp.trace(model, example), {'conv': [0, 1]}).apply(model)
+    y, side = small.train()(example)
+    assert small.side.weight.shape == (4, 6)
+    assert y.shape == side.shape == (3, 4)
+
+
+def test_trace_leaves_caches_of_the_network_alone() -> None:
+    model, example = made(PATTERNS['cache made in forward'])
+    before = set(vars(model))
+    zp.trace(model, example)
+    assert set(vars(model)) == before
+
+
+def test_network_with_a_filled_cache_is_exact() -> None:
+    model, example = made(PATTERNS['cache made in forward'])
+    with torch.no_grad():
+        model(example)
+    assert_prunes_exactly(model, zp.trace(model, example), example)
+
+
+def test_network_that_fills_its_cache_after_the_trace_is_exact() -> None:
+    model, example = made(PATTERNS['cache made in forward'])
+    graph = zp.trace(model, example)
+    with torch.no_grad():
+        model(example)
+    assert_prunes_exactly(model, graph, example)
+
+
+@pytest.mark.parametrize('name', ['dropout', 'plain tensor attribute', 'auxiliary head in training'])
+def test_trace_leaves_the_random_state_and_training_flags_alone(name: str) -> None:
+    model, example = made(PATTERNS[name])
+    model.train()
+    list(model.children())[-1].eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    graph = zp.trace(model, example)
+    for plan in plans(graph)[:1]:
+        assert [module.training for module in plan.apply(model).modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == flags
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_type_is_kept(dtype: torch.dtype) -> None:
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return classified(net, net.next(net.norm(net.conv(x)).relu()))
+
+    model, example = made(
+        Pattern(lambda: Net(forward, conv=conv(3, 8, 3), norm=nn.BatchNorm2d(8), next=conv(8, 6), head=nn.Linear(6, 4)))
+    )
+    model, example = model.to(dtype), example.to(dtype)
+    small = zp.Plan(zp.trace(model, example), {'conv': [0, 3], 'next': [1, 2, 3, 4, 5]}).apply(model)
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert small(example).dtype == dtype
+
+
+# ignore
+@pytest.mark.parametrize(
+    'pattern, groups', [('first', {'second': 6}), ('sec*', {'first': 8}), ('second.weight', {'first': 8}), ('*', {})]
+)
+def test_ignored_layers_keep_their_channels(pattern: str, groups: dict[str, int]) -> None:
+    model, example = made(
+        Pattern(
+            lambda: Net(
+                lambda net, x: classified(net, net.second(net.first(x).relu())),
+                first=conv(3, 8),
+                second=conv(8, 6),
+                head=nn.Linear(6, 4),
+            )
+        )
+    )
+    graph = zp.trace(model, example, ignore=[pattern])
+    assert {group.name: group.size for group in graph.groups} == groups
+    for name in {'first', 'second'} - set(groups):
+        assert pattern in graph.locked[name]
+    assert_prunes_exactly(model, graph, example)
+
+
+@pytest.mark.parametrize('ignore', [['third'], [''], 'first'])
+def test_ignoring_nothing_is_an_error(ignore: Any) -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: h)))
+    with pytest.raises(zp.PruneError, match='ignore'):
+        zp.trace(model, example, ignore=ignore)
