@@ -491,7 +491,7 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-@pytest.mark.xfail(strict=True, reason='a weight that is computed from the parameter cannot take the scale of a BatchNorm')
+@pytest.mark.xfail(strict=True, reason='a weight computed from the parameter cannot take the scale of a BatchNorm')
 def test_weights_that_are_computed_are_not_merged() -> None:
     layers = [nn.Conv2d(3, 5, 1), nn.ReLU(), Standardized(5, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()]
     model, x = doubled(nn.Sequential(*layers, nn.Linear(216, 4)))

@@ -221,7 +221,7 @@ PATTERNS: dict[str, Pattern] = {
             head=nn.Linear(6, 4),
         ),
         {},
-        {'mix.weight_ih_l0': 'no rule'},
+        {'mix.weight_ih_l0': 'mix'},
     ),
     # arguments and answers
     'dict in, dict out': Pattern(

@@ -1,7 +1,7 @@
-'''Make any traced network fit for LRP: merge BatchNorm, and split relevance at functional additions.
+'''Make any traced network fit for LRP: merge BatchNorm, and give functional additions and average pools their rules.
 
 Zennit assigns rules to modules. This canonizer shows it what a network does between its modules: an addition written ``x + y``
-becomes a :class:`zennit.layer.Sum`, to which the composite's own rule for sums applies.
+becomes a :class:`zennit.layer.Sum`, a mean over space an ``nn.AdaptiveAvgPool2d``, to which the composite's own rules apply.
 '''
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import nn
 from zennit.canonizers import Canonizer
 from zennit.layer import Sum
-from zennit.types import BatchNorm, ConvolutionTranspose, Linear
+from zennit.types import AvgPool, BatchNorm, ConvolutionTranspose, Linear
 
 from .calls import CallCounter, Site
 from .networks import unwrapped
 from .trace import Recording, record
-from .tracer import Operation
 
+PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+                                           nn.ConvTranspose3d)}
 LINEAR = {'convolution', 'addmm', 'mm'}
+AVERAGES = {'mean', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
 ADDITIONS = {'add', 'add_', '__add__', '__iadd__', '__radd__'}
 
 
@@ -63,15 +65,17 @@ class GraphCanonizer(Canonizer):
                 readers[value] = readers.get(value, 0) + 1
         writer = {value: operation for operation in operations for value in operation.writes}
         self.batch_norms: list[tuple[str, str]] = []
-        self.additions: list[Site] = []
+        self.functions: dict[Site, Callable[[], nn.Module]] = {}
         for operation in operations:
             if 'batch_norm' in operation.name:
                 linear = writer.get(operation.reads[0])
                 names = (linear.site.module, operation.site.module) if linear is not None and linear.name in LINEAR else ('', '')
                 if all(self.calls.get(name) == 1 for name in names) and readers[operation.reads[0]] == 1:
                     self.batch_norms.append(names)
-            elif _is_addition(operation):
-                self.additions.append(operation.site)
+            elif operation.name == 'add' and operation.site.function in ADDITIONS and operation.active[:2] == [True, True]:
+                self.functions[operation.site] = Sum
+            elif operation.site.function in AVERAGES and operation.active[:1] == [True] and any(operation.outputs):
+                self.functions[operation.site] = Average
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         '''Merge and split in ``root_module``; returns the instances whose ``remove`` reverts it.'''
@@ -82,9 +86,9 @@ class GraphCanonizer(Canonizer):
             if _mergeable(*pair):
                 instances.append(MergedBatchNorm())
                 instances[-1].register(*pair)
-        if self.additions:
-            instances.append(SplitAdditions())
-            instances[-1].register(root_module, self.additions)
+        if self.functions:
+            instances.append(FunctionalModules())
+            instances[-1].register(root_module, self.functions)
         return instances
 
     def register(self) -> None:
@@ -100,13 +104,13 @@ class GraphCanonizer(Canonizer):
         return copy
 
 
-def _is_addition(operation: Operation) -> bool:
-    return operation.name == 'add' and operation.site.function in ADDITIONS and operation.active[:2] == [True, True]
-
-
 def _mergeable(linear: Any, batch_norm: Any) -> bool:
+    '''Whether the layer uses its weight parameter as it is, and the BatchNorm running statistics.'''
+    if not isinstance(linear, Linear) or not isinstance(batch_norm, BatchNorm) or batch_norm.running_mean is None:
+        return False
+    plain = linear._parameters.get('weight') is not None and type(linear).forward in PLAIN_FORWARDS
     grouped = isinstance(linear, ConvolutionTranspose) and linear.groups > 1
-    return isinstance(linear, Linear) and isinstance(batch_norm, BatchNorm) and not grouped and not _is_identity(batch_norm)
+    return plain and not grouped and not _is_identity(batch_norm)
 
 
 def _is_identity(batch_norm: Any) -> bool:
@@ -154,35 +158,46 @@ def _replace(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-class SplitAdditions(Canonizer):
-    '''Run every functional addition of two activations through a ``zennit.layer.Sum`` of its own.
+class Average(nn.AdaptiveAvgPool2d):
+    '''The average that a functional call takes, as a module of the kind that composites know.'''
 
-    The sums are children of the modules that add, so that the composite sees them; while the root's ``forward`` runs, a
-    ``TorchFunctionMode`` sends the additions there.
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.function: Callable[[torch.Tensor], torch.Tensor] = super().forward
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.function(input)
+
+
+class FunctionalModules(Canonizer):
+    '''Run functional additions and average pools through modules of their own, to which the composite's rules apply.
+
+    The modules (``zennit.layer.Sum``, ``nn.AvgPool2d``, ...) are children of those that call the functions, so that the composite
+    sees them; while the root's ``forward`` runs, a ``TorchFunctionMode`` sends the calls there.
     '''
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         raise NotImplementedError('made by GraphCanonizer')
 
-    def register(self, root_module: nn.Module, sites: list[Site]) -> None:
+    def register(self, root_module: nn.Module, sites: Mapping[Site, Callable[[], nn.Module]]) -> None:
         self._root, self._children = root_module, []
-        modules = dict(root_module.named_modules())
-        sums: dict[Site, Sum] = {}
-        for site in sites:
-            host = _host(modules, site.module)
-            if host is not None:
-                name = f'canonizer_sum_{len(self._children)}'
-                sums[site] = Sum()
-                host.add_module(name, sums[site])
+        named = dict(root_module.named_modules())
+        modules: dict[Site, nn.Module] = {}
+        for site, make in sites.items():
+            host = _host(named, site.module)
+            if host is not None and not isinstance(named.get(site.module), AvgPool):  # which has a rule of its own
+                name = f'canonizer_{site.function.strip("_")}_{len(self._children)}'
+                modules[site] = make()
+                host.add_module(name, modules[site])
                 self._children.append((host, name))
         self._had_forward = root_module.__dict__.get('forward')
         forward = root_module.forward
 
-        def split_forward(*args: Any, **kwargs: Any) -> Any:
-            with _Splitter(root_module, sums):
+        def canonized_forward(*args: Any, **kwargs: Any) -> Any:
+            with _Diversion(root_module, modules):
                 return forward(*args, **kwargs)
 
-        root_module.forward = split_forward
+        root_module.forward = canonized_forward
 
     def remove(self) -> None:
         for host, name in self._children:
@@ -205,15 +220,19 @@ def _host(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
     return None
 
 
-class _Splitter(CallCounter):
-    def __init__(self, root: nn.Module, sums: Mapping[Site, Sum]):
+class _Diversion(CallCounter):
+    def __init__(self, root: nn.Module, modules: Mapping[Site, nn.Module]):
         super().__init__(root)
-        self._sums = sums
+        self._modules = modules
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        module = self._sums.get(self.site)
-        operands = [value for value in args if isinstance(value, torch.Tensor)]
-        if module is None or len(operands) != 2 or kwargs.get('alpha', 1) != 1:
-            return func(*args, **kwargs)
-        result = module(torch.stack(torch.broadcast_tensors(*operands), dim=-1))
-        return operands[0].copy_(result) if func.__name__ == 'add_' else result
+        module = self._modules.get(self.site)
+        operands = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if isinstance(module, Sum) and len(operands) == 2 and kwargs.get('alpha', 1) == 1 and 'out' not in kwargs:
+            result = module(torch.stack(torch.broadcast_tensors(*operands), dim=-1))
+            return operands[0].copy_(result) if func.__name__ == 'add_' else result
+        if isinstance(module, Average) and len(operands) == 1:
+            rest, options = args[bool(args):], {key: value for key, value in kwargs.items() if key != 'input'}
+            module.function = lambda x: func(x, *rest, **options)
+            return module(*operands)
+        return func(*args, **kwargs)

@@ -70,8 +70,9 @@ class Collector:
     def __enter__(self) -> Collector:
         places = [state.place for state in self.states]
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
-        self._context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
-        self._network, self._reader = self._context.__enter__()
+        context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+        self._network, self._reader = context.__enter__()
+        self._context = context
         if self.aggregate == 'auto':
             self.aggregate = suitable_aggregate(self.composite)
         if self.unread:
@@ -166,10 +167,14 @@ class Collector:
         PruneError
             If the two do not fit together.
         '''
-        if [group.name for group in other.graph.groups] != [group.name for group in self.graph.groups]:
-            raise PruneError('the collectors are for different networks.')
-        if other.samples and self.samples and other.aggregate != self.aggregate:
-            raise PruneError(f'the collectors aggregate differently: {self.aggregate!r} and {other.aggregate!r}.')
+        mine, theirs = ([(group.name, group.size) for group in collector.graph.groups] for collector in (self, other))
+        if mine != theirs:
+            raise PruneError('the collectors are for different networks: their groups differ.')
+        if not self.samples and self.aggregate == 'auto':
+            self.aggregate = other.aggregate
+        for what in ('aggregate', 'initial'):
+            if other.samples and getattr(other, what) != getattr(self, what):
+                raise PruneError(f'the collectors differ in {what}: {getattr(self, what)!r} and {getattr(other, what)!r}.')
         for name, values in other._sums.items():
             self._sums[name] = self._sums[name] + values.to(self._sums[name].device) if name in self._sums else values.clone()
         self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts)]
@@ -222,7 +227,10 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
         loader = list(zip(loader[0].split(32), loader[1].split(32)))
     elif not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
         raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.')
-    total = len(loader) if hasattr(loader, '__len__') else None
+    try:
+        total = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a DataLoader of an IterableDataset
+        total = None
     for batch in tqdm(loader, progress, total, disable=progress is None, leave=False):
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             yield batch[0], batch[1]

@@ -167,6 +167,7 @@ def batch_norm(call: Call) -> Candidates:
         for field in call.fields(x):
             if 1 not in field.dims:
                 call.lock('its batch statistics run over it', field)
+    call.decide('statistics of the batch', training)
     flowing = call.vector(x, 1)
     for tensor in call.args[1:5]:
         if isinstance(tensor, torch.Tensor):

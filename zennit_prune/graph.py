@@ -116,7 +116,8 @@ class ChannelGraph:
         culprit = failure.operation
         alike = [operation for operation in operations
                  if (operation.name, operation.kind, operation.site[2:]) == (culprit.name, culprit.kind, culprit.site[2:])]
-        for candidates in (alike, *([operation] for operation in reversed(operations[:failure.index]))):
+        before, after = reversed(operations[:failure.index]), operations[failure.index + 1:]
+        for candidates in (alike, *([operation] for operation in (*before, *after))):
             fresh = [(field.labels, str(failure)) for operation in candidates
                      for fields in (*operation.inputs, *operation.outputs) for field in fields
                      if (self.solution.channel[field.labels] >= 0).any()]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 from zennit.core import Composite
-from zennit.image import palette
+from zennit.image import CMAPS, palette
 
 from .attribute import (Initial, attributing, call_network, differentiable, initial_relevance, main_output, propagate,
                         recommended_composite)
@@ -89,11 +89,16 @@ def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: 
         A colour map of Zennit.
     '''
     count = len(images)
+    if not count or not heatmaps:
+        raise PruneError(f'there is nothing to draw: {count} images and {len(heatmaps)} rows of heatmaps.')
     for name, maps in heatmaps.items():
         if maps.dim() != 3 or len(maps) != count:
             raise PruneError(f'heatmaps {name!r} have shape {tuple(maps.shape)}: give one of shape (H, W) for each of {count} images.')
     scale = torch.stack([maps.abs().flatten(1).amax(1) for maps in heatmaps.values()]).amax(0).clamp(min=1e-30)
-    colours = np.asarray(palette(cmap), np.uint8).reshape(256, 3)
+    try:
+        colours = np.asarray(palette(cmap), np.uint8).reshape(256, 3)
+    except Exception as error:
+        raise PruneError(f'cmap={cmap!r} is no colour map of Zennit: use one of {", ".join(CMAPS)}.') from error
     rows = {'input': [_picture(image) for image in images]}
     for name, maps in heatmaps.items():
         levels = ((maps / scale[:, None, None] + 1) * 127.5).round().clamp(0, 255).byte().numpy()

@@ -222,6 +222,7 @@ def embedding(call: Call) -> Candidates:
     for field in call.fields(call.args[0]):
         if field.dims == (1,):
             result.append(Field.along(field.labels.reshape(-1), call.outputs[0].dim() - 1, call.outputs[0].dim()))
+            call.operation.producers.append(field.labels)
         else:
             call.lock('its rows are looked up by number', field)
     call.lock('it looks up rows', *call.fields(call.args[1]))

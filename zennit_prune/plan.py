@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -222,11 +223,14 @@ class Plan:
         if data.get('version') != 1:
             raise PruneError(f'{source!r} is a plan of version {data.get("version")!r}; this release reads version 1.')
         sizes = {group.name: group.size for group in graph.groups}
+        removed = data.get('removed', {})
+        if not isinstance(removed, dict) or not isinstance(data.get('groups', {}), dict):
+            raise PruneError(f'{source!r} is no plan: "groups" and "removed" are objects by group name.')
         for name, size in data.get('groups', {}).items():
             if sizes.get(name) != size:
                 raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, here it has '
                                  f'{sizes.get(name, "none")}.')
-        return cls(graph, data.get('removed', {}))
+        return cls(graph, removed)
 
     # reading
     def __eq__(self, other: object) -> bool:
@@ -287,13 +291,17 @@ class _Masked:
 
 def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
     '''Sorted positions, each a whole number within the group and given once.'''
-    if isinstance(positions, (int, np.integer, str)):
+    if isinstance(positions, str) or not isinstance(positions, Iterable):
         raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
     numbers = []
     for position in positions:
-        if isinstance(position, (bool, float)) or not hasattr(position, '__index__'):
+        try:
+            number = None if isinstance(position, (bool, np.bool_)) else operator.index(position)
+        except TypeError:
+            number = None
+        if number is None:
             raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to {group.size - 1}.')
-        numbers.append(position.__index__())
+        numbers.append(number)
         if not 0 <= numbers[-1] < group.size:
             raise PruneError(f'position {position} is out of range for group {group.name!r}: it has positions 0 to '
                              f'{group.size - 1}.')

@@ -39,7 +39,7 @@ class Relevance:
                  info: Mapping[str, Any] | None = None):
         self._scores: dict[str, torch.Tensor] = {}
         for name, values in scores.items():
-            values = torch.as_tensor(values).detach().to('cpu', torch.float64)
+            values = torch.as_tensor(values).detach().to('cpu', torch.float64, copy=True).contiguous()
             if values.dim() != 1:
                 raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per channel.')
             if not torch.isfinite(values).all():

@@ -107,10 +107,18 @@ def joint_fields(operations: Iterable[Operation]) -> list[Labels]:
 
 
 def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tuple[Labels, Labels]]:
-    '''Where channels vary along several dimensions of a tensor, tie all but the last: what is removed is a block.'''
+    '''Where channels vary along several dimensions of a tensor, tie all but the last: what is removed is a block.
+
+    Components that one tensor ties wait for the next round before another may tie them: often it need not any more.
+    '''
+    tied = np.zeros(len(component), bool)
     for labels in joint:
         classes = component[labels]
         dims = [dim for dim in range(classes.ndim) if (classes != first(classes, dim)).any()]
+        if len(dims) < 2 or tied[classes].any():
+            continue
+        tied[classes] = True
+        tied[0] = False
         for dim in dims[:-1]:
             yield labels, first(labels, dim)
             labels = first(labels, dim)

@@ -3,7 +3,7 @@
 For a plain convolution that is its output. In a residual stream it is the first value and the output of every coupling
 operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel a new
 value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before may be a
-constant that matters behind.
+constant that matters behind. A norm whose statistics depend on the sample is no different; before it, relevance sums to zero.
 '''
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ class Flow:
                 self._producing[number].append(operation)
             carried = [set(self._numbers([field.labels for field in fields]))
                        for fields, active in zip(operation.inputs, operation.active) if active]
-            if operation.contracted or operation.name in ('cat', 'stack'):
+            if operation.contracted or operation.name == 'cat':
                 continue
-            depthwise = operation.name == 'convolution'
+            anew = operation.name in ('convolution', 'native_group_norm') or operation.decisions.get('statistics of the batch')
             for number in set().union(*carried):
-                if depthwise or sum(number in numbers for numbers in carried) > 1:
+                if anew or sum(number in numbers for numbers in carried) > 1:
                     self._renewing[number].append(operation)
 
     def _numbers(self, arrays: list[Labels]) -> list[int]:
@@ -136,7 +136,7 @@ class Flow:
         return None
 
     def candidates(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
-        '''The values that weights bring forth, and those that couple several activations or pass a depthwise convolution.'''
+        '''The values that weights bring forth, and those that couple several activations or make a channel anew.'''
         number = self.number[group.name]
         for operation in (*self._producing[number], *self._renewing[number]):
             for value in operation.writes[:1]:

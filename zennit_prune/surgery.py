@@ -102,7 +102,7 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     Raises
     ------
     PruneError
-        If the optimizer holds none of the network's parameters; nothing is changed then.
+        If the optimizer holds none of the network's parameters, or factored state; nothing is changed then.
     '''
     old = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
@@ -110,6 +110,13 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']} if optimizer else set()
     if optimizer is not None and not held & {id(parameter) for parameter in old.values()}:
         raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
+    if optimizer is not None:
+        for parameter, _, _ in replaced.values():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise PruneError(f'{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of '
+                                     f'shape {tuple(parameter.shape)}, which cannot be narrowed along: prune without it, and make a '
+                                     'new optimizer for the pruned network.')
     modules = dict(small.named_modules())
     for name, module in model.named_modules():
         for key, value in module._parameters.items():

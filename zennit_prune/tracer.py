@@ -210,7 +210,7 @@ class Tracer(TorchDispatchMode):
             candidates = self._apply(Call(self, operation, func, args, kwargs, outputs), is_pointwise, inputs)
         self.settle(operation, outputs, candidates)
         self._note_vanishing(operation, args, outputs, is_pointwise)
-        if name in UNIFORM and not any(operation.outputs):
+        if not any(operation.outputs) and self._uniform.issuperset(map(id, outputs)):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if name in TRANSPARENT:
             for tensor in outputs:
@@ -222,14 +222,15 @@ class Tracer(TorchDispatchMode):
             operation.scalars = self._fixed_numbers(name, args, kwargs)
             if func.overloadpacket in flop_registry:
                 operation.flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-            self.record(operation)
+            if labelled or any(operation.active) or operation.scalars:  # else a constant that a network may keep or make anew
+                self.record(operation)
         return result
 
     def _fixed_numbers(self, name: str, args: Any, kwargs: Any) -> list[float]:
         '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
         if name in SIZED:
             return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
-                    or name in UNIFORM and isinstance(value, int)]
+                    or name in UNIFORM and type(value) is int]
         if name == 'convolution':
             return list(numbers_in(args[3:8]))
         if name == 'slice' and any(_dim(args) in field.dims for field in self.fields_of(args[0])):
