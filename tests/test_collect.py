@@ -292,12 +292,9 @@ POOLS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     'function': lambda x: F.adaptive_avg_pool2d(x, 1),
     'average': lambda x: F.avg_pool2d(x, 8),
 }
-POOL_BUG = pytest.mark.xfail(
-    strict=True, reason='relevance at a functional pool is spread evenly instead of by the rule for pools'
-)
 
 
-@pytest.mark.parametrize('pool', ['module', *(pytest.param(name, marks=POOL_BUG) for name in list(POOLS)[1:])])
+@pytest.mark.parametrize('pool', list(POOLS))
 @pytest.mark.parametrize('rules', ['epsilon_plus', 'epsilon_alpha2_beta1', 'epsilon', 'epsilon_gamma_box'])
 def test_modules_and_functions_agree(rules: str, pool: str) -> None:
     modular = seeded(Modular()).double()
@@ -313,9 +310,6 @@ def test_modules_and_functions_agree(rules: str, pool: str) -> None:
         assert apart(left[name], right[name]) <= 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True, reason='a sum over stacked tensors is not seen as what couples a stream, so its summands are read'
-)
 def test_stream_of_a_network_written_with_sum_modules() -> None:
     modular = seeded(Modular()).double()
     functional = Functional().double().eval()
@@ -372,7 +366,7 @@ def test_relevance_is_conserved_in_residual_streams() -> None:
         assert -1 < relevance[name].sum().item() < 2, name
 
 
-@pytest.mark.parametrize('pool', ['module', *(pytest.param(name, marks=POOL_BUG) for name in list(POOLS)[1:])])
+@pytest.mark.parametrize('pool', list(POOLS))
 def test_relevance_is_conserved_in_functional_residual_networks(pool: str) -> None:
     '''Functional activations, additions and pools lose nothing.'''
     x = images(4)
@@ -426,7 +420,6 @@ def test_relevance_is_conserved_in_a_pretrained_network() -> None:
         assert relevance[name].sum().item() == pytest.approx(1, abs=0.03), name
 
 
-@POOL_BUG
 def test_a_pretrained_network_is_ranked_the_same_with_a_pool_module() -> None:
     model, x, target = pretrained('resnet8_mlperftiny_cifar10')
     left, right = (
@@ -436,15 +429,12 @@ def test_a_pretrained_network_is_ranked_the_same_with_a_pool_module() -> None:
     assert all(apart(left[name], right[name]) <= 1e-3 for name in left)
 
 
-NORM_BUG = 'the gradient of a norm over space sums to zero, so that a sum over space before it is rounding noise'
-
-
 @pytest.mark.parametrize(
     'norm',
     [
         pytest.param(lambda: nn.BatchNorm2d(6), id='batch'),
         *(
-            pytest.param(norm, id=name, marks=pytest.mark.xfail(strict=True, reason=NORM_BUG))
+            pytest.param(norm, id=name)
             for name, norm in {
                 'instance': lambda: nn.InstanceNorm2d(6),
                 'instance, affine': lambda: nn.InstanceNorm2d(6, affine=True),
@@ -539,7 +529,6 @@ def test_collectors_that_do_not_fit_are_not_merged() -> None:
         collected(chain(), aggregate='abs').merge(collected(chain(), aggregate='signed'))
 
 
-@pytest.mark.xfail(strict=True, reason='merge compares group names only, and raises a RuntimeError')
 def test_collector_of_the_same_names_but_other_widths_is_not_merged() -> None:
     wide = seeded(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)))
     narrow = seeded(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(320, 4)))
@@ -552,7 +541,6 @@ def test_collector_of_the_same_names_but_other_widths_is_not_merged() -> None:
         collectors[0].merge(collectors[1])
 
 
-@pytest.mark.xfail(strict=True, reason='merge leaves the aggregate of an unused collector at auto')
 def test_merging_into_an_unused_collector_keeps_the_aggregate() -> None:
     pruner = zp.Pruner(chain(), composite(), images())
     with pruner.collector() as used:
@@ -560,7 +548,6 @@ def test_merging_into_an_unused_collector_keeps_the_aggregate() -> None:
     assert pruner.collector().merge(used).compute().info == used.compute().info
 
 
-@pytest.mark.xfail(strict=True, reason='merge does not compare initial relevance')
 def test_collector_of_another_initial_relevance_is_not_merged() -> None:
     pruner = zp.Pruner(chain(), composite(), images())
     collectors = [pruner.collector(initial=initial) for initial in ('one-hot', 'logit')]
@@ -625,7 +612,6 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(zip(images(6), labels(6)))
 
 
-@pytest.mark.xfail(strict=True, reason='len() of a DataLoader over an IterableDataset raises TypeError')
 def test_loader_of_a_stream_without_length() -> None:
     loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
     assert zp.Pruner(chain(), composite(), images()).collect(loader, progress=False).info['samples'] == 6
@@ -772,7 +758,6 @@ def test_integer_inputs() -> None:
     assert apart(found['inner'].float(), expected) <= 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason='an embedding brings forth channels, but no state is found for them')
 def test_relevance_of_embeddings() -> None:
     tokens = torch.arange(20).view(4, 5) % 11
     found = zp.Pruner(seeded(Words()), None, tokens).collect([(tokens, labels())], progress=False)
@@ -879,7 +864,6 @@ def test_update_after_the_with_block() -> None:
         collector.update(images(), labels())
 
 
-@pytest.mark.xfail(strict=True, reason='a collector whose entering failed believes to be open: AttributeError')
 def test_update_after_entering_failed() -> None:
     collector = zp.Pruner(chain(), EpsilonPlus(canonizers=[RaisingCanonizer()]), images()).collector()
     with pytest.raises(Injected), collector:

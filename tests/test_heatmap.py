@@ -207,7 +207,6 @@ def test_heatmaps_that_do_not_fit_the_images(maps: torch.Tensor, tmp_path: Path)
     assert not (tmp_path / 'map.png').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='no heatmaps, no images and unknown colour maps are not refused by name')
 @pytest.mark.parametrize(
     'arguments',
     [

@@ -35,6 +35,11 @@ class GraphCanonizer(Canonizer):
     example: torch.Tensor, tuple or dict
         As for :func:`zennit_prune.trace`.
 
+    Notes
+    -----
+    Put it last among the canonizers: Zennit reverts them first to last, so one that merges BatchNorm after this one would put
+    back what this one had made.
+
     Examples
     --------
     >>> composite = EpsilonPlus(canonizers=[GraphCanonizer(model, example)])
@@ -197,11 +202,13 @@ class FunctionalModules(Canonizer):
             with _Diversion(root_module, modules):
                 return forward(*args, **kwargs)
 
-        root_module.forward = canonized_forward
+        root_module.forward = self._forward = canonized_forward
 
     def remove(self) -> None:
         for host, name in self._children:
             delattr(host, name)
+        if self._root.__dict__.get('forward') is not self._forward:
+            return  # another canonizer has put back what was there before this one
         if self._had_forward is None:
             del self._root.forward
         else:

@@ -119,7 +119,9 @@ class Flow:
                        for fields, active in zip(operation.inputs, operation.active) if active]
             if operation.contracted or operation.name == 'cat':
                 continue
-            anew = operation.name in ('convolution', 'native_group_norm') or operation.decisions.get('statistics of the batch')
+            source = self.writer.get(operation.reads[0]) if operation.name == 'sum' else None
+            anew = (operation.name in ('convolution', 'native_group_norm') or operation.decisions.get('statistics of the batch')
+                    or source is not None and source.name == 'stack')  # zennit.layer.Sum
             for number in set().union(*carried):
                 if anew or sum(number in numbers for numbers in carried) > 1:
                     self._renewing[number].append(operation)
@@ -139,7 +141,7 @@ class Flow:
         '''The values that weights bring forth, and those that couple several activations or make a channel anew.'''
         number = self.number[group.name]
         for operation in (*self._producing[number], *self._renewing[number]):
-            for value in operation.writes[:1]:
+            for value in operation.writes[:1] if operation.name != 'stack' else ():
                 if self.carries(value, group):
                     yield value, operation
 
