@@ -11,7 +11,7 @@ from torch import nn
 from .errors import PruneError
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, layer_name
 from .labels import Labels, flat_pairs
-from .networks import structural_copy, unwrapped
+from .networks import structural_copy, unwrapped, without_garbage_collection
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -50,7 +50,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     '''
     if layernorm != 'lock':
         raise PruneError(f'layernorm={layernorm!r} is not supported: \'lock\' keeps the channels that LayerNorm runs over.')
-    return ChannelGraph(unwrapped(model), example, ignore)
+    with without_garbage_collection():
+        return ChannelGraph(unwrapped(model), example, ignore)
 
 
 class ChannelGraph:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .labels import Labels
-from .solve import Solution
+from .solve import NOT_READ, Solution
 from .trace import Recording
 
 Mask = npt.NDArray[np.bool_]
@@ -155,15 +155,15 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
             reasons = Counter(solution.reason(label) for label in stuck.tolist())
             share = '' if len(stuck) == axis.size else f'{len(stuck)} of {axis.size} channels: '
             locked.setdefault(layer_name(axis.parameter), share + '; '.join(reasons))
-    produced = np.zeros(recording.size, bool)
-    produced[solution.component[roles.produces]] = True
-    for name, fields in recording.fields.items():  # parameters that no producer explains
-        labels = np.concatenate([np.zeros(0, np.int64), *(field.labels.reshape(-1) for field in fields)])
-        reasons = [solution.reasons[root] for root in np.unique(solution.component[labels]).tolist() if root in solution.reasons]
-        if reasons and solution.locked[labels].all() and not produced[solution.component[labels]].any():
-            locked.setdefault(layer_name(name), reasons[0])
     met = {id(field) for operation in recording.operations for fields in operation.inputs for field in fields}
     for name, fields in recording.fields.items():
         if fields and not any(id(field) in met for field in fields):
             locked.setdefault(layer_name(name), 'it is not used when the network runs')
+    produced = np.zeros(recording.size, bool)
+    produced[solution.component[roles.produces]] = True
+    explained = produced[solution.component] | ~solution.locked
+    for name, fields in recording.fields.items():  # parameters that no producer explains
+        if fields and not any(explained[field.labels].any() for field in fields):
+            reasons = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
+            locked.setdefault(layer_name(name), next((reason for reason in reasons if reason != NOT_READ), NOT_READ))
     return locked

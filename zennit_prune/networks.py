@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .errors import PruneError
+
+ATOMIC = (int, float, bool, str, type(None))
+COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__', '__getnewargs__')
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    '''Traces make a hundred thousand objects that stay; looking through them for garbage takes longer than the trace.'''
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -47,7 +64,12 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 def tensors_by_module(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     '''Every parameter and buffer under each of its names.'''
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    parameters: list[tuple[str, torch.Tensor]] = []
+    buffers: list[tuple[str, torch.Tensor]] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for found, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
+            found += [(f'{prefix}.{name}' if prefix else name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    return parameters + buffers
 
 
 def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -90,6 +112,7 @@ def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
         for _, tensor in tensors_by_module(model):
             empty = torch.empty_like(tensor, device='meta', requires_grad=False)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        share_hooks(model, memo)
         for module in model.modules():
             for value in module.__dict__.values():
                 if isinstance(value, torch.Tensor):  # what forward cached
@@ -97,10 +120,36 @@ def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
     return copied(model, memo)
 
 
+def share_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
+    '''Let a copy that is run once and thrown away share the dozen empty dicts for hooks of every module.'''
+    for module in model.modules():
+        memo.update((id(value), value) for key, value in module.__dict__.items() if 'hooks' in key and not value)
+
+
+def _copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    '''What ``copy.deepcopy`` does to modules, five times as fast: it would copy every key and number of every ``__dict__``.'''
+    kind = type(module)
+    if id(module) in memo or any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in COPY_PROTOCOL):
+        return copy.deepcopy(module, memo)
+    new = kind.__new__(kind)
+    memo[id(module)] = new
+    attributes = {}
+    for key, value in vars(module).items():
+        if type(value) in ATOMIC:
+            attributes[key] = value
+        elif key == '_modules' and id(value) not in memo:
+            attributes[key] = type(value)((name, child if child is None else _copied_module(child, memo))
+                                          for name, child in value.items())
+        else:
+            attributes[key] = copy.deepcopy(value, memo)
+    new.__dict__.update(attributes)
+    return new
+
+
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     '''``copy.deepcopy`` with an error that says what to do.'''
     try:
-        return copy.deepcopy(model, memo or {})
+        return _copied_module(model, {} if memo is None else memo)
     except Exception as error:
         raise PruneError(f'a {type(model).__name__} cannot be copied ({error}). Remove what cannot: tensors with a gradient '
                          'history kept as attributes, open files, locks.') from error

@@ -18,7 +18,7 @@ from .errors import PruneError
 from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .masking import masked_copy
-from .networks import tensors_by_module, unwrapped
+from .networks import tensors_by_module, unwrapped, without_garbage_collection
 from .surgery import transplant
 from .tables import table
 from .verify import compare
@@ -147,8 +147,9 @@ class Plan:
         model = self._checked_model(model)
         if not self.removed:
             raise PruneError('the plan is empty: it removes no channel.')
-        small = self.graph.narrowed(model, self.removed)
-        failure = self.graph.prove(small, self.removed)
+        with without_garbage_collection():
+            small = self.graph.narrowed(model, self.removed)
+            failure = self.graph.prove(small, self.removed)
         if failure is not None:
             raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or trace with '
                              f'ignore=[{failure.operation.site.module!r}].')

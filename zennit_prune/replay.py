@@ -5,12 +5,13 @@ names the operation that does not survive pruning: a hard-coded size, an uneven 
 '''
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from .calls import CallCounter
@@ -83,6 +84,7 @@ class Deletion:
 
 class Replayer(Tracer):
     '''Trace a pruned network and hold every operation against the original's.'''
+    counts_flops = False
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str], expected: list[Operation], deletion: Deletion,
                  solution: Solution):
@@ -130,19 +132,24 @@ class Replayer(Tracer):
                     if old.dims != new.dims or not np.array_equal(old.labels, new.labels):
                         raise Mismatch('other channels come out')
                     self._equal.add((id(old), id(new)))
-        self._check_statements(operation)
         super().record(operation)
 
-    def _check_statements(self, operation: Operation) -> None:
-        '''Nothing may be tied or locked that the original does not tie or lock.'''
-        if operation.ties:
-            left, right = flat_pairs(operation.ties)
-            apart = self.solution.component[left] != self.solution.component[right]
-            if apart.any() and not self.solution.locked[[*left[apart], *right[apart]]].all():
-                raise Mismatch('other channels meet')
-        for labels, reason in operation.locks:
-            if not self.solution.locked[labels].all():
-                raise Mismatch(reason)
+    def finish(self, outputs: Sequence[torch.Tensor]) -> None:
+        '''Check, at last, that nothing is tied or locked that the original does not tie or lock.'''
+        super().finish(outputs)
+        if self._new_statement(self.operations):
+            index = next(index for index, operation in enumerate(self.operations) if self._new_statement([operation]))
+            reason = self._new_statement([self.operations[index]])
+            del self.operations[index:]
+            raise Mismatch(reason)
+
+    def _new_statement(self, operations: Sequence[Operation]) -> str:
+        left, right = flat_pairs([tie for operation in operations for tie in operation.ties])
+        apart = self.solution.component[left] != self.solution.component[right]
+        if apart.any() and not self.solution.locked[np.concatenate([left[apart], right[apart]])].all():
+            return 'other channels meet'
+        locks = [lock for operation in operations for lock in operation.locks]
+        return next((reason for labels, reason in locks if not self.solution.locked[labels].all()), '')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed: npt.NDArray[np.bool_]) -> Failure | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ class Solution:
     group: Labels
     reasons: dict[int, str]
 
-    @property
+    @cached_property
     def locked(self) -> npt.NDArray[np.bool_]:
         return self.channel < 0
 

@@ -78,6 +78,15 @@ def _dim(args: Any) -> int:
     return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
 
 
+def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
+    '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
+    formula = getattr(flop_registry[packet], '__wrapped__', None)
+    if formula is None or not isinstance(result, torch.Tensor):
+        return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    shapes = [value.shape if isinstance(value, torch.Tensor) else value for value in args]
+    return int(formula(*shapes, **kwargs, out_shape=result.shape))
+
+
 class Tracer(TorchDispatchMode):
     '''Carry label fields along while a network runs, and record every operation that meets one.
 
@@ -88,6 +97,7 @@ class Tracer(TorchDispatchMode):
     parameters: mapping of int to str
         The names of the traced parameters and buffers, by ``id``.
     '''
+    counts_flops = True
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
         super().__init__()
@@ -220,9 +230,10 @@ class Tracer(TorchDispatchMode):
                 self.renew(tensor)
             operation.writes = [self._values[id(tensor)] for tensor in outputs]
             operation.scalars = self._fixed_numbers(name, args, kwargs)
-            if func.overloadpacket in flop_registry:
-                operation.flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-            if labelled or any(operation.active) or operation.scalars:  # else a constant that a network may keep or make anew
+            if self.counts_flops and func.overloadpacket in flop_registry:
+                operation.flops = _flops(func.overloadpacket, args, kwargs, result)
+            counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
+            if labelled or any(operation.active) or operation.scalars and not counter:  # else a constant, kept or made anew
                 self.record(operation)
         return result
 
@@ -233,6 +244,8 @@ class Tracer(TorchDispatchMode):
                     or name in UNIFORM and type(value) is int]
         if name == 'convolution':
             return list(numbers_in(args[3:8]))
+        if 'batch_norm' in name:  # in training it does the same to labels
+            return [value for value in args[5:] if isinstance(value, float)]
         if name == 'slice' and any(_dim(args) in field.dims for field in self.fields_of(args[0])):
             return list(numbers_in(args[4:]))
         if name == 'slice':
