@@ -1,8 +1,9 @@
 '''Does relevance choose better channels than chance, with nothing repaired and nothing trained?
 
-At 80 % of the FLOPs, ten reference images a class: epsilon relevance (three draws of references) against five random plans, on
-a ResNet-56 for CIFAR-10 and a MobileNetV1 for ImageNet. Also: the pruned network against the masked one in float64 and
-float32. The networks and images are found in the folder that ``ZENNIT_PRUNE_DATA`` names, with its ``loaders.py``.
+At 80 % of the FLOPs, ten reference images a class: epsilon relevance (three draws of references) against five random
+plans, on a ResNet-56 for CIFAR-10 and a MobileNetV1 for ImageNet. Also: the pruned network against the masked one in
+float64 and float32. The networks and images are found in the folder that ``ZENNIT_PRUNE_DATA`` names, with its
+``loaders.py``.
 
     python benchmarks/selection.py
 '''
@@ -53,8 +54,9 @@ def compare(name: str, network, preprocess, references, test) -> None:
         for seed in range(5):
             random = pruner.plan(pruner.collect((), 'random', seed=seed), BUDGET, per_cost=per_cost)
             chance.append(accuracy(random.apply(network), *test, preprocess))
-        print(f'  score per cost: {per_cost}: relevance {statistics.mean(ours):.1%} ({", ".join(f"{a:.1%}" for a in ours)}), '
-              f'random {", ".join(f"{a:.1%}" for a in chance)}', flush=True)
+        each, others = (', '.join(f'{share:.1%}' for share in shares) for shares in (ours, chance))
+        mean = statistics.mean(ours)
+        print(f'  score per cost: {per_cost}: relevance {mean:.1%} ({each}), random {others}', flush=True)
         for dtype in (torch.float64, torch.float32):
             model = pruner.model.to(dtype)
             error = zp.verify(model, plan.apply(model, verify=False), plan, example.to(dtype))

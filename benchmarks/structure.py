@@ -1,8 +1,8 @@
 '''CPU seconds to find and remove channels, side by side with Torch-Pruning in one run, on one thread.
 
-Ours: ``trace``, a plan for half of the FLOPs from random scores, and ``apply(verify=False)``, the structural proof included.
-Torch-Pruning: its dependency graph, and half of the channels of every group removed. Networks are untrained; both libraries
-take turns, and the median of the repeats is reported.
+Ours: ``trace``, a plan for half of the FLOPs from random scores, and ``apply(verify=False)``, the structural proof
+included. Torch-Pruning: its dependency graph, and half of the channels of every group removed. Networks are untrained;
+both libraries take turns, and the median of the repeats is reported.
 
     python benchmarks/structure.py [network ...]
 '''
@@ -58,9 +58,11 @@ def main() -> None:
         example = torch.zeros(1, 3, 224, 224)
         rounds = [(ours(model, example), theirs(model, example)) for _ in range(REPEATS + 1)][1:]
         steps = [statistics.median(mine[step] for mine, _ in rounds) for step in range(3)]
-        total, other = statistics.median(sum(mine) for mine, _ in rounds), statistics.median(rival for _, rival in rounds)
+        total = statistics.median(sum(mine) for mine, _ in rounds)
+        other = statistics.median(rival for _, rival in rounds)
         ratio = statistics.median(sum(mine) / rival for mine, rival in rounds)
-        print(f'{name:>16}' + ''.join(f'{seconds:>16.3f}' for seconds in (*steps, total, other)) + f'{ratio:>16.2f}', flush=True)
+        columns = ''.join(f'{seconds:>16.3f}' for seconds in (*steps, total, other))
+        print(f'{name:>16}{columns}{ratio:>16.2f}', flush=True)
 
 
 if __name__ == '__main__':

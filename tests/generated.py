@@ -365,7 +365,7 @@ class Generator:
 
     def single(self, x: int) -> int:
         '''One step that keeps a single stream.'''
-        channels, rows = self.shapes[x]
+        channels, _rows = self.shapes[x]
         kind = self.choose(
             [
                 'convolution',
@@ -526,7 +526,7 @@ class Generator:
 
     def twice(self, x: int) -> int:
         '''One layer called twice, on its own output or on two tensors.'''
-        channels, rows = self.shapes[x]
+        channels, _rows = self.shapes[x]
         y = self.convolution(x, channels, 1)
         name = self.steps[-1].module
         if self.maybe(0.5):
@@ -542,7 +542,7 @@ class Generator:
         return output
 
     def shuffled(self, x: int) -> int:
-        channels, rows = self.shapes[x]
+        channels, _rows = self.shapes[x]
         groups = self.divisor(channels)
         if groups is None:
             return self.chain(x)

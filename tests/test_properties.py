@@ -6,16 +6,16 @@ import copy
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from generated import FIXED, Generated, Generator, Identities, identify
 from torch import nn
 
 import zennit_prune as zp
-from generated import FIXED, Generated, Generator, Identities, identify
 from zennit_prune.surgery import narrowed_copy
 
 SEEDS = range(150)
@@ -57,7 +57,7 @@ def traced(model: Generated, channels: int, size: int) -> Case:
     return Case(model, graph, identify(model, channels, size), x, channels, size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def case(seed: int) -> Case:
     generator = Generator(seed)
     return traced(generator.network(), generator.channels, generator.size)

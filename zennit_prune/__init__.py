@@ -13,6 +13,6 @@ from .storage import load, save
 
 __version__ = '0.1.0'
 
-__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan', 'PruneError',
-           'PruneWarning', 'Pruner', 'Relevance', 'VerificationError', 'cost', 'heatmap', 'heatmap_image', 'latency', 'load',
-           'prune', 'save', 'trace', 'verify']
+__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan',
+           'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'VerificationError', 'cost', 'heatmap', 'heatmap_image',
+           'latency', 'load', 'prune', 'save', 'trace', 'verify']

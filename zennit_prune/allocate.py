@@ -14,8 +14,8 @@ from .graph import ChannelGraph
 Scores = Mapping[str, npt.NDArray[np.float64]]
 
 
-def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int = 1, floor: float = 0.0,
-             round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
+def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int = 1,
+             floor: float = 0.0, round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
     '''Remove the channels of lowest score, or of lowest score per cost saved, until the budget holds.
 
     Parameters
@@ -49,8 +49,10 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     '''
     _check(min_channels, floor, round_to)
     layers = np.array([max(len(group.layers('producer')), 1) for group in graph.groups])
-    savings = costs.savings(budget.unit) / layers  # a score is a mean over a stream's layers, and so is what it is divided by
-    priorities, owners, steps = [], [], []
+    savings = costs.savings(budget.unit) / layers  # a score is a mean over a stream's layers, and so is its divisor
+    priorities: list[float] = []
+    owners: list[int] = []
+    steps: list[int] = []
     orders: dict[int, npt.NDArray[np.int64]] = {}
     for number, group in enumerate(graph.groups):
         if group.name not in scores or savings[number] <= 0:
@@ -60,11 +62,11 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         ascending = score[orders[number]] / (savings[number] if per_cost else 1.0)
         least = max(min_channels, math.ceil(floor * group.size - 1e-9))
         done = 0
-        for step in _steps(group.size, least, round_to):
-            priorities.append(max(ascending[done:done + step].mean(), priorities[-1] if done else -np.inf))
+        for taken in _steps(group.size, least, round_to):
+            priorities.append(max(ascending[done:done + taken].mean(), priorities[-1] if done else -np.inf))
             owners.append(number)
-            steps.append(step)
-            done += step
+            steps.append(taken)
+            done += taken
     order = np.argsort(np.array(priorities), kind='stable')
     owner, step = np.array(owners, int)[order], np.array(steps, float)[order]
 
@@ -77,9 +79,10 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         raise PruneError(f'{budget!r} leaves the network as it is: it has {whole:,.0f} {budget.unit}. Ask for less.')
     least_cost = costs(budget.unit, removed(len(owner)))
     if least_cost > limit:
-        raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels}, floor={floor} and round_to={round_to} '
-                         f'the nearest is {least_cost / whole:.4f} of the original ({math.ceil(least_cost):,} of {whole:,.0f} '
-                         f'{budget.unit}). Allow more, lower these limits, or see graph.locked for what must stay.')
+        raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels}, floor={floor} and '
+                         f'round_to={round_to} the nearest is {least_cost / whole:.4f} of the original '
+                         f'({math.ceil(least_cost):,} of {whole:,.0f} {budget.unit}). Allow more, lower these limits, '
+                         'or see graph.locked for what must stay.')
     low, high = 0, len(owner)
     while high - low > 1:
         middle = (low + high) // 2
@@ -106,7 +109,7 @@ def _steps(size: int, least: int, round_to: int | None) -> list[int]:
     '''How a group shrinks: one channel at a time, or to multiples of ``round_to``.'''
     if round_to is None:
         return [1] * max(size - least, 0)
-    steps = []
+    steps: list[int] = []
     left = size
     while True:
         below = (left - 1) // round_to * round_to

@@ -1,7 +1,7 @@
 '''What attribution passes share: a copy to work on, the default composite, initial relevance, and readers of tensors.
 
-All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's network,
-its training flags, gradients and hooks are never touched.
+All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's
+network, its training flags, gradients and hooks are never touched.
 '''
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
 
 def recommended_composite() -> Composite:
-    '''Epsilon everywhere, the rule that ranks channels best across layers; BatchNorm is merged by the graph's canonizer.'''
+    '''Epsilon everywhere, the rule that ranks channels best across layers; the graph's canonizer merges BatchNorm.'''
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
 
 
@@ -63,9 +63,9 @@ def _refuse_reuse(composite: Composite, network: nn.Module, canonizer: GraphCano
     for name, module in network.named_modules():
         if canonizer.calls.get(name, 1) > 1 and any(isinstance(getattr(hook, '__self__', None), BasicHook)
                                                     for hook in module._forward_hooks.values()):
-            raise PruneError(f'layer {name!r} is called {canonizer.calls[name]} times in one pass, and Zennit keeps the tensors of '
-                             'the last call only, so its relevance would be wrong. Give each call a module of its own (they may '
-                             'share parameters), or leave the layer without a rule.')
+            raise PruneError(f'layer {name!r} is called {canonizer.calls[name]} times in one pass, and Zennit keeps '
+                             'the tensors of the last call only, so its relevance would be wrong. Give each call a '
+                             'module of its own (they may share parameters), or leave the layer without a rule.')
 
 
 class Reader(CallCounter):
@@ -155,8 +155,8 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
     for tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or infinite): check '
-                             'the data.')
+            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
+                             'infinite): check the data.')
         tensor.requires_grad_(True)
     if not tensors:  # token numbers, say: relevance is traced back to the embeddings
         for parameter in network.parameters():
@@ -165,7 +165,7 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
 
 
 def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any]) -> Sequence[torch.Tensor | None]:
-    '''The relevance at ``inputs`` (tensors or gradient edges) when ``start`` is put on ``output``; None where none arrives.
+    '''The relevance at ``inputs`` (tensors or gradient edges) for ``start`` on ``output``; None where none arrives.
 
     Raises
     ------
@@ -177,8 +177,9 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any]) 
     except PruneError:
         raise
     except RuntimeError as error:
-        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a module that '
-                         'it does not fit, e.g. one with several inputs: map it to no rule, or to one that fits.') from error
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a '
+                         'module that it does not fit, e.g. one with several inputs: map it to no rule, or to one that '
+                         'fits.') from error
 
 
 def call_network(network: nn.Module, inputs: Any) -> Any:
@@ -189,15 +190,16 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
     PruneError
         If it does not run, with the shapes it was given.
     '''
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) \
-        else ((inputs,), {})
+    args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
     try:
         return network(*args, **kwargs)
     except PruneError:
         raise
     except Exception as error:
         shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: {error}') from error
+        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: '
+                         f'{error}') from error
 
 
 def main_output(output: Any) -> torch.Tensor:
@@ -205,7 +207,8 @@ def main_output(output: Any) -> torch.Tensor:
     for tensor in output_tensors(output):
         if tensor.is_floating_point():
             return tensor
-    raise PruneError(f'the network returns no floating-point tensor to start relevance from, but a {type(output).__name__}.')
+    raise PruneError('the network returns no floating-point tensor to start relevance from, but a '
+                     f'{type(output).__name__}.')
 
 
 def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> torch.Tensor:
@@ -216,11 +219,12 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     output: torch.Tensor
         The network's output, shape (batch, classes) or (batch, classes, ...).
     target: torch.Tensor, callable, ``'predicted'`` or None
-        Class indices, shape (batch,) or, for outputs with further dimensions, a mask of shape (batch, ...); or one-hot (or
-        weighted) rows of the output's shape; or a function of the output that returns the relevance.
+        Class indices, shape (batch,) or, for outputs with further dimensions, a mask of shape (batch, ...); or one-hot
+        (or weighted) rows of the output's shape; or a function of the output that returns the relevance.
     initial: str or callable
-        ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the target's softmax
-        probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class. Or a function of the output.
+        ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
+        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class. Or a function
+        of the output.
 
     Returns
     -------
@@ -252,27 +256,32 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     if initial == 'contrastive':
         rival = output.masked_fill(rows != 0, -torch.inf).argmax(1, keepdim=True)
         return rows - torch.zeros_like(output).scatter_(1, rival, 1.0)
-    raise PruneError(f'initial={initial!r} is unknown: use one of {", ".join(map(repr, INITIAL))} or a function of the output.')
+    known = ', '.join(map(repr, INITIAL))
+    raise PruneError(f'initial={initial!r} is unknown: use one of {known} or a function of the output.')
 
 
 def target_rows(output: torch.Tensor, target: Any) -> torch.Tensor:
     '''One-hot rows, shaped as the output, for any kind of target.'''
     if isinstance(target, str):
         if target != 'predicted':
-            raise PruneError(f'target={target!r} is unknown: give class indices, rows, a function, or \'predicted\'.')
+            raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or 'predicted'.")
         target = output.argmax(1)
     if target is None:
-        raise PruneError('there are no labels: give a loader of (inputs, labels) pairs, or target=\'predicted\', or a function of '
+        raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, or target='predicted', or a "
+                         'function of '
                          'the output as initial=.')
     if output.dim() < 2:
-        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output as initial=.')
+        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
+                         'as initial=.')
     target = torch.as_tensor(target, device=output.device)
-    if target.shape == output.shape and (target.is_floating_point() or target.dtype == torch.bool or output.dim() == target.dim()):
+    if target.shape == output.shape and (
+            target.is_floating_point() or target.dtype == torch.bool or output.dim() == target.dim()):
         return target.to(output.dtype)
     expected = (output.shape[0], *output.shape[2:])
     if target.shape != expected or target.is_floating_point():
-        raise PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of shape '
-                         f'{tuple(output.shape)}: give class indices of shape {tuple(expected)}, or rows shaped as the output.')
+        raise PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of '
+                         f'shape {tuple(output.shape)}: give class indices of shape {tuple(expected)}, or rows shaped '
+                         'as the output.')
     classes = output.shape[1]
     if target.numel() and (int(target.min()) < 0 or int(target.max()) >= classes):
         wrong = int(target.min()) if int(target.min()) < 0 else int(target.max())

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class Site(NamedTuple):
-    '''Where a torch function was called: in which module, in the how-manieth call of it, and which of its calls there.'''
+    '''Where a torch function was called: in which module, in which call of it, and which of its calls there.'''
+
     module: str
     call: int
     function: str
@@ -20,7 +21,8 @@ class Site(NamedTuple):
 
 class Frame:
     '''One running call of a module.'''
-    __slots__ = ('module', 'kind', 'call', 'counts')
+
+    __slots__ = ('call', 'counts', 'kind', 'module')
 
     def __init__(self, module: str, kind: str, call: int):
         self.module, self.kind, self.call = module, kind, call
@@ -28,8 +30,9 @@ class Frame:
 
 
 class CallCounter(TorchFunctionMode):
-    '''While active, count module calls and torch functions of ``root``; ``site`` says where the run is, and ``failed`` in
-    which module it ended if it did not end well.
+    '''While active, count module calls and torch functions of ``root``.
+
+    ``site`` says where the run is, and ``failed`` in which module it ended if it did not end well.
 
     Subclasses override :meth:`intercept` to see or change what a function returns, and :meth:`entered` and :meth:`left`
     to see what goes into and comes out of modules.

@@ -1,7 +1,8 @@
 '''Make any traced network fit for LRP: merge BatchNorm, and give functional additions and average pools their rules.
 
-Zennit assigns rules to modules. This canonizer shows it what a network does between its modules: an addition written ``x + y``
-becomes a :class:`zennit.layer.Sum`, a mean over space an ``nn.AdaptiveAvgPool2d``, to which the composite's own rules apply.
+Zennit assigns rules to modules. This canonizer shows it what a network does between its modules: an addition written
+``x + y`` becomes a :class:`zennit.layer.Sum`, a mean over space an ``nn.AdaptiveAvgPool2d``, to which the composite's
+own rules apply.
 '''
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from .calls import CallCounter, Site
 from .networks import unwrapped
 from .trace import Recording, record
 
-PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
-                                           nn.ConvTranspose3d)}
+PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+                                           nn.ConvTranspose2d, nn.ConvTranspose3d)}
 LINEAR = {'convolution', 'addmm', 'mm'}
 AVERAGES = {'mean', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
 ADDITIONS = {'add', 'add_', '__add__', '__iadd__', '__radd__'}
@@ -37,8 +38,8 @@ class GraphCanonizer(Canonizer):
 
     Notes
     -----
-    Put it last among the canonizers: Zennit reverts them first to last, so one that merges BatchNorm after this one would put
-    back what this one had made.
+    Put it last among the canonizers: Zennit reverts them first to last, so one that merges BatchNorm after this one
+    would put back what this one had made.
 
     Examples
     --------
@@ -74,10 +75,13 @@ class GraphCanonizer(Canonizer):
         for operation in operations:
             if 'batch_norm' in operation.name:
                 linear = writer.get(operation.reads[0])
-                names = (linear.site.module, operation.site.module) if linear is not None and linear.name in LINEAR else ('', '')
+                names = ('', '')
+                if linear is not None and linear.name in LINEAR:
+                    names = (linear.site.module, operation.site.module)
                 if all(self.calls.get(name) == 1 for name in names) and readers[operation.reads[0]] == 1:
                     self.batch_norms.append(names)
-            elif operation.name == 'add' and operation.site.function in ADDITIONS and operation.active[:2] == [True, True]:
+            elif (operation.name == 'add' and operation.site.function in ADDITIONS
+                  and operation.active[:2] == [True, True]):
                 self.functions[operation.site] = Sum
             elif operation.site.function in AVERAGES and operation.active[:1] == [True] and any(operation.outputs):
                 self.functions[operation.site] = Average
@@ -121,11 +125,12 @@ def _mergeable(linear: Any, batch_norm: Any) -> bool:
 def _is_identity(batch_norm: Any) -> bool:
     '''Whether another canonizer has merged this BatchNorm already.'''
     ones, zeros = (batch_norm.running_var, batch_norm.weight), (batch_norm.running_mean, batch_norm.bias)
-    return all(value is not None and bool((value == one).all()) for values, one in ((ones, 1), (zeros, 0)) for value in values)
+    return all(value is not None and bool((value == number).all())
+               for values, number in ((ones, 1), (zeros, 0)) for value in values)
 
 
 class MergedBatchNorm(Canonizer):
-    '''Fold a BatchNorm into the linear layer before it and make it the identity; every attribute is put back on removal.'''
+    '''Fold a BatchNorm into the linear layer before it and make it the identity, until it is removed.'''
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         raise NotImplementedError('made by GraphCanonizer')
@@ -151,7 +156,8 @@ class MergedBatchNorm(Canonizer):
         for module, parameters, buffers in self._saved:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        batch_norm, batch_norm.eps = self._eps
+        batch_norm, eps = self._eps
+        batch_norm.eps = eps
 
 
 def _replace(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -177,15 +183,16 @@ class Average(nn.AdaptiveAvgPool2d):
 class FunctionalModules(Canonizer):
     '''Run functional additions and average pools through modules of their own, to which the composite's rules apply.
 
-    The modules (``zennit.layer.Sum``, ``nn.AvgPool2d``, ...) are children of those that call the functions, so that the composite
-    sees them; while the root's ``forward`` runs, a ``TorchFunctionMode`` sends the calls there.
+    The modules (``zennit.layer.Sum``, ``nn.AvgPool2d``, ...) are children of those that call the functions, so that the
+    composite sees them; while the root's ``forward`` runs, a ``TorchFunctionMode`` sends the calls there.
     '''
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         raise NotImplementedError('made by GraphCanonizer')
 
     def register(self, root_module: nn.Module, sites: Mapping[Site, Callable[[], nn.Module]]) -> None:
-        self._root, self._children = root_module, []
+        self._root = root_module
+        self._children: list[tuple[nn.Module, str]] = []
         named = dict(root_module.named_modules())
         modules: dict[Site, nn.Module] = {}
         for site, make in sites.items():

@@ -13,7 +13,16 @@ from tqdm.auto import tqdm
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from .attribute import Initial, Reader, attributing, call_network, differentiable, initial_relevance, main_output, propagate
+from .attribute import (
+    Initial,
+    Reader,
+    attributing,
+    call_network,
+    differentiable,
+    initial_relevance,
+    main_output,
+    propagate,
+)
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
@@ -27,8 +36,9 @@ AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
 class Collector:
     '''Accumulate channel relevance batch by batch.
 
-    Relevance is read at the channels' states: the tensors that carry a channel's complete value. Per sample it is summed over
-    space and aggregated; the score is the mean over samples, and over states where a group has several (a residual stream).
+    Relevance is read at the channels' states: the tensors that carry a channel's complete value. Per sample it is
+    summed over space and aggregated; the score is the mean over samples, and over states where a group has several (a
+    residual stream).
 
     Parameters
     ----------
@@ -39,9 +49,9 @@ class Collector:
     composite: zennit.core.Composite
         The rules; the canonizer of the graph is applied after the composite's own.
     aggregate: str
-        What is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the sum of absolute
-        values; ``'signed'``, the sum; ``'positive'``, its positive part; ``'auto'``, ``'sumabs'`` where most rules keep
-        positive and negative contributions apart (gamma, alpha-beta, z-plus), else ``'abs'``.
+        What is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the sum of
+        absolute values; ``'signed'``, the sum; ``'positive'``, its positive part; ``'auto'``, ``'sumabs'`` where most
+        rules keep positive and negative contributions apart (gamma, alpha-beta, z-plus), else ``'abs'``.
     initial: str or callable
         See :func:`zennit_prune.attribute.initial_relevance`.
 
@@ -58,7 +68,8 @@ class Collector:
         if aggregate not in AGGREGATES:
             raise PruneError(f'aggregate={aggregate!r} is unknown: use one of {", ".join(map(repr, AGGREGATES))}.')
         if not graph.groups:
-            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what locks them.')
+            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
+                             'locks them.')
         self.graph, self.model, self.composite = graph, model, composite
         self.aggregate, self.initial = aggregate, initial
         self.states, self.unread = find_states(graph)
@@ -71,16 +82,19 @@ class Collector:
         places = [state.place for state in self.states]
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
         context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
-        self._network, self._reader = context.__enter__()
-        self._context = context
+        network, reader = context.__enter__()
+        assert reader is not None
+        self._network, self._reader, self._context = network, reader, context
         if self.aggregate == 'auto':
             self.aggregate = suitable_aggregate(self.composite)
         if self.unread:
             warnings.warn('the relevance of some groups cannot be read, they will be kept whole: '
-                          + '; '.join(f'{name} ({why})' for name, why in self.unread.items()), PruneWarning, stacklevel=2)
+                          + '; '.join(f'{name} ({why})' for name, why in self.unread.items()),
+                          PruneWarning, stacklevel=2)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if self._context is not None:
             context, self._context = self._context, None
             del self._network, self._reader
@@ -99,8 +113,8 @@ class Collector:
         Raises
         ------
         PruneError
-            Outside the ``with`` block; for inputs or targets that do not fit; for relevance that is not finite. The batch is
-            then not counted.
+            Outside the ``with`` block; for inputs or targets that do not fit; for relevance that is not finite. The
+            batch is then not counted.
         '''
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
@@ -111,8 +125,8 @@ class Collector:
             start = initial_relevance(output, target, self.initial)
             caught = list(self._reader.caught.items())
             if not caught:
-                raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of the modules '
-                                 'that hold them.')
+                raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of '
+                                 'the modules that hold them.')
             relevance = propagate(output, start, [edge for _, edge in caught])
         self._forget_batch()
         self._add({place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None},
@@ -135,12 +149,13 @@ class Collector:
                 covered[state.group] = covered.get(state.group, torch.zeros(state.size)) + here
         lost = sorted({state.group for state in self.states} - set(totals))
         if lost:
-            raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on these channels, '
-                             'or a canonizer hides them. Start from an output that depends on them, or trace with them in ignore.')
+            raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
+                             'these channels, or a canonizer hides them. Start from an output that depends on them, or '
+                             'trace with them in ignore.')
         for name, values in totals.items():
             if not torch.isfinite(values).all():
-                raise PruneError(f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. Use a rule '
-                                 'with a larger epsilon, or attribute in float32 or float64.')
+                raise PruneError(f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. '
+                                 'Use a rule with a larger epsilon, or attribute in float32 or float64.')
         odd = self.samples % 2
         for name, values in totals.items():
             values = values / covered[name].clamp(min=1).to(values.device)
@@ -152,12 +167,14 @@ class Collector:
 
     def _aggregated(self, state: Any, relevance: torch.Tensor, batch: int) -> torch.Tensor:
         if relevance.shape[0] % batch:
-            raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of {batch}: its '
-                             'first dimension does not hold the samples.')
+            raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
+                             f'{batch}: its first dimension does not hold the samples.')
         if self.aggregate == 'sumabs':
             return state.per_sample(relevance.to(accumulation_dtype(relevance.device)).abs(), batch)
         values = state.per_sample(relevance, batch)
-        return values.abs() if self.aggregate == 'abs' else values.clamp(min=0) if self.aggregate == 'positive' else values
+        if self.aggregate == 'abs':
+            return values.abs()
+        return values.clamp(min=0) if self.aggregate == 'positive' else values
 
     def merge(self, other: Collector) -> Collector:
         '''Add what another collector of the same network, rules and aggregation saw.
@@ -167,17 +184,19 @@ class Collector:
         PruneError
             If the two do not fit together.
         '''
-        mine, theirs = ([(group.name, group.size) for group in collector.graph.groups] for collector in (self, other))
-        if mine != theirs:
+        groups, others = ([(group.name, group.size) for group in collector.graph.groups] for collector in (self, other))
+        if groups != others:
             raise PruneError('the collectors are for different networks: their groups differ.')
         if not self.samples and self.aggregate == 'auto':
             self.aggregate = other.aggregate
         for what in ('aggregate', 'initial'):
             if other.samples and getattr(other, what) != getattr(self, what):
-                raise PruneError(f'the collectors differ in {what}: {getattr(self, what)!r} and {getattr(other, what)!r}.')
+                raise PruneError(f'the collectors differ in {what}: {getattr(self, what)!r} and '
+                                 f'{getattr(other, what)!r}.')
         for name, values in other._sums.items():
-            self._sums[name] = self._sums[name] + values.to(self._sums[name].device) if name in self._sums else values.clone()
-        self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts)]
+            mine = self._sums.get(name)
+            self._sums[name] = values.clone() if mine is None else mine + values.to(mine.device)
+        self._counts = [ours + theirs for ours, theirs in zip(self._counts, other._counts)]
         self.samples += other.samples
         return self
 
@@ -190,16 +209,18 @@ class Collector:
             If no batch was added.
         '''
         if not self.samples:
-            raise PruneError('there was no sample to collect relevance from: the loader is empty, or no batch was added.')
+            raise PruneError('there was no sample to collect relevance from: the loader is empty, or no batch was '
+                             'added.')
         if not any(values.any() for values in self._sums.values()):
-            raise PruneError('all relevance is zero: the targets do not depend on any channel, or the network\'s last layer is zero.')
+            raise PruneError("all relevance is zero: the targets do not depend on any channel, or the network's last "
+                             'layer is zero.')
         counts = torch.tensor(self._counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
         sums = {name: values.to('cpu', torch.float64) for name, values in self._sums.items()}
+        initial = self.initial if isinstance(self.initial, str) else getattr(self.initial, '__name__', 'function')
         return Relevance({name: values.sum(0) / self.samples for name, values in sums.items()},
                          {name: values / counts for name, values in sums.items()},
-                         {'criterion': 'relevance', 'composite': type(self.composite).__name__, 'aggregate': self.aggregate,
-                          'initial': self.initial if isinstance(self.initial, str) else getattr(self.initial, '__name__', 'function'),
-                          'samples': self.samples})
+                         {'criterion': 'relevance', 'composite': type(self.composite).__name__,
+                          'aggregate': self.aggregate, 'initial': initial, 'samples': self.samples})
 
 
 def suitable_aggregate(composite: Composite) -> str:
@@ -239,4 +260,5 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
         elif isinstance(batch, (torch.Tensor, dict)):
             yield batch, None
         else:
-            raise PruneError(f'a batch is (inputs, labels), inputs alone, or a dict of inputs; a {type(batch).__name__} is not.')
+            raise PruneError('a batch is (inputs, labels), inputs alone, or a dict of inputs; a '
+                             f'{type(batch).__name__} is not.')

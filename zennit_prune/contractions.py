@@ -1,12 +1,12 @@
-'''The rules of operations with weights: what flows in is contracted with one dimension of a weight, another flows out.'''
+'''The rules of operations with weights: one dimension is contracted with what flows in, another flows out.'''
 from __future__ import annotations
 
 import numpy as np
 import torch
 
 from .labels import Field, Labels
-from .operations import combine
 from .networks import tensors_in
+from .operations import combine
 from .rules import Call, Candidates, operation_rule
 
 NO_PARTNER = 'it is multiplied with something of fixed size'
@@ -46,7 +46,8 @@ def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
             elif outer in field.dims:
                 call.lock('it varies along both dimensions of a matrix', field)
             else:
-                contracted[side].append(Field(np.swapaxes(field.labels, row, column) if side else field.labels, field.dims))
+                labels = np.swapaxes(field.labels, row, column) if side else field.labels
+                contracted[side].append(Field(labels, field.dims))
     if all(contracted):
         for a in contracted[0]:
             for b in contracted[1]:
@@ -84,7 +85,7 @@ def addmm(call: Call) -> Candidates:
 
 @operation_rule('convolution', '_convolution')
 def convolution(call: Call) -> Candidates:
-    '''Three kinds: dense; depthwise, whose groups go with their channels; grouped, whose groups lose the same positions.'''
+    '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose the same positions.'''
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
@@ -162,7 +163,8 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
 def batch_norm(call: Call) -> Candidates:
     '''Weight, bias and statistics follow the channels.'''
     x = call.args[0]
-    training = next((value for value in call.args[5:] if isinstance(value, bool)), call.name != '_native_batch_norm_legit_no_training')
+    training = next((value for value in call.args[5:] if isinstance(value, bool)),
+                    call.name != '_native_batch_norm_legit_no_training')
     if training:
         for field in call.fields(x):
             if 1 not in field.dims:
@@ -179,7 +181,8 @@ def batch_norm(call: Call) -> Candidates:
             if not call.fields(tensor) and flowing is not None and tensor.shape[0] > 1:
                 call.lock('its statistics have a fixed size', flowing)
     statistics: list[Field | Labels] = [] if flowing is None else [Field(flowing, (0,))]
-    return [list(call.fields(x))] + [list(statistics) if tensor.shape == (x.shape[1],) else [] for tensor in call.outputs[1:]]
+    return [list(call.fields(x)),
+            *(list(statistics) if tensor.shape == (x.shape[1],) else [] for tensor in call.outputs[1:])]
 
 
 @operation_rule('native_layer_norm')

@@ -32,11 +32,12 @@ class Cost:
     params: int
         The number of parameters, each counted once.
     flops: int
-        Floating-point operations of one sample: a multiplication and an addition are two. Convolutions, matrix products and
-        attention are counted, as by ``torch.utils.flop_counter``.
+        Floating-point operations of one sample: a multiplication and an addition are two. Convolutions, matrix products
+        and attention are counted, as by ``torch.utils.flop_counter``.
     bytes: int
         The memory of parameters and buffers.
     '''
+
     params: int
     flops: int
     bytes: int
@@ -71,7 +72,8 @@ def cost(model: nn.Module, example: Any) -> Cost:
             break
         except Exception as error:
             if given.device == 'real':
-                raise PruneError(f'the network does not run with the example given: {type(error).__name__}: {error}') from error
+                raise PruneError(f'the network does not run with the example given: {type(error).__name__}: '
+                                 f'{error}') from error
             given.resize = False
     return Cost(params=sum(parameter.numel() for parameter in model.parameters()),
                 flops=counter.get_total_flops() // given.batch,
@@ -124,8 +126,8 @@ class Budget:
     Parameters
     ----------
     flops, params, bytes, channels: float or int
-        Exactly one. A real number in (0, 1) is a fraction of the original; an integer above 1 is absolute, FLOPs per sample.
-        ``channels`` counts the removable channels, the positions of all groups.
+        Exactly one. A real number in (0, 1) is a fraction of the original; an integer above 1 is absolute, FLOPs per
+        sample. ``channels`` counts the removable channels, the positions of all groups.
 
     Raises
     ------
@@ -136,14 +138,15 @@ class Budget:
     def __init__(self, **amount: float):
         units = ', '.join(f'{unit}=' for unit in UNITS)
         if len(amount) != 1 or next(iter(amount)) not in UNITS:
-            raise PruneError(f'a budget has exactly one of {units} (given: {amount or "nothing"}), e.g. Budget(flops=0.5).')
+            raise PruneError(f'a budget has exactly one of {units} (given: {amount or "nothing"}), e.g. '
+                             'Budget(flops=0.5).')
         (self.unit, self.value), = amount.items()
         value = self.value
         fraction = isinstance(value, (float, np.floating)) and 0 < value < 1
         absolute = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 1
         if not fraction and not absolute:
-            raise PruneError(f'Budget({self.unit}={value!r}) says nothing: what is to be left is a fraction between 0 and 1, as '
-                             f'in Budget({self.unit}=0.5), or a whole number above 1.')
+            raise PruneError(f'Budget({self.unit}={value!r}) says nothing: what is to be left is a fraction between 0 '
+                             f'and 1, as in Budget({self.unit}=0.5), or a whole number above 1.')
         self.is_fraction = fraction
 
     def limit(self, whole: float) -> float:
@@ -157,8 +160,8 @@ class Budget:
 class CostModel:
     '''The cost of a pruned network as a function of how many channels each group loses; nothing is built.
 
-    A parameter's size is the product of its dimensions, an operation's FLOPs are proportional to the dimensions it runs over;
-    each dimension shrinks by a known number for every channel of a group.
+    A parameter's size is the product of its dimensions, an operation's FLOPs are proportional to the dimensions it runs
+    over; each dimension shrinks by a known number for every channel of a group.
 
     Parameters
     ----------
@@ -184,7 +187,8 @@ class CostModel:
         for operation in graph.recording.runs['eval'].operations:
             if operation.flops:
                 axes = [self._axis(labels) for labels in operation.contracted[:1]]
-                axes += [self._axis(field.labels, dim) for fields in operation.outputs for field in fields for dim in field.dims]
+                axes += [self._axis(field.labels, dim)
+                         for fields in operation.outputs for field in fields for dim in field.dims]
                 terms['flops'].append((operation.flops / graph.recording.example.batch, list(dict.fromkeys(axes))))
         self._terms = {unit: self._packed(found) for unit, found in terms.items()}
 

@@ -1,4 +1,4 @@
-'''The criteria that people compare relevance with, behind the same interface: a :class:`Relevance` for a graph and a network.'''
+'''The criteria that people compare relevance with: each gives a :class:`Relevance` for a graph and a network.'''
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-'''A tour in half a minute: train a small residual network on scanned digits, explain it, look, prune it to half its FLOPs.'''
+'''A tour in half a minute: train a small network on scanned digits, explain it, look, prune it to half its FLOPs.'''
 from __future__ import annotations
 
 import copy
@@ -116,10 +116,12 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
 
     shown, targets = test_data[:SHOWN], test_truth[:SHOWN]
     with plan.masked(network) as masked:
-        maps = {'as it is': pruner.heatmap(shown, targets), 'as it would be': heatmap(masked, composite, shown, targets)}
+        maps = {'as it is': pruner.heatmap(shown, targets),
+                'as it would be': heatmap(masked, composite, shown, targets)}
         would_be = accuracy(masked, test_data, test_truth)
     heatmap_image(folder / 'heatmaps.png', shown, maps, [f'digit {label}' for label in targets.tolist()])
-    print(f'\nNothing is removed yet: look at {folder / "heatmaps.png"}. It would recognise {would_be:.1%} of the test images.')
+    print(f'\nNothing is removed yet: look at {folder / "heatmaps.png"}. It would recognise {would_be:.1%} of the test '
+          'images.')
 
     small = plan.apply(network)
     plan.save(folder / 'plan.json')
@@ -149,12 +151,13 @@ def _percent(shares: Sequence[float]) -> str:
 def _summary(folder: Path, data: torch.Tensor, truth: torch.Tensor, network: nn.Module, small: nn.Module,
              trained: nn.Module) -> str:
     before, after = cost(network, data[:1]), cost(small, data[:1])
-    sizes = [(folder / name).stat().st_size for name in ('original.safetensors', 'small.safetensors')]
+    original, pruned = ((folder / name).stat().st_size for name in ('original.safetensors', 'small.safetensors'))
     seconds = [latency(model, data[:BATCH]) for model in (network, small)]
-    rows = [(label, f'{old:,}', f'{new:,}', f'{new / old:.0%}') for label, old, new in (
+    rows: list[tuple[str, ...]] = [(label, f'{old:,}', f'{new:,}', f'{new / old:.0%}') for label, old, new in (
         ('parameters', before.params, after.params), ('FLOPs per image', before.flops, after.flops),
-        ('bytes on disk', *sizes))]
-    rows.append((f'latency, batch of {BATCH}', *(f'{1e3 * time:.2f} ms' for time in seconds), f'{seconds[1] / seconds[0]:.0%}'))
+        ('bytes on disk', original, pruned))]
+    times = [f'{1e3 * time:.2f} ms' for time in seconds]
+    rows.append((f'latency, batch of {BATCH}', *times, f'{seconds[1] / seconds[0]:.0%}'))
     scores = [accuracy(model, data, truth) for model in (network, small, trained)]
     rows.append((f'accuracy on {len(data)} test images', f'{scores[0]:.1%}', f'{scores[1]:.1%}', ''))
     rows.append((f'... trained on for {FURTHER} epochs', '', f'{scores[2]:.1%}', ''))

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from .errors import PruneError
-from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, layer_name
+from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels, flat_pairs
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .replay import Failure, replay
@@ -29,14 +29,15 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     Parameters
     ----------
     model: torch.nn.Module
-        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel`` and
-        compiled networks are unwrapped.
+        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel``
+        and compiled networks are unwrapped.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
     ignore: sequence of str
         ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
     layernorm: str
-        ``'lock'``: channels that LayerNorm runs over stay, since removing one would change the statistics of all others.
+        ``'lock'``: channels that LayerNorm runs over stay, since removing one would change the statistics of all
+        others.
 
     Returns
     -------
@@ -45,11 +46,12 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     Raises
     ------
     PruneError
-        If the network does not run with the example, branches on values of its input, or is not an ordinary module; if the
-        example is on another device; if a pattern in ``ignore`` matches nothing.
+        If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
+        the example is on another device; if a pattern in ``ignore`` matches nothing.
     '''
     if layernorm != 'lock':
-        raise PruneError(f'layernorm={layernorm!r} is not supported: \'lock\' keeps the channels that LayerNorm runs over.')
+        raise PruneError(f"layernorm={layernorm!r} is not supported: 'lock' keeps the channels that LayerNorm runs "
+                         'over.')
     with without_garbage_collection():
         return ChannelGraph(unwrapped(model), example, ignore)
 
@@ -83,8 +85,8 @@ class ChannelGraph:
         for pattern in patterns:
             matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
             if not matches:
-                raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of named_modules(), e.g. '
-                                 f'{", ".join(map(repr, modules[:5]))}; * matches dots too.')
+                raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of '
+                                 f'named_modules(), e.g. {", ".join(map(repr, modules[:5]))}; * matches dots too.')
             reason = f'ignored ({pattern})'
             for run in self.recording.runs.values():
                 for (name, _), tensors in run.outputs.items():
@@ -115,8 +117,9 @@ class ChannelGraph:
         '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
         operations = self.recording.runs[failure.mode].operations
         culprit = failure.operation
+        what = (culprit.name, culprit.kind, culprit.site[2:])
         alike = [operation for operation in operations
-                 if (operation.name, operation.kind, operation.site[2:]) == (culprit.name, culprit.kind, culprit.site[2:])]
+                 if (operation.name, operation.kind, operation.site[2:]) == what]
         before, after = reversed(operations[:failure.index]), operations[failure.index + 1:]
         for candidates in (alike, *([operation] for operation in (*before, *after))):
             fresh = [(field.labels, str(failure)) for operation in candidates
@@ -148,8 +151,8 @@ class ChannelGraph:
         if len(holders) == 1:
             return holders[0]
         if holders:
-            raise PruneError(f'{name!r} holds channels of several groups: {", ".join(repr(group.name) for group in holders)}. '
-                             'Name one of these.')
+            raise PruneError(f'{name!r} holds channels of several groups: '
+                             f'{", ".join(repr(group.name) for group in holders)}. Name one of these.')
         if name in self.locked:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {_some(group.name for group in self.groups)}.')

@@ -25,11 +25,12 @@ class Member:
     dim: int
         The dimension.
     role: str
-        ``'producer'``: the channels come out of this weight; ``'consumer'``: it reads them; ``'follower'``: it scales or shifts
-        them (norms, biases, depthwise kernels, layer scales).
+        ``'producer'``: the channels come out of this weight; ``'consumer'``: it reads them; ``'follower'``: it scales
+        or shifts them (norms, biases, depthwise kernels, layer scales).
     index: numpy.ndarray
         int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
     '''
+
     parameter: str
     dim: int
     role: str
@@ -56,6 +57,7 @@ class ChannelGroup:
     channels: numpy.ndarray
         Their numbers in the solution of the graph.
     '''
+
     name: str
     size: int
     members: tuple[Member, ...] = field(repr=False)
@@ -85,7 +87,8 @@ class Roles:
     '''
 
     def __init__(self, recording: Recording):
-        self.axis = np.concatenate([[-1], np.repeat(np.arange(len(recording.axes)), [axis.size for axis in recording.axes])])
+        sizes = [axis.size for axis in recording.axes]
+        self.axis = np.concatenate([[-1], np.repeat(np.arange(len(recording.axes)), sizes)])
         self.consumes = np.zeros(recording.size, bool)
         self.produces = np.zeros(recording.size, bool)
         self.order: dict[int, int] = {}
@@ -112,7 +115,8 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(axis) != 0)) + 1
     segments: dict[int, list[tuple[int, Labels]]] = {}
     for segment in np.split(labels, cuts):
-        segments.setdefault(int(solution.group[solution.channel[segment[0]]]), []).append((int(roles.axis[segment[0]]), segment))
+        group = int(solution.group[solution.channel[segment[0]]])
+        segments.setdefault(group, []).append((int(roles.axis[segment[0]]), segment))
     drafts = []
     for places in segments.values():
         last = len(roles.order) + len(recording.operations)
@@ -132,7 +136,8 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     return tuple(groups)
 
 
-def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels, channels: Labels) -> Member:
+def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels,
+            channels: Labels) -> Member:
     axis = recording.axes[number]
     numbers = solution.channel[labels]
     at = labels - axis.start
@@ -164,6 +169,6 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
     explained = produced[solution.component] | ~solution.locked
     for name, fields in recording.fields.items():  # parameters that no producer explains
         if fields and not any(explained[field.labels].any() for field in fields):
-            reasons = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
-            locked.setdefault(layer_name(name), next((reason for reason in reasons if reason != NOT_READ), NOT_READ))
+            found = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
+            locked.setdefault(layer_name(name), next((reason for reason in found if reason != NOT_READ), NOT_READ))
     return locked

@@ -13,8 +13,16 @@ from torch import nn
 from zennit.core import Composite
 from zennit.image import CMAPS, palette
 
-from .attribute import (Initial, attributing, call_network, differentiable, initial_relevance, main_output, propagate,
-                        recommended_composite)
+from .attribute import (
+    Initial,
+    attributing,
+    call_network,
+    differentiable,
+    initial_relevance,
+    main_output,
+    propagate,
+    recommended_composite,
+)
 from .canonize import GraphCanonizer
 from .errors import PruneError
 from .networks import tensors_in, unwrapped
@@ -23,8 +31,8 @@ TILE = 128  # pixels of the longer side of a picture, at least
 MARGIN = 6
 
 
-def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot',
-            canonizer: GraphCanonizer | None = None) -> torch.Tensor:
+def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
+            initial: Initial = 'one-hot', canonizer: GraphCanonizer | None = None) -> torch.Tensor:
     '''The relevance of every input pixel, summed over the input's channels.
 
     Parameters
@@ -32,8 +40,8 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     model: torch.nn.Module
         The network, or a masked or pruned one; it is copied, never changed.
     composite: zennit.core.Composite or None
-        The rules; None for the recommended ones (epsilon). The network is canonized from its graph after the composite's
-        own canonizers.
+        The rules; None for the recommended ones (epsilon). The network is canonized from its graph after the
+        composite's own canonizers.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
     target: torch.Tensor, callable or ``'predicted'``
@@ -93,7 +101,8 @@ def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: 
         raise PruneError(f'there is nothing to draw: {count} images and {len(heatmaps)} rows of heatmaps.')
     for name, maps in heatmaps.items():
         if maps.dim() != 3 or len(maps) != count:
-            raise PruneError(f'heatmaps {name!r} have shape {tuple(maps.shape)}: give one of shape (H, W) for each of {count} images.')
+            raise PruneError(f'heatmaps {name!r} have shape {tuple(maps.shape)}: give one of shape (H, W) for each of '
+                             f'{count} images.')
     scale = torch.stack([maps.abs().flatten(1).amax(1) for maps in heatmaps.values()]).amax(0).clamp(min=1e-30)
     try:
         colours = np.asarray(palette(cmap), np.uint8).reshape(256, 3)

@@ -1,8 +1,8 @@
 '''Label fields: which removable channel sits where in a tensor.
 
 Every index of every dimension of every parameter and buffer carries an integer *label*. A tensor computed from them
-carries :class:`Field` objects: arrays of labels that broadcast to the tensor's shape. Removing a channel deletes, in every
-tensor, the positions that bear its labels. Label 0 marks what must stay.
+carries :class:`Field` objects: arrays of labels that broadcast to the tensor's shape. Removing a channel deletes, in
+every tensor, the positions that bear its labels. Label 0 marks what must stay.
 '''
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Field:
     Parameters
     ----------
     labels: numpy.ndarray
-        int64, with as many dimensions as the tensor and of size 1 along every dimension not in ``dims``: a dimension along
-        which labels do not vary is never materialised.
+        int64, with as many dimensions as the tensor and of size 1 along every dimension not in ``dims``: a dimension
+        along which labels do not vary is never materialised.
     dims: tuple of int
         The dimensions along which the labels vary, ascending. A dimension may be listed and yet be of size 1: that is a
         dimension which was narrowed to a single channel.
     '''
-    __slots__ = ('labels', 'dims')
+
+    __slots__ = ('dims', 'labels')
 
     def __init__(self, labels: Labels, dims: tuple[int, ...]):
         self.labels = labels
@@ -38,7 +39,7 @@ class Field:
         return cls(labels.reshape([-1 if d == dim else 1 for d in range(ndim)]), (dim,))
 
     def aligned(self, ndim: int) -> Field:
-        '''This field on a tensor with leading dimensions of size 1 added, as broadcasting does.'''
+        '''The same field on a tensor with leading dimensions of size 1 added, as broadcasting does.'''
         extra = ndim - self.labels.ndim
         if not extra:
             return self

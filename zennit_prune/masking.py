@@ -1,7 +1,7 @@
 '''The masked network: the original's shapes, but it computes what the pruned network computes.
 
-It is built by zeroing, not by pruning, so that it can check pruning: the slices of weights that read a removed channel are
-zero, so the channel neither speaks nor receives relevance.
+It is built by zeroing, not by pruning, so that it can check pruning: the slices of weights that read a removed channel
+are zero, so the channel neither speaks nor receives relevance.
 '''
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .networks import copied, tensors_by_module
 def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
     '''A copy of ``model`` in which the channels at these positions of these groups are silent.
 
-    Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels; there,
-    everything that brings them forth is zero.
+    Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;
+    there, everything that brings them forth is zero.
     '''
     masked = copied(model)
     tensors = dict(tensors_by_module(masked))

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map_only
 from .errors import PruneError
 
 ATOMIC = (int, float, bool, str, type(None))
-COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__', '__getnewargs__')
+COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__',
+                 '__getnewargs__')
 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    '''Traces make a hundred thousand objects that stay; looking through them for garbage takes longer than the trace.'''
+    '''Traces make a hundred thousand objects that stay; a search for garbage takes longer than the trace.'''
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -50,11 +51,19 @@ def _found(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield value
     elif id(value) not in seen and not isinstance(value, (str, bytes, type, nn.Module)):
         seen.add(id(value))
-        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list, set)) else \
-            vars(value).values() if hasattr(value, '__dict__') else [
-                getattr(value, name) for kind in type(value).__mro__ for name in getattr(kind, '__slots__', ()) if hasattr(value, name)]
-        for part in parts:
+        for part in _parts(value):
             yield from _found(part, seen)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list, set)):
+        return value
+    if hasattr(value, '__dict__'):
+        return vars(value).values()
+    names = [name for kind in type(value).__mro__ for name in getattr(kind, '__slots__', ())]
+    return [getattr(value, name) for name in names if hasattr(value, name)]
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -68,7 +77,8 @@ def tensors_by_module(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     buffers: list[tuple[str, torch.Tensor]] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
         for found, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
-            found += [(f'{prefix}.{name}' if prefix else name, tensor) for name, tensor in tensors.items() if tensor is not None]
+            found += [(f'{prefix}.{name}' if prefix else name, tensor)
+                      for name, tensor in tensors.items() if tensor is not None]
     return parameters + buffers
 
 
@@ -90,18 +100,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise PruneError(f'a torch.nn.Module is needed, not a {type(model).__name__}.')
     while True:
         if hasattr(model, '_orig_mod'):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             break
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise PruneError(f'module {name!r} is scripted ({type(module).__name__}): its code cannot be narrowed. Prune the '
-                             'network before torch.jit.script or torch.jit.trace.')
+            raise PruneError(f'module {name!r} is scripted ({type(module).__name__}): its code cannot be narrowed. '
+                             'Prune the network before torch.jit.script or torch.jit.trace.')
         if '.quantized' in type(module).__module__:
-            raise PruneError(f'module {name!r} is quantized ({type(module).__name__}): prune the network in floating point, '
-                             'then quantize it.')
+            raise PruneError(f'module {name!r} is quantized ({type(module).__name__}): prune the network in floating '
+                             'point, then quantize it.')
     return model
 
 
@@ -127,9 +137,10 @@ def share_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    '''What ``copy.deepcopy`` does to modules, five times as fast: it would copy every key and number of every ``__dict__``.'''
+    '''What ``copy.deepcopy`` does to modules, five times as fast: it would copy every key and number they hold.'''
     kind = type(module)
-    if id(module) in memo or any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in COPY_PROTOCOL):
+    if id(module) in memo or any(getattr(kind, name, None) is not getattr(nn.Module, name, None)
+                                 for name in COPY_PROTOCOL):
         return copy.deepcopy(module, memo)
     new = kind.__new__(kind)
     memo[id(module)] = new
@@ -151,5 +162,5 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     try:
         return _copied_module(model, {} if memo is None else memo)
     except Exception as error:
-        raise PruneError(f'a {type(model).__name__} cannot be copied ({error}). Remove what cannot: tensors with a gradient '
-                         'history kept as attributes, open files, locks.') from error
+        raise PruneError(f'a {type(model).__name__} cannot be copied ({error}). Remove what cannot: tensors with a '
+                         'gradient history kept as attributes, open files, locks.') from error

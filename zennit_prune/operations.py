@@ -15,7 +15,7 @@ from .rules import Call, Candidates, NoRule, operation_rule
 
 
 def combine(call: Call, operands: Sequence[tuple[Sequence[int], Sequence[Field]]], ndim: int) -> list[Field]:
-    '''Tie the labels that meet where ``operands`` (shape, fields) broadcast against each other; return the result's fields.'''
+    '''Tie the labels that meet where ``operands`` (shape, fields) broadcast; return the result's fields.'''
     shapes = [(1,) * (ndim - len(shape)) + tuple(shape) for shape, _ in operands]
     items = [(position, field.aligned(ndim)) for position, (_, fields) in enumerate(operands) for field in fields]
     for position, field in items:
@@ -42,13 +42,15 @@ def pointwise(call: Call) -> Candidates:
         result = call.fields(operands[0])
     else:
         written = call.outputs[0] if call.in_place else None
-        result = combine(call, [((1,) * tensor.dim() if call.is_uniform(tensor) and tensor is not written else tensor.shape,
-                                 call.fields(tensor)) for tensor in operands], call.outputs[0].dim())
+        shapes = [(1,) * tensor.dim() if call.is_uniform(tensor) and tensor is not written else tuple(tensor.shape)
+                  for tensor in operands]
+        result = combine(call, list(zip(shapes, map(call.fields, operands))), call.outputs[0].dim())
     return [list(result) for _ in call.outputs]
 
 
-@operation_rule('clone', '_to_copy', 'contiguous', 'lift_fresh', 'native_dropout', 'zeros_like', 'ones_like', 'empty_like',
-                'full_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero', 'uniform', 'normal', 'detach', 'alias')
+@operation_rule('clone', '_to_copy', 'contiguous', 'lift_fresh', 'native_dropout', 'zeros_like', 'ones_like',
+                'empty_like', 'full_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero', 'uniform', 'normal',
+                'detach', 'alias')
 def same_shape(call: Call) -> Candidates:
     '''The result is shaped as the first argument is.'''
     return [list(call.fields(call.args[0])) for _ in call.outputs]
@@ -134,7 +136,7 @@ def split(call: Call) -> Candidates:
     dim = call.dim(2)
     sizes = [tensor.shape[dim] for tensor in call.outputs]
     stops = np.cumsum(sizes)
-    results: Candidates = [[] for _ in call.outputs]
+    results: list[list[Field | Labels]] = [[] for _ in call.outputs]
     for field in call.fields(call.args[0]):
         if dim not in field.dims:
             for result in results:
@@ -177,7 +179,8 @@ def select(call: Call) -> Candidates:
     for field in call.fields(call.args[0]):
         chosen = (slice(None),) * dim
         if dim in field.dims:
-            call.lock('a fixed position of it is picked', field.labels[(*chosen, slice(0, at + 1) if at >= 0 else slice(at, None))])
+            counted = slice(0, at + 1) if at >= 0 else slice(at, None)
+            call.lock('a fixed position of it is picked', field.labels[(*chosen, counted)])
         dims = tuple(d - (d > dim) for d in field.dims if d != dim)
         result.append(Field(field.labels[(*chosen, at if dim in field.dims else 0)], dims))
     return [result]
@@ -259,8 +262,8 @@ def stack(call: Call) -> Candidates:
     return [[Field(np.expand_dims(field.labels, dim), tuple(d + (d >= dim) for d in field.dims)) for field in fields]]
 
 
-@operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'logsumexp', 'var_mean', 'max', 'min', 'linalg_vector_norm', 'prod',
-                'any', 'all')
+@operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'logsumexp', 'var_mean', 'max', 'min',
+                'linalg_vector_norm', 'prod', 'any', 'all')
 def reduction(call: Call) -> Candidates:
     '''A reduction over a labelled dimension would change when channels go.'''
     x, shift = call.args[0], call.name == 'linalg_vector_norm'
@@ -297,11 +300,12 @@ def softmax(call: Call) -> Candidates:
 
 
 @operation_rule(
-    'max_pool2d_with_indices', 'max_pool3d_with_indices', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d', '_adaptive_avg_pool1d',
-    '_adaptive_avg_pool2d', '_adaptive_avg_pool3d', 'adaptive_max_pool2d', 'adaptive_max_pool3d', 'upsample_nearest1d',
-    'upsample_nearest2d', 'upsample_nearest3d', 'upsample_linear1d', 'upsample_bilinear2d', 'upsample_trilinear3d',
-    'upsample_bicubic2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa', '_upsample_nearest_exact2d', 'grid_sampler_2d',
-    'reflection_pad1d', 'reflection_pad2d', 'reflection_pad3d', 'replication_pad1d', 'replication_pad2d', 'replication_pad3d')
+    'max_pool2d_with_indices', 'max_pool3d_with_indices', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d',
+    '_adaptive_avg_pool1d', '_adaptive_avg_pool2d', '_adaptive_avg_pool3d', 'adaptive_max_pool2d',
+    'adaptive_max_pool3d', 'upsample_nearest1d', 'upsample_nearest2d', 'upsample_nearest3d', 'upsample_linear1d',
+    'upsample_bilinear2d', 'upsample_trilinear3d', 'upsample_bicubic2d', '_upsample_bilinear2d_aa',
+    '_upsample_bicubic2d_aa', '_upsample_nearest_exact2d', 'grid_sampler_2d', 'reflection_pad1d', 'reflection_pad2d',
+    'reflection_pad3d', 'replication_pad1d', 'replication_pad2d', 'replication_pad3d')
 def spatial(call: Call) -> Candidates:
     '''Pooling and resampling act on each channel by itself; the trailing dimensions are space.'''
     ranks = [rank for rank in (1, 2, 3) if f'{rank}d' in call.name]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -65,8 +65,8 @@ class Plan:
         gone = self.graph.removed_labels(self.removed)
         for axis in self.graph.recording.axes:
             if gone[axis.start:axis.start + axis.size].all():
-                raise PruneError(f'the plan removes all {axis.size} channels along dimension {axis.dim} of {axis.parameter!r}: '
-                                 'keep at least one.')
+                raise PruneError(f'the plan removes all {axis.size} channels along dimension {axis.dim} of '
+                                 f'{axis.parameter!r}: keep at least one.')
 
     # editing
     def remove(self, name: str, positions: Iterable[int]) -> Plan:
@@ -79,7 +79,8 @@ class Plan:
         '''A plan that keeps these positions of a group (or of the only group of a layer).'''
         group = self.graph.group(name)
         kept = set(_checked(group, positions))
-        return Plan(self.graph, {**self.removed, group.name: [p for p in self.removed.get(group.name, ()) if p not in kept]})
+        left = [position for position in self.removed.get(group.name, ()) if position not in kept]
+        return Plan(self.graph, {**self.removed, group.name: left})
 
     def compose(self, later: Plan) -> Plan:
         '''The plan that does in one step what this plan and then ``later``, made for the pruned network, do.
@@ -99,18 +100,18 @@ class Plan:
             group, size = self.graph.group(name), later.graph.group(name).size
             left = [position for position in range(group.size) if position not in set(self.removed.get(name, ()))]
             if len(left) != size:
-                raise PruneError(f'group {name!r} has {len(left)} channels after this plan, but {size} in the later one: the later '
-                                 'plan was made for another network.')
+                raise PruneError(f'group {name!r} has {len(left)} channels after this plan, but {size} in the later '
+                                 'one: the later plan was made for another network.')
             removed.setdefault(name, []).extend(left[position] for position in positions)
         return Plan(self.graph, removed)
 
     # trying and applying
-    def masked(self, model: nn.Module) -> nn.Module:
+    def masked(self, model: nn.Module) -> _Masked:
         '''A separate network of the original shapes that computes what the pruned network will compute.
 
-        It is built by zeroing what reads the removed channels, attributions included. It can be used in a ``with`` statement;
-        ``model`` is never touched. A rule that ignores weights (``Flat``, ``WSquare``) inside the network still spreads
-        relevance over silent channels: use the pruned network for such composites.
+        It is built by zeroing what reads the removed channels, attributions included. It can be used in a ``with``
+        statement; ``model`` is never touched. A rule that ignores weights (``Flat``, ``WSquare``) inside the network
+        still spreads relevance over silent channels: use the pruned network for such composites.
 
         Parameters
         ----------
@@ -119,7 +120,7 @@ class Plan:
         '''
         masked = masked_copy(self.graph, self._checked_model(model), self.removed)
         masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
-        return masked
+        return cast(_Masked, masked)
 
     def apply(self, model: nn.Module, verify: bool = True) -> nn.Module:
         '''Remove the channels: an ordinary, smaller network of the same class.
@@ -141,8 +142,8 @@ class Plan:
         Raises
         ------
         PruneError
-            If the plan is empty, ``model`` is not the network that was traced, or the result is not provably the original
-            with these channels silent (:class:`VerificationError` where numbers differ).
+            If the plan is empty, ``model`` is not the network that was traced, or the result is not provably the
+            original with these channels silent (:class:`VerificationError` where numbers differ).
         '''
         model = self._checked_model(model)
         if not self.removed:
@@ -151,13 +152,14 @@ class Plan:
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:
-            raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or trace with '
-                             f'ignore=[{failure.operation.site.module!r}].')
+            raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or '
+                             f'trace with ignore=[{failure.operation.site.module!r}].')
         if verify:
-            compare(self.graph, model, small, self.removed, self.graph.recording.example)
+            compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
         return small
 
-    def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, verify: bool = True) -> nn.Module:
+    def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
+               verify: bool = True) -> nn.Module:
         '''Remove the channels in place; everything is proven before the first write.
 
         Parameters
@@ -187,8 +189,8 @@ class Plan:
             shape = tuple(tensors[axis.parameter].shape) if axis.parameter in tensors else ()
             if len(shape) <= axis.dim or shape[axis.dim] != axis.size:
                 has = f'has shape {shape}' if shape else 'is missing'
-                raise PruneError(f'this is not the network that was traced: {axis.parameter!r} {has}, but had {axis.size} indices '
-                                 f'along dimension {axis.dim}. Trace it again.')
+                raise PruneError(f'this is not the network that was traced: {axis.parameter!r} {has}, but had '
+                                 f'{axis.size} indices along dimension {axis.dim}. Trace it again.')
         return model
 
     # files
@@ -197,7 +199,7 @@ class Plan:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + '\n')
 
     def to_dict(self) -> dict[str, Any]:
-        '''The plan as JSON values: its removals and the sizes of all groups, by which :meth:`load` knows the network.'''
+        '''The plan as JSON values: its removals, and the sizes of all groups, by which a network is known.'''
         return {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
                 'removed': {name: list(positions) for name, positions in self.removed.items()}}
 
@@ -229,8 +231,8 @@ class Plan:
             raise PruneError(f'{source!r} is no plan: "groups" and "removed" are objects by group name.')
         for name, size in data.get('groups', {}).items():
             if sizes.get(name) != size:
-                raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, here it has '
-                                 f'{sizes.get(name, "none")}.')
+                raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, '
+                                 f'here it has {sizes.get(name, "none")}.')
         return cls(graph, removed)
 
     # reading
@@ -248,7 +250,8 @@ class Plan:
         counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
         costs = CostModel(self.graph)
         totals = [f'{unit}: {costs(unit, 0 * counts):,.0f} -> {costs(unit, counts):,.0f} '
-                  f'({costs(unit, counts) / costs(unit, 0 * counts):.1%} left)' for unit in ('flops', 'params', 'channels')]
+                  f'({costs(unit, counts) / costs(unit, 0 * counts):.1%} left)'
+                  for unit in ('flops', 'params', 'channels')]
         return '\n'.join([table(('group', 'channels', 'left', 'share'), rows), '', *totals])
 
     def __repr__(self) -> str:
@@ -275,18 +278,26 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
     Raises
     ------
     VerificationError
-        If that exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16); it names the first wrong layer.
+        If that exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16); it names the first wrong
+        layer.
     '''
     return compare(plan.graph, plan._checked_model(model), unwrapped(small), plan.removed, example)
 
 
-class _Masked:
+if TYPE_CHECKING:
+    _Network = nn.Module
+else:
+    _Network = object  # the class of the network is joined to it at run time
+
+
+class _Masked(_Network):
     '''Lets a masked network be used in a ``with`` statement.'''
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> _Masked:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         return None
 
 
@@ -301,7 +312,8 @@ def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
         except TypeError:
             number = None
         if number is None:
-            raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to {group.size - 1}.')
+            raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to '
+                             f'{group.size - 1}.')
         numbers.append(number)
         if not 0 <= numbers[-1] < group.size:
             raise PruneError(f'position {position} is out of range for group {group.name!r}: it has positions 0 to '

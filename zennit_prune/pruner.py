@@ -48,7 +48,8 @@ class Pruner:
     def __init__(self, model: nn.Module, composite: Composite | None, example: Any, ignore: Sequence[str] = (),
                  layernorm: str = 'lock'):
         if composite is not None and not isinstance(composite, Composite):
-            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), or None.')
+            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), or '
+                             'None.')
         self.model = unwrapped(model)
         self.composite = recommended_composite() if composite is None else composite
         self.graph = trace(self.model, example, ignore, layernorm)
@@ -64,10 +65,11 @@ class Pruner:
         Parameters
         ----------
         loader: iterable
-            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function.
+            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a
+            function.
         criterion: str or callable
-            ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph, model,
-            loader) that returns a :class:`Relevance`.
+            ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph,
+            model, loader) that returns a :class:`Relevance`.
         aggregate, initial:
             See :class:`Collector`.
         seed: int
@@ -82,15 +84,17 @@ class Pruner:
         Raises
         ------
         PruneError
-            For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are not finite.
+            For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
+            not finite.
         '''
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
         if criterion in CRITERIA:
             return CRITERIA[criterion](self.graph, self.model, seed)
         if criterion != 'relevance':
-            raise PruneError(f'criterion={criterion!r} is unknown: use one of '
-                             f'{", ".join(map(repr, ("relevance", *CRITERIA)))}, or a function of (graph, model, loader).')
+            known = ', '.join(map(repr, ('relevance', *CRITERIA)))
+            raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
+                             'loader).')
         with self.collector(aggregate, initial) as collector:
             for inputs, target in batches(loader, 'relevance' if progress else None):
                 collector.update(inputs, target)
@@ -120,18 +124,20 @@ class Pruner:
         for name, values in relevance.items():
             group = self.graph.group(name)
             if len(values) != group.size:
-                raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} channels.')
+                raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} '
+                                 'channels.')
             scores[group.name] = values.numpy()
         removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
         return Plan(self.graph, removed)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
-        return heatmap(self.model, self.composite, x, target, initial, GraphCanonizer.from_recording(self.graph.recording))
+        canonizer = GraphCanonizer.from_recording(self.graph.recording)
+        return heatmap(self.model, self.composite, x, target, initial, canonizer)
 
 
-def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget, ignore: Sequence[str] = (),
-          progress: bool = True) -> nn.Module:
+def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
+          ignore: Sequence[str] = (), progress: bool = True) -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply and verify.
 
     Parameters

@@ -41,7 +41,8 @@ class Relevance:
         for name, values in scores.items():
             values = torch.as_tensor(values).detach().to('cpu', torch.float64, copy=True).contiguous()
             if values.dim() != 1:
-                raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per channel.')
+                raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per '
+                                 'channel.')
             if not torch.isfinite(values).all():
                 where = torch.nonzero(~torch.isfinite(values)).flatten()[:5].tolist()
                 raise PruneError(f'scores of group {name!r} are not finite at positions {where}.')
@@ -51,7 +52,8 @@ class Relevance:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._scores:
-            raise PruneError(f'there are no scores for {name!r}. Groups with scores: {", ".join(self._scores) or "none"}.')
+            raise PruneError(f'there are no scores for {name!r}. Groups with scores: '
+                             f'{", ".join(self._scores) or "none"}.')
         return self._scores[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -68,7 +70,7 @@ class Relevance:
         return self._scores.items()
 
     def stability(self) -> dict[str, float]:
-        '''How far the ranking depends on the samples: Spearman's rank correlation of the scores from two halves of them.
+        '''How far the ranking depends on the samples: Spearman's rank correlation of the scores from two halves.
 
         Returns
         -------
@@ -102,7 +104,7 @@ class Relevance:
         try:
             with safe_open(os.fspath(path), 'pt') as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         except SafetensorError as error:
             raise PruneError(f'{os.fspath(path)!r} is no file of relevance: {error}.') from error
         if metadata.get('format') != FORMAT:
@@ -121,7 +123,8 @@ class Relevance:
 
     def __repr__(self) -> str:
         how = ', '.join(f'{key}={value!r}' for key, value in self.info.items())
-        return f'Relevance({sum(map(len, self._scores.values()))} channels of {len(self)} groups{", " * bool(how)}{how})'
+        channels = sum(map(len, self._scores.values()))
+        return f'Relevance({channels} channels of {len(self)} groups{", " * bool(how)}{how})'
 
 
 def spearman(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ class Mismatch(Exception):
 @dataclass
 class Failure:
     '''Where a replay failed: the operation of the original and what was different.'''
+
     operation: Operation
     index: int
     mode: str
@@ -41,7 +41,7 @@ class Failure:
 
 
 class Deletion:
-    '''Delete the ``removed`` labels from fields; the results are kept, since most fields flow through many operations.'''
+    '''Delete the ``removed`` labels from fields; results are kept, since most fields flow through many operations.'''
 
     def __init__(self, removed: npt.NDArray[np.bool_]):
         self.removed = removed
@@ -57,7 +57,7 @@ class Deletion:
                 for dim in field.dims:
                     whole = gone.all(axis=tuple(d for d in range(gone.ndim) if d != dim))
                     if whole.any():
-                        kept[dim] = ~whole
+                        kept[dim] = np.logical_not(whole)
             self._kept[id(field)] = field, kept
         return self._kept[id(field)][1]
 
@@ -84,6 +84,7 @@ class Deletion:
 
 class Replayer(Tracer):
     '''Trace a pruned network and hold every operation against the original's.'''
+
     counts_flops = False
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str], expected: list[Operation], deletion: Deletion,
@@ -120,8 +121,10 @@ class Replayer(Tracer):
         if expected is None:
             raise Mismatch(f'the pruned network runs {operation.name} here')
         if expected.scalars != operation.scalars:
-            raise Mismatch(f'a number changes with the number of channels, from {expected.scalars} to {operation.scalars}')
-        for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes, operation.outputs, operation.shapes):
+            raise Mismatch(f'a number changes with the number of channels, from {expected.scalars} to '
+                           f'{operation.scalars}')
+        for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes,
+                                                        operation.outputs, operation.shapes):
             narrowed, kept = self.deletion(fields)
             if tuple(int(kept[dim].sum()) if dim in kept else size for dim, size in enumerate(shape)) != new_shape:
                 raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}')
@@ -152,7 +155,8 @@ class Replayer(Tracer):
         return next((reason for labels, reason in locks if not self.solution.locked[labels].all()), '')
 
 
-def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed: npt.NDArray[np.bool_]) -> Failure | None:
+def replay(recording: Recording, solution: Solution, pruned: nn.Module,
+           removed: npt.NDArray[np.bool_]) -> Failure | None:
     '''Trace ``pruned`` and compare it with the recorded original.
 
     Parameters
@@ -172,17 +176,19 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module, removed:
         The first difference, or None if there is none.
     '''
     deletion = Deletion(removed)
+    example = recording.example.fitted(pruned)
     fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
     for mode, run in recording.runs.items():
         tracers: list[Replayer] = []
 
-        def tracer_type(*arguments: Any, expected: list[Operation] = run.operations) -> Replayer:
-            tracers.append(Replayer(*arguments, expected, deletion, solution))
-            return tracers[-1]
+        def tracer_type(calls: CallCounter, parameters: Mapping[int, str], made: list[Replayer] = tracers,
+                        expected: list[Operation] = run.operations) -> Replayer:
+            made.append(Replayer(calls, parameters, expected, deletion, solution))
+            return made[-1]
 
         network = pruned if len(recording.runs) == 1 else structural_copy(pruned, recording.example.device)
         try:
-            run_network(network, recording.example, mode == 'train', tracer_type, fields)
+            run_network(network, example, mode == 'train', tracer_type, fields)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
         except ForwardError as error:
             mismatch = isinstance(error.__cause__, Mismatch)

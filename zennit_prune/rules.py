@@ -1,14 +1,15 @@
 '''What a rule is: a statement of what one ATen operation does to label fields.
 
-A rule is a function of one :class:`Call`. It returns, for every output tensor, the candidates for that tensor's fields: a
-:class:`~zennit_prune.labels.Field`, or a plain label array whose varying dimensions are yet to be found. On the way it *ties*
-labels that must go together and *locks* labels that must stay. An operation without a rule locks all that flows into it.
+A rule is a function of one :class:`Call`. It returns, for every output tensor, the candidates for that tensor's fields:
+a :class:`~zennit_prune.labels.Field`, or a plain label array whose varying dimensions are yet to be found. On the way
+it *ties* labels that must go together and *locks* labels that must stay. An operation without a rule locks all that
+flows into it.
 
 The rules themselves are in ``operations.py`` and, for operations with weights, in ``contractions.py``.
 '''
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from .networks import tensors_in
 if TYPE_CHECKING:
     from .tracer import Operation, Tracer
 
-Candidates = list[list['Field | Labels']]
+Candidates = Sequence[Sequence[Field | Labels]]
 Rule = Callable[['Call'], Candidates]
 
 RULES: dict[str, Rule] = {}

@@ -31,6 +31,7 @@ class Solution:
     reasons: dict of int to str
         Why the labels of a component must stay.
     '''
+
     component: Labels
     channel: Labels
     group: Labels

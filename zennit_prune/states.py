@@ -1,9 +1,10 @@
 '''Where the relevance of a channel is read: the tensors that carry its complete value.
 
 For a plain convolution that is its output. In a residual stream it is the first value and the output of every coupling
-operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel a new
-value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before may be a
-constant that matters behind. A norm whose statistics depend on the sample is no different; before it, relevance sums to zero.
+operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel
+a new value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before
+may be a constant that matters behind. A norm whose statistics depend on the sample is no different; before it,
+relevance sums to zero.
 '''
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ class State:
     positions: torch.Tensor
         int64, shaped as these dimensions: the position in the group, or its size where something else sits.
     '''
+
     group: str
     place: Place
     dims: tuple[int, ...]
@@ -82,8 +84,8 @@ def find_states(graph: ChannelGraph) -> tuple[list[State], dict[str, str]]:
                  for state in flow.state(group, value)]
         if not found:
             missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns'
-        unique = {(state.place.side, state.place.module, state.place.call, state.place.position, state.place.site): state
-                  for state in found}
+        unique = {(state.place.side, state.place.module, state.place.call, state.place.position,
+                   state.place.site): state for state in found}
         states += unique.values()
     return states, missing
 
@@ -120,8 +122,9 @@ class Flow:
             if operation.contracted or operation.name == 'cat':
                 continue
             source = self.writer.get(operation.reads[0]) if operation.name == 'sum' else None
-            anew = (operation.name in ('convolution', 'native_group_norm') or operation.decisions.get('statistics of the batch')
-                    or source is not None and source.name == 'stack')  # zennit.layer.Sum
+            anew = (operation.name in ('convolution', 'native_group_norm')
+                    or operation.decisions.get('statistics of the batch')
+                    or (source is not None and source.name == 'stack'))  # zennit.layer.Sum
             for number in set().union(*carried):
                 if anew or sum(number in numbers for numbers in carried) > 1:
                     self._renewing[number].append(operation)
@@ -146,7 +149,7 @@ class Flow:
                     yield value, operation
 
     def is_complete(self, value: int, group: ChannelGroup) -> bool:
-        '''Whether anything reads the value, after norms and activations or not, that does not merely turn it into another state.'''
+        '''Whether anything reads the value, perhaps after norms and activations, but to turn it into another state.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         front, seen = [value], {value}
         while front:
@@ -154,7 +157,8 @@ class Flow:
                 if id(operation) in renewing:
                     continue
                 onward = [written for written in operation.writes if self.carries(written, group)]
-                if operation.contracted and self.number[group.name] in self._numbers(operation.contracted) or not onward:
+                contracted = operation.contracted and self.number[group.name] in self._numbers(operation.contracted)
+                if contracted or not onward:
                     return True
                 front += [written for written in onward if written not in seen]
                 seen.update(onward)
@@ -166,7 +170,8 @@ class Flow:
             field = self.carries(value, group)
             if field is None:
                 return
-            places = sorted(self.places.get(value, ()), key=lambda place: ('output', 'input', 'function').index(place.side))
+            places = sorted(self.places.get(value, ()),
+                            key=lambda place: ('output', 'input', 'function').index(place.side))
             if places and 0 not in field.dims:
                 yield self._state(group, field, places[0])
                 return

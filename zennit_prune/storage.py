@@ -43,7 +43,8 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
         expected = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape)]
         if name not in tensors or list(tensors[name].shape) != expected:
             has = list(tensors[name].shape) if name in tensors else 'missing'
-            raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it {expected}.')
+            raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
+                             f'{expected}.')
     metadata = {'format': FORMAT, 'version': '1', 'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
                 'group_sizes': json.dumps(plan.graph.group_sizes), 'class': type(small).__name__}
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -83,11 +84,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name in (*shapes, *fresh):
         found = tuple(fresh[name].shape) if name in fresh else None
         if found != shapes.get(name) or name not in data:
-            raise PruneError(f'{os.fspath(path)!r} was saved from another network: {name!r} was {shapes.get(name, "absent")} before '
-                             f'pruning, but is {"absent" if found is None else found} in the {type(model).__name__} given.')
+            raise PruneError(f'{os.fspath(path)!r} was saved from another network: {name!r} was '
+                             f'{shapes.get(name, "absent")} before pruning, but is '
+                             f'{"absent" if found is None else found} in the {type(model).__name__} given.')
     kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
-    small = narrowed_copy(model, {name: dims for name, dims in kept.items() if dims}, json.loads(metadata['group_sizes']))
+    kept = {name: dims for name, dims in kept.items() if dims}
+    small = narrowed_copy(model, kept, json.loads(metadata['group_sizes']))
     with torch.no_grad():
         for name, tensor in unique_tensors(small).items():
             tensor.data = data[name].to(tensor.device)
@@ -98,7 +101,7 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
-            data = {key: file.get_tensor(key) for key in file.keys()}
+            data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise PruneError(f'{path!r} is no saved network: {error}.') from error
     if metadata.get('format') != FORMAT:

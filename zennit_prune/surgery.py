@@ -17,8 +17,8 @@ Kept = Mapping[str, Mapping[int, npt.NDArray[Any]]]
 def narrowed(tensor: torch.Tensor, kept: Mapping[int, npt.NDArray[Any]], device: str | None = None) -> torch.Tensor:
     '''Keep the given indices of each dimension; on ``'meta'``, without data.'''
     if device == 'meta':
-        return torch.empty([len(kept[d]) if d in kept else size for d, size in enumerate(tensor.shape)], dtype=tensor.dtype,
-                           device='meta')
+        shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
+        return torch.empty(shape, dtype=tensor.dtype, device='meta')
     with torch.no_grad():
         for dim, index in kept.items():
             tensor = tensor.index_select(dim, torch.as_tensor(index, device=tensor.device))
@@ -99,7 +99,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     '''Give ``model`` the parameters and buffers of ``small``, its narrowed copy, and the optimizer the matching state.
 
     New ``Parameter`` objects replace the narrowed ones, so that an autograd graph still alive keeps its tensors. The
-    optimizer's groups point to them, and every state tensor of a parameter's shape (momentum, Adam moments) is narrowed along.
+    optimizer's groups point to them, and every state tensor of a parameter's shape (momentum, Adam moments) is narrowed
+    along.
 
     Raises
     ------
@@ -116,9 +117,9 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
         for parameter, _, _ in replaced.values():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise PruneError(f'{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of '
-                                     f'shape {tuple(parameter.shape)}, which cannot be narrowed along: prune without it, and make a '
-                                     'new optimizer for the pruned network.')
+                    raise PruneError(f'{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a '
+                                     f'parameter of shape {tuple(parameter.shape)}, which cannot be narrowed along: '
+                                     'prune without it, and make a new optimizer for the pruned network.')
     modules = dict(small.named_modules())
     for name, module in model.named_modules():
         for key, value in module._parameters.items():
@@ -138,5 +139,6 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
         for before, after, indices in replaced.values():
             if before in optimizer.state:
                 optimizer.state[after] = {
-                    key: narrowed(value, indices) if isinstance(value, torch.Tensor) and value.shape == before.shape else value
+                    key: narrowed(value, indices)
+                    if isinstance(value, torch.Tensor) and value.shape == before.shape else value
                     for key, value in optimizer.state.pop(before).items()}

@@ -10,9 +10,11 @@ WIDEST = 60
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     '''Columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
     last = len(header) - 1
-    cells = [[_cell(value) if column == last else _cut(_cell(value)) for column, value in enumerate(row)] for row in rows]
+    cells = [[_cell(value) if column == last else _cut(_cell(value)) for column, value in enumerate(row)]
+             for row in rows]
     widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
-    numeric = [bool(rows) and all(isinstance(row[column], (int, float)) for row in rows) for column in range(len(header))]
+    numeric = [bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
+               for column in range(len(header))]
 
     def line(values: Sequence[str]) -> str:
         return '  '.join(value.rjust(width) if right else value.ljust(width)

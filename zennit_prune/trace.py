@@ -1,14 +1,14 @@
 '''Run a network once on meta tensors and record how every ATen operation moves channel labels.
 
 Meta tensors have shapes and no data, so that a trace costs a fraction of a second whatever the size of the network. A
-network that needs values (constants made on the CPU, data-dependent shapes) is run on copies of its real tensors instead;
-one whose Python branches on values of its input is refused, for only one of its paths would be seen.
+network that needs values (constants made on the CPU, data-dependent shapes) is run on copies of its real tensors
+instead; one whose Python branches on values of its input is refused, for only one of its paths would be seen.
 '''
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,9 @@ from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
 from .tracer import Operation, Tracer, numbers_in
 
-
 TRACED_BATCH = 2
-MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
+MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
+                   torch.Tensor.__rmatmul__}
 FROM_NUMBERS = {torch.tensor, torch.as_tensor}
 
 
@@ -42,12 +42,13 @@ class Boundaries(CallCounter):
     def left(self, frame: Frame, output: Any) -> None:
         self._note('output', frame, output)
         if self.tracer is not None:
-            self.outputs[frame.module, frame.call] = [self.tracer.fields_of(tensor) for tensor in output_tensors(output)]
+            self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site = self.site
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
-            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value for value in args)
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
+                         for value in args)
         elif func in FROM_NUMBERS and self.tracer is not None:
             self.tracer.constant(list(numbers_in(args)))
         result = func(*args, **kwargs)
@@ -62,8 +63,12 @@ class Boundaries(CallCounter):
 
 
 class Place(NamedTuple):
-    '''Where a value can be read in another run: the n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a
-    module, or that a torch function returns (``'function'``, called at ``site``).'''
+    '''Where a value can be read in another run.
+
+    The n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a module, or that a torch function
+    returns (``'function'``, called at ``site``).
+    '''
+
     side: str
     module: str
     call: int
@@ -72,7 +77,8 @@ class Place(NamedTuple):
 
 
 class Axis(NamedTuple):
-    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of one parameter or buffer.'''
+    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.'''
+
     parameter: str
     dim: int
     size: int
@@ -81,6 +87,7 @@ class Axis(NamedTuple):
 
 class TensorSize(NamedTuple):
     '''The shape of a tensor, the bytes of each element, and whether it is a parameter rather than a buffer.'''
+
     shape: tuple[int, ...]
     bytes_each: int
     is_parameter: bool
@@ -88,8 +95,12 @@ class TensorSize(NamedTuple):
 
 @dataclass
 class Run:
-    '''What one pass through a network showed: its operations; see :meth:`Tracer.keep_group_size`; where each value enters and
-    leaves modules; and the fields of every tensor that a call of a module returned.'''
+    '''What one pass through a network showed.
+
+    Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; and the fields of
+    every tensor that a call of a module returned.
+    '''
+
     operations: list[Operation]
     group_sizes: dict[str, int]
     places: dict[int, list[Place]]
@@ -106,13 +117,27 @@ class Run:
 class Example:
     '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
 
-    On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and channels.
+    On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and
+    channels.
     '''
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given_batch: int
+    dtype: torch.dtype | None
     device: str = 'meta'
     resize: bool = True
+
+    def fitted(self, model: nn.Module) -> Example:
+        '''The same for a network that was moved or converted since (``model.to(device)``, ``model.half()``).'''
+        like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+        if like is None:
+            return self
+
+        def fit(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(like.device, like.dtype if tensor.dtype == self.dtype else tensor.dtype)
+
+        return replace(self, args=map_tensors(fit, self.args), kwargs=map_tensors(fit, self.kwargs))
 
     @property
     def batch(self) -> int:
@@ -139,14 +164,16 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
     kwargs = example if isinstance(example, dict) else {}
     tensors = tensors_in((args, kwargs))
     if not tensors:
-        raise PruneError(f'the example holds no tensor (it is a {type(example).__name__}): give a tensor, a tuple of arguments '
-                         'or a dict of keyword arguments, as the network is called with.')
+        raise PruneError(f'the example holds no tensor (it is a {type(example).__name__}): give a tensor, a tuple of '
+                         'arguments or a dict of keyword arguments, as the network is called with.')
     devices = {tensor.device for _, tensor in tensors_by_module(model)}
     for tensor in tensors:
         if devices and tensor.device not in devices and tensor.device.type != 'meta':
-            raise PruneError(f'the example is on {tensor.device} and the network on {", ".join(sorted(map(str, devices)))}: '
-                             'move one of them, e.g. example.to(next(model.parameters()).device).')
-    return Example(args, kwargs, tensors[0].shape[0] if tensors[0].dim() else 1)
+            raise PruneError(f'the example is on {tensor.device} and the network on '
+                             f'{", ".join(sorted(map(str, devices)))}: move one of them, e.g. '
+                             'example.to(next(model.parameters()).device).')
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return Example(args, kwargs, tensors[0].shape[0] if tensors[0].dim() else 1, dtype)
 
 
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
@@ -204,6 +231,7 @@ class Recording:
     notes: list of str
         What the user should know about the trace.
     '''
+
     example: Example
     axes: list[Axis]
     fields: dict[str, list[Field]]
@@ -245,7 +273,8 @@ def record(model: nn.Module, example: Any) -> Recording:
         if runs['train'].signature() == runs['eval'].signature():
             del runs['train']
     except (ForwardError, PruneError) as error:
-        notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is proven')
+        notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
+                     'proven')
     sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
              for name, tensor in unique_tensors(model).items()}
     return Recording(arguments, axes, fields, sizes, runs, notes)
@@ -262,8 +291,8 @@ def _run_otherwise(model: nn.Module, example: Example, fields: Mapping[str, list
             last = error
     shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
     raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
-                     f'{last.module or type(model).__name__!r} raised {last}. Give an example that the network accepts: a '
-                     'tensor, a tuple of arguments, or a dict of keyword arguments.') from last
+                     f'{last.module or type(model).__name__!r} raised {last}. Give an example that the network '
+                     'accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.') from last
 
 
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:

@@ -14,19 +14,21 @@ from . import contractions  # noqa: F401  (registers its rules)
 from .calls import CallCounter, Site
 from .errors import PruneError
 from .labels import Field, Labels, narrowed_to, varying_dims
-from .operations import pointwise
 from .networks import tensors_in
+from .operations import pointwise
 from .rules import RULES, Call, Candidates, NoRule
 
 TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout'}
-POINTWISE = set('copy_ add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish clamp '
-                'clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
-UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full', 'empty_like', 'zeros_like',
-           'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted', 'new_empty_strided'}
-SIZED = UNIFORM | {'view', 'expand', 'split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', 'native_layer_norm',
-                   'native_group_norm', 'as_strided'}
+POINTWISE = set('copy_ add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish '
+                'clamp clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
+UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full',
+           'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted',
+           'new_empty_strided'}
+SIZED = UNIFORM | {'view', 'expand', 'split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes',
+                   'native_layer_norm', 'native_group_norm', 'as_strided'}
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
-VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt abs'.split())
+VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt '
+                'abs'.split())
 REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
 NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
@@ -46,10 +48,12 @@ SHORTCUTS = {'native_batch_norm': _batch_norm_shapes}
 class Operation:
     '''One recorded ATen call.
 
-    ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The other
-    lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on the side of
-    a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth (``producers``).
+    ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
+    other lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on
+    the side of a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth
+    (``producers``).
     '''
+
     name: str
     site: Site
     kind: str = ''
@@ -97,6 +101,7 @@ class Tracer(TorchDispatchMode):
     parameters: mapping of int to str
         The names of the traced parameters and buffers, by ``id``.
     '''
+
     counts_flops = True
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
@@ -120,7 +125,7 @@ class Tracer(TorchDispatchMode):
         return id(tensor) in self._active
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
-        '''Whether no position of a tensor differs from another: constants and independent noise, made as large as needed.'''
+        '''Whether no position of a tensor differs from another: constants and independent noise, of any size.'''
         return id(tensor) in self._uniform
 
     def vanishes(self, tensor: torch.Tensor) -> bool:
@@ -165,8 +170,8 @@ class Tracer(TorchDispatchMode):
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
         if not outputs:
-            raise PruneError('the network returns no tensor that was found: it must return tensors, or nested tuples, lists, dicts or '
-                             'objects that hold them as attributes.')
+            raise PruneError('the network returns no tensor that was found: it must return tensors, or nested tuples, '
+                             'lists, dicts or objects that hold them as attributes.')
         operation = Operation('output', Site('', 0, 'output', 0))
         for tensor in outputs:
             fields = self.fields_of(tensor)
@@ -192,8 +197,8 @@ class Tracer(TorchDispatchMode):
         if packet in NEEDS_VALUE and any(id(tensor) in self._active for tensor in inputs):
             raise PruneError(
                 f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
-                f'({packet}: an if, int(), float() or item() on a tensor), so only one of its paths would be proven. Replace '
-                'the branch by tensor operations (torch.where), or prune a submodule without it.')
+                f'({packet}: an if, int(), float() or item() on a tensor), so only one of its paths would be proven. '
+                'Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
         shortcut = SHORTCUTS.get(packet) if inputs[:1] and inputs[0].is_meta else None
         result = shortcut(func, *args) if shortcut and not kwargs else func(*args, **kwargs)
         outputs = tensors_in(result)
@@ -203,8 +208,9 @@ class Tracer(TorchDispatchMode):
         name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
         name = SAME.get(name, name)
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
-        is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
-        if name in UNIFORM or (is_pointwise or name in REFILLED) and self._uniform.issuperset(map(id, inputs)):
+        is_pointwise = name not in RULES and (
+            torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
+        if name in UNIFORM or ((is_pointwise or name in REFILLED) and self._uniform.issuperset(map(id, inputs))):
             self._uniform.update(map(id, outputs))
         else:
             self._uniform.difference_update(map(id, outputs))
@@ -233,7 +239,8 @@ class Tracer(TorchDispatchMode):
             if self.counts_flops and func.overloadpacket in flop_registry:
                 operation.flops = _flops(func.overloadpacket, args, kwargs, result)
             counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
-            if labelled or any(operation.active) or operation.scalars and not counter:  # else a constant, kept or made anew
+            # else a constant, kept or made anew
+            if labelled or any(operation.active) or (operation.scalars and not counter):
                 self.record(operation)
         return result
 
@@ -241,7 +248,7 @@ class Tracer(TorchDispatchMode):
         '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
         if name in SIZED:
             return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
-                    or name in UNIFORM and type(value) is int]
+                    or (name in UNIFORM and type(value) is int)]
         if name == 'convolution':
             return list(numbers_in(args[3:8]))
         if 'batch_norm' in name:  # in training it does the same to labels
@@ -252,7 +259,8 @@ class Tracer(TorchDispatchMode):
             return [_dim(args), *slice(*args[2:5]).indices(args[0].shape[_dim(args)])]
         return list(numbers_in((args, kwargs)))
 
-    def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor], is_pointwise: bool) -> None:
+    def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor],
+                        is_pointwise: bool) -> None:
         '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
         vanishing = [id(tensor) in self._vanishing for tensor in tensors_in(args)]
         labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
@@ -284,7 +292,8 @@ class Tracer(TorchDispatchMode):
     def settle(self, operation: Operation, outputs: Sequence[torch.Tensor], candidates: Candidates) -> None:
         '''Turn the candidates of a rule into the fields of the output tensors.'''
         for tensor, options in zip(outputs, candidates):
-            fields, layout = [], []
+            fields: list[Field] = []
+            layout: list[tuple[int, ...] | None] = []
             for option in options:
                 dims = self.dims_of(option, operation, len(operation.layouts), len(layout))
                 layout.append(dims)

@@ -41,8 +41,10 @@ def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Ma
     model, small: torch.nn.Module
         The original and the pruned network; neither is changed.
     example: torch.Tensor, tuple, dict or Example
-        Floating-point tensors in it are replaced by seeded Gaussian noise of their shape; others are used as they are. The
-        global random state is not touched.
+        Floating-point tensors in it are replaced by seeded Gaussian noise of their shape; others are used as they are.
+        The global random state is not touched.
+    seed: int
+        For the noise.
 
     Returns
     -------
@@ -61,21 +63,22 @@ def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Ma
         expected = [tensor for tensor in output_tensors(masked(*args, **kwargs)) if tensor.is_floating_point()]
         outputs = [tensor for tensor in output_tensors(small(*args, **kwargs)) if tensor.is_floating_point()]
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
-        raise VerificationError(f'the pruned network returns tensors of shape {[tuple(t.shape) for t in outputs]} instead of '
-                                f'{[tuple(t.shape) for t in expected]}.')
+        raise VerificationError(f'the pruned network returns tensors of shape {[tuple(t.shape) for t in outputs]} '
+                                f'instead of {[tuple(t.shape) for t in expected]}.')
     if not expected:
         raise VerificationError('the network returns no floating-point tensor that could be compared.')
     if not all(torch.isfinite(tensor).all() for tensor in expected):
-        raise VerificationError('the masked original returns values that are not finite on Gaussian noise, so nothing can be '
-                                'compared. Check the weights, or pass verify=False: the structural proof is made all the same.')
+        raise VerificationError('the masked original returns values that are not finite on Gaussian noise, so nothing '
+                                'can be compared. Check the weights, or pass verify=False: the structural proof is '
+                                'made all the same.')
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, outputs))
     error = difference / (max(float(tensor.abs().max()) for tensor in expected) or 1.0)
     dtype = expected[0].dtype
     allowed = TOLERANCE.get(dtype, 1e-4)
     if not error <= allowed:
         where = _first_wrong(graph, masked, small, removed, args, kwargs, allowed)
-        raise VerificationError(f'the pruned network differs from the masked original by {error:.3g} of the largest output '
-                                f'({dtype}, allowed {allowed:g}); the first layer that differs is {where}.')
+        raise VerificationError(f'the pruned network differs from the masked original by {error:.3g} of the largest '
+                                f'output ({dtype}, allowed {allowed:g}); the first layer that differs is {where}.')
     return error
 
 
