@@ -192,12 +192,12 @@ def _newer(path: Path) -> None:
 
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    'foreign': (_foreign, 'no pruned network'),
-    'relevance': (_relevance, 'no pruned network'),
+    'foreign': (_foreign, 'no zennit_prune network'),
+    'relevance': (_relevance, 'no zennit_prune network'),
     'newer': (_newer, "version '2'"),
-    'text': (lambda path: path.write_text('hello'), 'no saved network'),
-    'empty': (lambda path: path.write_bytes(b''), 'no saved'),
-    'pickle': (lambda path: torch.save(chain(), path), 'no saved network'),
+    'text': (lambda path: path.write_text('hello'), 'no zennit_prune network'),
+    'empty': (lambda path: path.write_bytes(b''), 'no zennit_prune network'),
+    'pickle': (lambda path: torch.save(chain(), path), 'no zennit_prune network'),
 }
 
 
@@ -215,7 +215,7 @@ def test_truncated_files(share: float, tmp_path: Path) -> None:
     zp.save(*pruned('chain'), tmp_path / 'small.safetensors')
     content = (tmp_path / 'small.safetensors').read_bytes()
     (tmp_path / 'small.safetensors').write_bytes(content[: math.ceil(share * len(content))])
-    with pytest.raises(zp.PruneError, match='no saved network'):
+    with pytest.raises(zp.PruneError, match='no zennit_prune network'):
         zp.load(chain(), tmp_path / 'small.safetensors')
 
 
@@ -296,7 +296,7 @@ def test_files_that_are_no_relevance(kind: str, tmp_path: Path) -> None:
 def test_truncated_relevance(tmp_path: Path) -> None:
     collected().save(tmp_path / 'file')
     (tmp_path / 'file').write_bytes((tmp_path / 'file').read_bytes()[:-8])
-    with pytest.raises(zp.PruneError, match='no file of relevance'):
+    with pytest.raises(zp.PruneError, match='no zennit_prune relevance'):
         zp.Relevance.load(tmp_path / 'file')
 
 

@@ -124,5 +124,5 @@ def _check(min_channels: int, floor: float, round_to: int | None) -> None:
         raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on.')
     if not 0 <= floor <= 1:
         raise PruneError(f'floor={floor!r}: the share of each group that is kept is a number from 0 to 1.')
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+    if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise PruneError(f'round_to={round_to!r}: give None or a whole number from 1 on.')

@@ -49,7 +49,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     composite.canonizers = [*canonizers, *own]
     try:
         composite.register(network)
-        _refuse_reuse(composite, network, canonizer)
+        _refuse_reuse(network, canonizer)
         if reading is not None:
             reading.attach()
         yield network, reading
@@ -58,7 +58,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         composite.remove()
 
 
-def _refuse_reuse(composite: Composite, network: nn.Module, canonizer: GraphCanonizer) -> None:
+def _refuse_reuse(network: nn.Module, canonizer: GraphCanonizer) -> None:
     '''Zennit's rules keep the tensors of a module's last call only.'''
     for name, module in network.named_modules():
         if canonizer.calls.get(name, 1) > 1 and any(isinstance(getattr(hook, '__self__', None), BasicHook)
@@ -85,6 +85,7 @@ class Reader(CallCounter):
         super().__init__(network)
         self.network = network
         self.caught: dict[Place, GradientEdge] = {}
+        self._counts: list[dict[str, int]] = []
         self._wanted = {place for place in places if place.side == 'function'}
         self._sites = {place.site for place in self._wanted}
         self._at_modules: defaultdict[str, list[Place]] = defaultdict(list)
@@ -106,7 +107,6 @@ class Reader(CallCounter):
             places = self._at_modules.get(name, ())
             if places:
                 calls = {'input': 0, 'output': 0}
-                self._counts = getattr(self, '_counts', [])
                 self._counts.append(calls)
                 if any(place.side == 'input' for place in places):
                     module.register_forward_pre_hook(self._hook('input', places, calls), prepend=True)
@@ -138,7 +138,7 @@ class Reader(CallCounter):
     def clear(self) -> None:
         '''Forget what was caught, before the next pass.'''
         self.caught.clear()
-        for calls in getattr(self, '_counts', ()):
+        for calls in self._counts:
             calls.update(input=0, output=0)
 
 

@@ -1,7 +1,7 @@
 '''Make any traced network fit for LRP: merge BatchNorm, and give functional additions and average pools their rules.
 
 Zennit assigns rules to modules. This canonizer shows it what a network does between its modules: an addition written
-``x + y`` becomes a :class:`zennit.layer.Sum`, a mean over space an ``nn.AdaptiveAvgPool2d``, to which the composite's
+``x + y`` becomes a :class:`zennit.layer.Sum`, a mean over space an average pool, to which the composite's
 own rules apply.
 '''
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Average(nn.AdaptiveAvgPool2d):
 class FunctionalModules(Canonizer):
     '''Run functional additions and average pools through modules of their own, to which the composite's rules apply.
 
-    The modules (``zennit.layer.Sum``, ``nn.AvgPool2d``, ...) are children of those that call the functions, so that the
+    The modules (``zennit.layer.Sum``, :class:`Average`) are children of those that call the functions, so that the
     composite sees them; while the root's ``forward`` runs, a ``TorchFunctionMode`` sends the calls there.
     '''
 

@@ -79,6 +79,9 @@ class Collector:
         self._context: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Collector:
+        if self._context is not None:
+            raise PruneError('the collector is open already.')
+        self._warn()
         places = [state.place for state in self.states]
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
         context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
@@ -87,11 +90,13 @@ class Collector:
         self._network, self._reader, self._context = network, reader, context
         if self.aggregate == 'auto':
             self.aggregate = suitable_aggregate(self.composite)
+        return self
+
+    def _warn(self) -> None:
         if self.unread:
             warnings.warn('the relevance of some groups cannot be read, they will be kept whole: '
                           + '; '.join(f'{name} ({why})' for name, why in self.unread.items()),
-                          PruneWarning, stacklevel=2)
-        return self
+                          PruneWarning, stacklevel=3)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -119,16 +124,17 @@ class Collector:
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         inputs = differentiable(inputs, self._network)
-        self._reader.clear()
-        with torch.enable_grad():
-            output = main_output(call_network(self._network, inputs))
-            start = initial_relevance(output, target, self.initial)
-            caught = list(self._reader.caught.items())
-            if not caught:
-                raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of '
-                                 'the modules that hold them.')
-            relevance = propagate(output, start, [edge for _, edge in caught])
-        self._forget_batch()
+        try:
+            with torch.enable_grad():
+                output = main_output(call_network(self._network, inputs))
+                start = initial_relevance(output, target, self.initial)
+                caught = list(self._reader.caught.items())
+                if not caught:
+                    raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the '
+                                     'forward of the modules that hold them.')
+                relevance = propagate(output, start, [edge for _, edge in caught])
+        finally:
+            self._forget_batch()
         self._add({place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None},
                   output.shape[0])
 

@@ -100,6 +100,8 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
         Seconds.
     '''
     model = unwrapped(model)
+    if repeats < 1:
+        raise PruneError(f'repeats={repeats!r}: measure at least once.')
     given = prepare_example(model, example)
     if device is not None:
         model = structural_copy(model, 'real').to(device)
@@ -109,7 +111,7 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
         args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
     on_cuda = any(tensor.is_cuda for tensor in model.parameters())
     seconds = []
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for repeat in range(repeats + 3):
             start = time.perf_counter()
             model(*args, **kwargs)

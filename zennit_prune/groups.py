@@ -109,8 +109,8 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     if not len(labels):
         return ()
     number = solution.group[solution.channel[labels]]
-    labels = labels[np.argsort(number, kind='stable')]
-    number = solution.group[solution.channel[labels]]
+    order = np.argsort(number, kind='stable')
+    labels, number = labels[order], number[order]
     axis = roles.axis[labels]
     cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(axis) != 0)) + 1
     segments: dict[int, list[tuple[int, Labels]]] = {}

@@ -103,39 +103,41 @@ def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: 
         if maps.dim() != 3 or len(maps) != count:
             raise PruneError(f'heatmaps {name!r} have shape {tuple(maps.shape)}: give one of shape (H, W) for each of '
                              f'{count} images.')
-    scale = torch.stack([maps.abs().flatten(1).amax(1) for maps in heatmaps.values()]).amax(0).clamp(min=1e-30)
+    scale = torch.stack([maps.cpu().abs().flatten(1).amax(1) for maps in heatmaps.values()]).amax(0).clamp(min=1e-30)
     try:
         colours = np.asarray(palette(cmap), np.uint8).reshape(256, 3)
     except Exception as error:
         raise PruneError(f'cmap={cmap!r} is no colour map of Zennit: use one of {", ".join(CMAPS)}.') from error
-    rows = {'input': [_picture(image) for image in images]}
+    rows = [('input', [_picture(image) for image in images])]
     for name, maps in heatmaps.items():
-        levels = ((maps / scale[:, None, None] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-        rows[name] = [colours[level] for level in levels]
+        levels = ((maps.cpu() / scale[:, None, None] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+        rows.append((name, [colours[level] for level in levels]))
     _draw(rows, captions).save(os.fspath(path), format='PNG')
 
 
 def _picture(image: torch.Tensor) -> npt.NDArray[np.uint8]:
     '''An image stretched to its own range, as (H, W, 3) bytes.'''
     values = image.detach().cpu().float()
-    values = values if values.shape[0] == 3 else values[:1].expand(3, -1, -1)
+    if values.dim() != 3 or values.shape[0] not in (1, 3):
+        raise PruneError(f'an image of shape {tuple(values.shape)} cannot be drawn: give (1, H, W) or (3, H, W).')
+    values = values.expand(3, -1, -1)
     low, high = float(values.min()), float(values.max())
     stretched: npt.NDArray[np.uint8] = ((values - low) / ((high - low) or 1.0) * 255).byte().permute(1, 2, 0).numpy()
     return stretched
 
 
-def _draw(rows: dict[str, list[npt.NDArray[np.uint8]]], captions: Sequence[str]) -> Image.Image:
+def _draw(rows: Sequence[tuple[str, list[npt.NDArray[np.uint8]]]], captions: Sequence[str]) -> Image.Image:
     '''Tiles in rows with their names to the left and captions above.'''
-    height, width = next(iter(rows.values()))[0].shape[:2]
+    height, width = rows[0][1][0].shape[:2]
     zoom = max(1, round(TILE / max(height, width)))
     height, width = height * zoom, width * zoom
-    left, top = 8 * max(map(len, rows)) + 2 * MARGIN, 20 if captions else MARGIN
-    count = len(next(iter(rows.values())))
+    left, top = 8 * max(len(name) for name, _ in rows) + 2 * MARGIN, 20 if captions else MARGIN
+    count = len(rows[0][1])
     sheet = Image.new('RGB', (left + count * (width + MARGIN), top + len(rows) * (height + MARGIN)), 'white')
     pen = ImageDraw.Draw(sheet)
     for column, caption in enumerate(captions):
         pen.text((left + column * (width + MARGIN), 4), caption, fill='black')
-    for row, (name, tiles) in enumerate(rows.items()):
+    for row, (name, tiles) in enumerate(rows):
         y = top + row * (height + MARGIN)
         pen.text((MARGIN, y + height // 2 - 6), name, fill='black')
         for column, tile in enumerate(tiles):

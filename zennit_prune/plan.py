@@ -15,6 +15,7 @@ from torch import nn
 
 from .cost import CostModel
 from .errors import PruneError
+from .files import write_text
 from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .masking import masked_copy
@@ -196,7 +197,7 @@ class Plan:
     # files
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write the plan as JSON.'''
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + '\n')
+        write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def to_dict(self) -> dict[str, Any]:
         '''The plan as JSON values: its removals, and the sizes of all groups, by which a network is known.'''
@@ -249,9 +250,10 @@ class Plan:
             rows.append((group.name, group.size, group.size - gone, f'{1 - gone / group.size:.0%}'))
         counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
         costs = CostModel(self.graph)
-        totals = [f'{unit}: {costs(unit, 0 * counts):,.0f} -> {costs(unit, counts):,.0f} '
-                  f'({costs(unit, counts) / costs(unit, 0 * counts):.1%} left)'
-                  for unit in ('flops', 'params', 'channels')]
+        totals = []
+        for unit in ('flops', 'params', 'channels'):
+            before, after = costs(unit, 0 * counts), costs(unit, counts)
+            totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
         return '\n'.join([table(('group', 'channels', 'left', 'share'), rows), '', *totals])
 
     def __repr__(self) -> str:

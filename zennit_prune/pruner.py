@@ -18,7 +18,7 @@ from .criteria import CRITERIA
 from .errors import PruneError
 from .graph import ChannelGraph, trace
 from .heatmap import heatmap
-from .networks import unwrapped
+from .networks import map_tensors, unwrapped
 from .plan import Plan
 from .relevance import Relevance
 
@@ -165,12 +165,13 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     PruneError
         Whatever keeps the result from being exact; nothing is changed.
     '''
+    model = unwrapped(model)
     stream = batches(loader)
     first = next(stream, None)
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     device = next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
-    example = first[0].to(device) if isinstance(first[0], torch.Tensor) else first[0]
+    example = map_tensors(lambda tensor: tensor.to(device), first[0])
     pruner = Pruner(model, composite, example, ignore)
     relevance = pruner.collect(chain([first], stream), progress=progress)
     return pruner.plan(relevance, budget).apply(pruner.model)

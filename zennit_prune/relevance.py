@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import PruneError
+from .files import read_tensors, write_tensors
 from .tables import table
 
 FORMAT = 'zennit_prune relevance'
@@ -89,8 +88,8 @@ class Relevance:
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write everything to one safetensors file, without code.'''
         tensors = {f'scores.{name}': values for name, values in self._scores.items()}
-        tensors.update({f'halves.{name}': values.contiguous() for name, values in self._halves.items()})
-        save_file(tensors, os.fspath(path), {'format': FORMAT, 'version': '1', 'info': json.dumps(self.info)})
+        tensors.update({f'halves.{name}': values for name, values in self._halves.items()})
+        write_tensors(path, tensors, {'info': json.dumps(self.info)}, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relevance:
@@ -101,17 +100,12 @@ class Relevance:
         PruneError
             If the file is something else.
         '''
-        try:
-            with safe_open(os.fspath(path), 'pt') as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-        except SafetensorError as error:
-            raise PruneError(f'{os.fspath(path)!r} is no file of relevance: {error}.') from error
-        if metadata.get('format') != FORMAT:
-            raise PruneError(f'{os.fspath(path)!r} holds no relevance: its metadata lack "format": "{FORMAT}".')
+        tensors, metadata = read_tensors(path, FORMAT)
         parts: dict[str, dict[str, torch.Tensor]] = {'scores': {}, 'halves': {}}
         for key, values in tensors.items():
             kind, _, name = key.partition('.')
+            if kind not in parts:
+                raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: it holds a tensor {key!r}.')
             parts[kind][name] = values
         return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')))
 

@@ -36,6 +36,8 @@ class State:
         The dimensions along which the channels lie.
     positions: torch.Tensor
         int64, shaped as these dimensions: the position in the group, or its size where something else sits.
+    size: int
+        The size of the group.
     '''
 
     group: str

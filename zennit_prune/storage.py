@@ -3,15 +3,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .errors import PruneError
+from .files import read_tensors, write_tensors
 from .networks import unique_tensors, unwrapped
 from .plan import Plan
 from .surgery import narrowed_copy
@@ -45,16 +43,9 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
             has = list(tensors[name].shape) if name in tensors else 'missing'
             raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
                              f'{expected}.')
-    metadata = {'format': FORMAT, 'version': '1', 'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
-                'group_sizes': json.dumps(plan.graph.group_sizes), 'class': type(small).__name__}
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    unfinished = f'{os.fspath(path)}.unfinished'
-    try:
-        save_file(data, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
+                'group_sizes': json.dumps(plan.graph.group_sizes)}
+    write_tensors(path, tensors, metadata, FORMAT)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -78,34 +69,25 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         If the file is something else, or was saved from a network of another architecture.
     '''
     model = unwrapped(model)
-    metadata, data = _read(os.fspath(path))
-    shapes = {name: tuple(shape) for name, shape in json.loads(metadata['shapes']).items()}
+    data, metadata = read_tensors(path, FORMAT)
+    try:
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata['shapes']).items()}
+        group_sizes = json.loads(metadata['group_sizes'])
+    except (KeyError, ValueError) as error:
+        raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
     fresh = unique_tensors(model)
     for name in (*shapes, *fresh):
         found = tuple(fresh[name].shape) if name in fresh else None
-        if found != shapes.get(name) or name not in data:
+        smaller = name in data and all(new <= old for new, old in zip(data[name].shape, shapes.get(name, ())))
+        if found != shapes.get(name) or not smaller or data[name].dim() != len(shapes[name]):
             raise PruneError(f'{os.fspath(path)!r} was saved from another network: {name!r} was '
                              f'{shapes.get(name, "absent")} before pruning, but is '
                              f'{"absent" if found is None else found} in the {type(model).__name__} given.')
     kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
     kept = {name: dims for name, dims in kept.items() if dims}
-    small = narrowed_copy(model, kept, json.loads(metadata['group_sizes']))
+    small = narrowed_copy(model, kept, group_sizes)
     with torch.no_grad():
         for name, tensor in unique_tensors(small).items():
             tensor.data = data[name].to(tensor.device)
     return small
-
-
-def _read(path: str) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
-            data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise PruneError(f'{path!r} is no saved network: {error}.') from error
-    if metadata.get('format') != FORMAT:
-        raise PruneError(f'{path!r} holds no pruned network: its metadata lack "format": "{FORMAT}".')
-    if metadata.get('version') != '1':
-        raise PruneError(f'{path!r} has version {metadata.get("version")!r}; this release reads version 1.')
-    return metadata, data

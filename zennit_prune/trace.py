@@ -159,7 +159,7 @@ class Example:
 def prepare_example(model: nn.Module, example: Any) -> Example:
     '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.'''
     if isinstance(example, Example):
-        return example
+        return replace(example)
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     tensors = tensors_in((args, kwargs))
