@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -902,3 +903,29 @@ def test_relevance_that_arrives_nowhere_is_an_error() -> None:
 def test_a_network_without_removable_channels_says_so() -> None:
     with pytest.raises(zp.PruneError, match='channel'):
         zp.Pruner(nn.Linear(3, 4), None, torch.ones(4, 3)).collect([(torch.ones(4, 3), labels())], progress=False)
+
+
+# --- notes
+@pytest.mark.parametrize('name', ['deconvnet', 'guided_backprop', 'beta_smooth'])
+def test_rules_that_are_not_lrp_are_noted(name: str) -> None:
+    pruner = zp.Pruner(seeded(Modular()), COMPOSITES[name](), images(2))
+    with pytest.warns(zp.PruneWarning, match='no rule of LRP'):
+        relevance = pruner.collect([(images(2), labels(2))], progress=False)
+    assert 'not conserved' in relevance.info['notes'][0]
+
+
+def test_lrp_is_not_noted() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        pruner = zp.Pruner(seeded(Modular()), EpsilonPlus(), images(2))
+        relevance = pruner.collect([(images(2), labels(2))], progress=False)
+    assert relevance.info['notes'] == []
+
+
+def test_warnings_as_errors_leave_the_composite_as_it_was() -> None:
+    composite_ = COMPOSITES['guided_backprop']()
+    before = composite_.canonizers
+    with warnings.catch_warnings(), pytest.raises(zp.PruneWarning):
+        warnings.simplefilter('error')
+        zp.Pruner(seeded(Modular()), composite_, images(2)).collect([(images(2), labels(2))], progress=False)
+    assert composite_.canonizers is before and not composite_.handles

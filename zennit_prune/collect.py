@@ -55,6 +55,13 @@ class Collector:
     initial: str or callable
         See :func:`zennit_prune.attribute.initial_relevance`.
 
+    Attributes
+    ----------
+    samples: int
+        How many were added so far.
+    notes: list of str
+        What the user is warned of on entering: rules that are not LRP, groups whose relevance cannot be read.
+
     Examples
     --------
     >>> with Collector(graph, model, EpsilonPlus()) as collector:
@@ -74,6 +81,7 @@ class Collector:
         self.aggregate, self.initial = aggregate, initial
         self.states, self.unread = find_states(graph)
         self.samples = 0
+        self.notes: list[str] = []
         self._sums: dict[str, torch.Tensor] = {}
         self._counts = [0, 0]
         self._context: AbstractContextManager[Any] | None = None
@@ -81,7 +89,6 @@ class Collector:
     def __enter__(self) -> Collector:
         if self._context is not None:
             raise PruneError('the collector is open already.')
-        self._warn()
         places = [state.place for state in self.states]
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
         context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
@@ -90,13 +97,23 @@ class Collector:
         self._network, self._reader, self._context = network, reader, context
         if self.aggregate == 'auto':
             self.aggregate = suitable_aggregate(self.composite)
+        try:
+            self._warn()
+        except Warning:  # where warnings are errors
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _warn(self) -> None:
+        self.notes = []
+        if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self.composite.hook_refs):
+            self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: the '
+                              'scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
-            warnings.warn('the relevance of some groups cannot be read, they will be kept whole: '
-                          + '; '.join(f'{name} ({why})' for name, why in self.unread.items()),
-                          PruneWarning, stacklevel=3)
+            self.notes.append('the relevance of some groups cannot be read, so they will be kept whole: '
+                              + '; '.join(f'{name} ({why})' for name, why in self.unread.items()))
+        for note in self.notes:
+            warnings.warn(note, PruneWarning, stacklevel=3)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -226,7 +243,8 @@ class Collector:
         return Relevance({name: values.sum(0) / self.samples for name, values in sums.items()},
                          {name: values / counts for name, values in sums.items()},
                          {'criterion': 'relevance', 'composite': type(self.composite).__name__,
-                          'aggregate': self.aggregate, 'initial': initial, 'samples': self.samples})
+                          'aggregate': self.aggregate, 'initial': initial, 'samples': self.samples,
+                          'notes': self.notes})
 
 
 def suitable_aggregate(composite: Composite) -> str:
