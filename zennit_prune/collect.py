@@ -107,8 +107,8 @@ class Collector:
     def _warn(self) -> None:
         self.notes = []
         if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self.composite.hook_refs):
-            self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: the '
-                              'scores are modified gradients, which are not conserved from layer to layer')
+            self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
+                              'the scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
             self.notes.append('the relevance of some groups cannot be read, so they will be kept whole: '
                               + '; '.join(f'{name} ({why})' for name, why in self.unread.items()))
