@@ -5,16 +5,18 @@ network, its training flags, gradients and hooks are never touched.
 '''
 from __future__ import annotations
 
+import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zennit.composites import LayerMapComposite, layer_map_base
-from zennit.core import BasicHook, Composite
+from zennit.core import BasicHook, Composite, RemovableHandleList
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
@@ -35,27 +37,36 @@ def recommended_composite() -> Composite:
 
 @contextmanager
 def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer,
-                reader: Callable[[nn.Module], Reader] | None = None) -> Iterator[tuple[nn.Module, Reader | None]]:
+                reader: Callable[[nn.Module], Reader] | None = None) -> Iterator[Attribution]:
     '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
 
-    The graph's canonizer is applied after the composite's own; the composite is left as it was.
+    The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
+    composite itself may be in use elsewhere.
     '''
     network = copied(model).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     reading = reader(network) if reader else None
-    canonizers = composite.canonizers
-    own = [] if any(isinstance(other, GraphCanonizer) for other in canonizers) else [canonizer]
-    composite.canonizers = [*canonizers, *own]
+    registered = copy.copy(composite)
+    registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
+    own = [] if any(isinstance(other, GraphCanonizer) for other in composite.canonizers) else [canonizer]
+    registered.canonizers = [*composite.canonizers, *own]
     try:
-        composite.register(network)
+        registered.register(network)
         _refuse_reuse(network, canonizer)
         if reading is not None:
             reading.attach()
-        yield network, reading
+        yield Attribution(network, reading, registered)
     finally:
-        composite.canonizers = canonizers
-        composite.remove()
+        registered.remove()
+
+
+class Attribution(NamedTuple):
+    '''A network under rules: the copy that runs, what reads its tensors, and the composite registered with it.'''
+
+    network: nn.Module
+    reader: Reader | None
+    composite: Composite
 
 
 def _refuse_reuse(network: nn.Module, canonizer: GraphCanonizer) -> None:
@@ -244,6 +255,8 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
             got = tuple(relevance.shape) if isinstance(relevance, torch.Tensor) else type(relevance).__name__
             raise PruneError(f'the function for the initial relevance returned {got}, but the output has shape '
                              f'{tuple(output.shape)}: return a tensor of that shape.')
+        if not torch.isfinite(relevance).all():
+            raise PruneError('the function for the initial relevance returned values that are not finite.')
         return relevance.detach().to(output)
     rows = target_rows(output, target)
     if initial == 'one-hot':
@@ -274,6 +287,8 @@ def target_rows(output: torch.Tensor, target: Any) -> torch.Tensor:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
                          'as initial=.')
     target = torch.as_tensor(target, device=output.device)
+    if target.is_floating_point() and not torch.isfinite(target).all():
+        raise PruneError('the targets hold values that are not finite.')
     if target.shape == output.shape and (
             target.is_floating_point() or target.dtype == torch.bool or output.dim() == target.dim()):
         return target.to(output.dtype)

@@ -92,11 +92,11 @@ class Collector:
         places = [state.place for state in self.states]
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
         context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
-        network, reader = context.__enter__()
+        network, reader, registered = context.__enter__()
         assert reader is not None
-        self._network, self._reader, self._context = network, reader, context
+        self._network, self._reader, self._registered, self._context = network, reader, registered, context
         if self.aggregate == 'auto':
-            self.aggregate = suitable_aggregate(self.composite)
+            self.aggregate = suitable_aggregate(self._registered)
         try:
             self._warn()
         except Warning:  # where warnings are errors
@@ -106,7 +106,7 @@ class Collector:
 
     def _warn(self) -> None:
         self.notes = []
-        if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self.composite.hook_refs):
+        if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs):
             self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
                               'the scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
@@ -119,7 +119,7 @@ class Collector:
                  trace: TracebackType | None) -> None:
         if self._context is not None:
             context, self._context = self._context, None
-            del self._network, self._reader
+            del self._network, self._reader, self._registered
             context.__exit__(kind, error, trace)
 
     def update(self, inputs: Any, target: Any = None) -> None:
@@ -158,7 +158,7 @@ class Collector:
     def _forget_batch(self) -> None:
         '''Zennit's hooks keep tensors and handles of every pass until they are removed.'''
         self._reader.clear()
-        for hook in list(self.composite.hook_refs):
+        for hook in list(self._registered.hook_refs):
             hook.remove()
 
     def _add(self, relevance: dict[Any, torch.Tensor], batch: int) -> None:

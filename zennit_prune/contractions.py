@@ -21,6 +21,9 @@ def contract(call: Call, left: Labels, left_tensor: torch.Tensor, right: Labels,
     call.operation.contracted.append(left)
     sides = [labels for labels, tensor in ((left, left_tensor), (right, right_tensor)) if call.is_weight(tensor)]
     (call.operation.consumers if sides else call.operation.paired).extend(sides or [left])
+    for labels, tensor in ((left, left_tensor), (right, right_tensor)):
+        if call.is_weight(tensor) and not call.tracer.is_view_of_parameter(tensor):
+            call.lock('the weight that reads it is computed from parameters', labels)
     if not sides and not (call.tracer.vanishes(left_tensor) or call.tracer.vanishes(right_tensor)):
         call.lock('activations are multiplied that are not zero where their weights are', left, right)
 

@@ -64,7 +64,7 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     model = unwrapped(model)
     composite = recommended_composite() if composite is None else composite
     canonizer = canonizer or GraphCanonizer(model, x)
-    with attributing(model, composite, canonizer) as (network, _), torch.enable_grad():
+    with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
         floating = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
         if not floating:

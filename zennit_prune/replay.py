@@ -16,9 +16,10 @@ from torch import nn
 from .calls import CallCounter
 from .labels import Field, Labels, flat_pairs, varies
 from .networks import structural_copy
+from .recorded import Operation
 from .solve import Solution
 from .trace import ForwardError, Recording, run_network
-from .tracer import Operation, Tracer
+from .tracer import Tracer
 
 Kept = dict[int, npt.NDArray[np.bool_]]
 

@@ -18,7 +18,8 @@ from .labels import Field, Labels, first
 from .networks import tensors_in
 
 if TYPE_CHECKING:
-    from .tracer import Operation, Tracer
+    from .recorded import Operation
+    from .tracer import Tracer
 
 Candidates = Sequence[Sequence[Field | Labels]]
 Rule = Callable[['Call'], Candidates]

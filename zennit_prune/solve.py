@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .labels import Field, Labels, components, first, flat_pairs
+from .labels import Labels, components, first, flat_pairs
+from .recorded import Operation
 from .trace import Recording
-from .tracer import Operation
 
 Lock = tuple[Labels, str]
 NOT_READ = 'no weight reads it'
@@ -134,8 +134,3 @@ def _group(recording: Recording, channel: Labels, count: int) -> Labels:
     labels = np.flatnonzero(channel >= 0)
     np.add.at(signature, channel[labels], on_axis[labels - 1])
     return np.unique(signature, return_inverse=True)[1]
-
-
-def fields_of(operation: Operation) -> list[Field]:
-    '''All fields that meet in an operation.'''
-    return [field for fields in (*operation.inputs, *operation.outputs) for field in fields]

@@ -18,8 +18,8 @@ import torch
 from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .labels import Field, Labels
+from .recorded import Operation
 from .trace import Place
-from .tracer import Operation
 
 
 @dataclass(eq=False)

@@ -19,12 +19,14 @@ from .calls import CallCounter, Frame, Site
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
-from .tracer import Operation, Tracer, numbers_in
+from .recorded import Operation, numbers_in
+from .tracer import Tracer
 
 TRACED_BATCH = 2
 MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
                    torch.Tensor.__rmatmul__}
-FROM_NUMBERS = {torch.tensor, torch.as_tensor}
+FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
+TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
 
 
 class Boundaries(CallCounter):
@@ -49,8 +51,12 @@ class Boundaries(CallCounter):
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
                          for value in args)
-        elif func in FROM_NUMBERS and self.tracer is not None:
-            self.tracer.constant(list(numbers_in(args)))
+        elif self.tracer is not None:
+            name = getattr(func, '__name__', '')
+            if name in FROM_NUMBERS:
+                self.tracer.constant(list(numbers_in(args)))
+            elif name in TO_PYTHON:
+                self.tracer.refuse_values(name, tensors_in((args, kwargs)))
         result = func(*args, **kwargs)
         self._note('function', Frame(site.module, '', site.call), result, site)
         return result

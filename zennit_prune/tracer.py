@@ -1,8 +1,7 @@
 '''Carry label fields along while a network runs.'''
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from .errors import PruneError
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .operations import pointwise
+from .recorded import Operation, StorageSet, count_flops, numbers_in, storage_key
 from .rules import RULES, Call, Candidates, NoRule
 
 TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout'}
@@ -29,6 +29,9 @@ SIZED = UNIFORM | {'view', 'expand', 'split', 'split_with_sizes', 'unsafe_split'
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt '
                 'abs'.split())
+SMALL = 64  # constants with more values are hardly made from a width
+SIZE_FREE = UNIFORM | set('view expand permute transpose t unsqueeze squeeze select slice clone _to_copy alias detach '
+                          'cat stack bernoulli uniform normal fill zero exponential'.split())
 REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
 NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
@@ -44,51 +47,8 @@ def _batch_norm_shapes(func: Any, x: torch.Tensor, *args: Any) -> Any:
 SHORTCUTS = {'native_batch_norm': _batch_norm_shapes}
 
 
-@dataclass(slots=True)
-class Operation:
-    '''One recorded ATen call.
-
-    ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
-    other lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on
-    the side of a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth
-    (``producers``).
-    '''
-
-    name: str
-    site: Site
-    kind: str = ''
-    inputs: list[list[Field]] = field(default_factory=list)
-    outputs: list[list[Field]] = field(default_factory=list)
-    reads: list[int] = field(default_factory=list)
-    writes: list[int] = field(default_factory=list)
-    active: list[bool] = field(default_factory=list)
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    scalars: list[float] = field(default_factory=list)
-    layouts: list[list[tuple[int, ...] | None]] = field(default_factory=list)
-    decisions: dict[str, Any] = field(default_factory=dict)
-    ties: list[tuple[Labels, Labels]] = field(default_factory=list)
-    locks: list[tuple[Labels, str]] = field(default_factory=list)
-    contracted: list[Labels] = field(default_factory=list)
-    consumers: list[Labels] = field(default_factory=list)
-    paired: list[Labels] = field(default_factory=list)
-    producers: list[Labels] = field(default_factory=list)
-    flops: int = 0
-
-    def __str__(self) -> str:
-        return f'{self.name} in {self.site.module or "the network itself"}'
-
-
 def _dim(args: Any) -> int:
     return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
-
-
-def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
-    '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
-    formula = getattr(flop_registry[packet], '__wrapped__', None)
-    if formula is None or not isinstance(result, torch.Tensor):
-        return int(flop_registry[packet](*args, **kwargs, out_val=result))
-    shapes = [value.shape if isinstance(value, torch.Tensor) else value for value in args]
-    return int(formula(*shapes, **kwargs, out_shape=result.shape))
 
 
 class Tracer(TorchDispatchMode):
@@ -111,9 +71,10 @@ class Tracer(TorchDispatchMode):
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
         self._values: dict[int, int] = {}
-        self._active: set[int] = set()
-        self._uniform: set[int] = set()
-        self._vanishing: set[int] = set()
+        self._active, self._uniform, self._vanishing = StorageSet(), StorageSet(), StorageSet()
+        self._owners: dict[int, torch.Tensor] = {}  # by storage, to recognise aliases made around the dispatcher
+        self._own_storages: set[int] = set()
+        self._seen: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
         self._count = 0
 
@@ -122,15 +83,15 @@ class Tracer(TorchDispatchMode):
         return self._fields.get(id(tensor), [])
 
     def is_active(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self._active
+        return tensor in self._active
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         '''Whether no position of a tensor differs from another: constants and independent noise, of any size.'''
-        return id(tensor) in self._uniform
+        return tensor in self._uniform
 
     def vanishes(self, tensor: torch.Tensor) -> bool:
         '''Whether a channel of a tensor is zero once the weights that bring it forth are.'''
-        return id(tensor) in self._vanishing
+        return tensor in self._vanishing
 
     def constant(self, numbers: Sequence[float]) -> None:
         '''A tensor is made from numbers: pruning may not change them.'''
@@ -140,6 +101,10 @@ class Tracer(TorchDispatchMode):
 
     def is_parameter(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self.parameters
+
+    def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
+        return storage_key(tensor) in self._own_storages
 
     def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
         '''The module that owns ``weight`` has as many groups as its first dimension holds blocks of ``size``.'''
@@ -159,13 +124,17 @@ class Tracer(TorchDispatchMode):
     def place(self, tensor: torch.Tensor, fields: list[Field]) -> None:
         '''Give a parameter its labels.'''
         self._alive.append(tensor)
+        self._seen.add(id(tensor))
         self._fields[id(tensor)] = fields
-        self._vanishing.add(id(tensor))
+        self._owners[storage_key(tensor)] = tensor
+        self._own_storages.add(storage_key(tensor))
+        self._vanishing.change([tensor], True)
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
         '''Mark the network's inputs: what depends on them is an activation.'''
         self._alive.extend(tensors)
-        self._active.update(map(id, tensors))
+        self._seen.update(map(id, tensors))
+        self._active.change(tensors, True)
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
@@ -194,30 +163,31 @@ class Tracer(TorchDispatchMode):
         full_name = func._schema.name
         packet = full_name.rpartition('::')[2]
         inputs = tensors_in(args) + (tensors_in(kwargs) if kwargs else [])
-        if packet in NEEDS_VALUE and any(id(tensor) in self._active for tensor in inputs):
-            raise PruneError(
-                f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
-                f'({packet}: an if, int(), float() or item() on a tensor), so only one of its paths would be proven. '
-                'Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
+        if packet in NEEDS_VALUE:
+            self.refuse_values(packet, inputs)
         shortcut = SHORTCUTS.get(packet) if inputs[:1] and inputs[0].is_meta else None
         result = shortcut(func, *args) if shortcut and not kwargs else func(*args, **kwargs)
         outputs = tensors_in(result)
         self._alive += outputs
-        if not self._active.isdisjoint(map(id, inputs)):
-            self._active.update(map(id, outputs))
+        aliased = [field for tensor in inputs if id(tensor) not in self._seen for field in self._meet(tensor)]
+        self._seen.update(map(id, outputs))
+        active = any(tensor in self._active for tensor in inputs)
+        if active:
+            self._active.change(outputs, True)
         name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
         name = SAME.get(name, name)
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
         is_pointwise = name not in RULES and (
             torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
-        if name in UNIFORM or ((is_pointwise or name in REFILLED) and self._uniform.issuperset(map(id, inputs))):
-            self._uniform.update(map(id, outputs))
-        else:
-            self._uniform.difference_update(map(id, outputs))
+        in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
+        stays_uniform = (is_pointwise or name in REFILLED) and all(tensor in self._uniform for tensor in inputs)
+        if name in UNIFORM or stays_uniform or in_place:
+            self._uniform.change(outputs, name in UNIFORM or stays_uniform)
         operation = self.begin(name)
+        operation.locks += [(field.labels, 'an alias of another shape was made of it') for field in aliased]
         operation.inputs = [self._fields.get(id(tensor), []) for tensor in inputs]
         operation.reads = [self.value_of(tensor) for tensor in inputs]
-        operation.active = [id(tensor) in self._active for tensor in inputs]
+        operation.active = [tensor in self._active for tensor in inputs]
         operation.shapes = [tuple(tensor.shape) for tensor in outputs]
         candidates: Candidates
         if not labelled:
@@ -226,7 +196,7 @@ class Tracer(TorchDispatchMode):
             candidates = self._apply(Call(self, operation, func, args, kwargs, outputs), is_pointwise, inputs)
         self.settle(operation, outputs, candidates)
         self._note_vanishing(operation, args, outputs, is_pointwise)
-        if not any(operation.outputs) and self._uniform.issuperset(map(id, outputs)):
+        if not any(operation.outputs) and all(tensor in self._uniform for tensor in outputs):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if name in TRANSPARENT:
             for tensor in outputs:
@@ -236,11 +206,14 @@ class Tracer(TorchDispatchMode):
                 self.renew(tensor)
             operation.writes = [self._values[id(tensor)] for tensor in outputs]
             operation.scalars = self._fixed_numbers(name, args, kwargs)
+            if not is_pointwise and name not in SIZE_FREE:  # a reader of constants may see how many there are
+                operation.scalars += [size for tensor in inputs for size in tensor.shape
+                                      if tensor in self._uniform and not self.fields_of(tensor)]
             if self.counts_flops and func.overloadpacket in flop_registry:
-                operation.flops = _flops(func.overloadpacket, args, kwargs, result)
+                operation.flops = count_flops(func.overloadpacket, args, kwargs, result)
             counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
             # else a constant, kept or made anew
-            if labelled or any(operation.active) or (operation.scalars and not counter):
+            if labelled or active or (operation.scalars and not counter):
                 self.record(operation)
         return result
 
@@ -262,7 +235,7 @@ class Tracer(TorchDispatchMode):
     def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor],
                         is_pointwise: bool) -> None:
         '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
-        vanishing = [id(tensor) in self._vanishing for tensor in tensors_in(args)]
+        vanishing = [tensor in self._vanishing for tensor in tensors_in(args)]
         labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
         if operation.name in ('mul', 'bmm', 'mm', 'convolution'):
             zero = any(labelled) or bool(operation.producers)
@@ -275,8 +248,29 @@ class Tracer(TorchDispatchMode):
         else:
             zero = bool(labelled) and all(labelled) and 'softmax' not in operation.name and (
                 not is_pointwise or operation.name in VANISHING)
-        change = self._vanishing.update if zero else self._vanishing.difference_update
-        change(map(id, outputs))
+        self._vanishing.change(outputs, zero)
+
+    def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
+        '''Refuse a network that uses values of its input in Python.'''
+        if any(tensor in self._active for tensor in tensors):
+            raise PruneError(
+                f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
+                f'({how}: an if, int(), float(), item() or tolist() on a tensor), so only one of its paths would be '
+                'proven. Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
+
+    def _meet(self, tensor: torch.Tensor) -> list[Field]:
+        '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
+        self._seen.add(id(tensor))
+        self._alive.append(tensor)
+        owner = self._owners.get(storage_key(tensor))
+        if owner is not None and self.fields_of(owner):
+            if owner.shape != tensor.shape:
+                return self.fields_of(owner)
+            self._fields[id(tensor)] = self.fields_of(owner)
+            self._values[id(tensor)] = self.value_of(owner)
+        elif not tensor.is_meta and tensor not in self._active and tensor.numel() <= SMALL and not tensor.is_complex():
+            self.constant(tensor.detach().double().reshape(-1).tolist())
+        return []
 
     def _apply(self, call: Call, is_pointwise: bool, inputs: list[torch.Tensor]) -> Candidates:
         rule = pointwise if is_pointwise else RULES.get(call.name)
@@ -310,6 +304,8 @@ class Tracer(TorchDispatchMode):
             operation.layouts.append(layout)
             operation.outputs.append(fields)
             self._fields[id(tensor)] = fields
+            if fields:
+                self._owners[storage_key(tensor)] = tensor
 
     def dims_of(self, option: Field | Labels, operation: Operation, output: int, rank: int) -> tuple[int, ...] | None:
         '''The dimensions along which a candidate varies, or None where it bears no label.'''
@@ -317,15 +313,3 @@ class Tracer(TorchDispatchMode):
             return option.dims
         dims = varying_dims(option)
         return dims if dims or option.reshape(-1)[:1].any() else None
-
-
-def numbers_in(value: Any) -> Iterator[float]:
-    '''All numbers and flags in nested arguments.'''
-    if isinstance(value, (int, float)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from numbers_in(item)

@@ -1,0 +1,94 @@
+'''What a trace keeps: the recorded operations, and facts about tensors.'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from .calls import Site
+from .labels import Field, Labels
+
+
+@dataclass(slots=True)
+class Operation:
+    '''One recorded ATen call.
+
+    ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
+    other lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on
+    the side of a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth
+    (``producers``).
+    '''
+
+    name: str
+    site: Site
+    kind: str = ''
+    inputs: list[list[Field]] = field(default_factory=list)
+    outputs: list[list[Field]] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
+    active: list[bool] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    scalars: list[float] = field(default_factory=list)
+    layouts: list[list[tuple[int, ...] | None]] = field(default_factory=list)
+    decisions: dict[str, Any] = field(default_factory=dict)
+    ties: list[tuple[Labels, Labels]] = field(default_factory=list)
+    locks: list[tuple[Labels, str]] = field(default_factory=list)
+    contracted: list[Labels] = field(default_factory=list)
+    consumers: list[Labels] = field(default_factory=list)
+    paired: list[Labels] = field(default_factory=list)
+    producers: list[Labels] = field(default_factory=list)
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return f'{self.name} in {self.site.module or "the network itself"}'
+
+
+def _dim(args: Any) -> int:
+    return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
+
+
+class StorageSet:
+    '''A set of tensors that holds a tensor with all its views: what is written into one is written into all.'''
+
+    def __init__(self) -> None:
+        self._keys: set[int] = set()
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return storage_key(tensor) in self._keys
+
+    def change(self, tensors: Iterable[torch.Tensor], belong: bool) -> None:
+        '''Add tensors, or take them out.'''
+        keys = map(storage_key, tensors)
+        if belong:
+            self._keys.update(keys)
+        else:
+            self._keys.difference_update(keys)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    '''Equal for views of one tensor, as long as one of them is alive.'''
+    return int(tensor.untyped_storage()._cdata)
+
+
+def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
+    '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
+    formula = getattr(flop_registry[packet], '__wrapped__', None)
+    if formula is None or not isinstance(result, torch.Tensor):
+        return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    shapes = [value.shape if isinstance(value, torch.Tensor) else value for value in args]
+    return int(formula(*shapes, **kwargs, out_shape=result.shape))
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    '''All numbers and flags in nested arguments.'''
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from numbers_in(item)
