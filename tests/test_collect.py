@@ -929,3 +929,31 @@ def test_warnings_as_errors_leave_the_composite_as_it_was() -> None:
         warnings.simplefilter('error')
         zp.Pruner(seeded(Modular()), composite_, images(2)).collect([(images(2), labels(2))], progress=False)
     assert composite_.canonizers is before and not composite_.handles
+
+
+# --- one composite, several passes
+def test_passes_that_share_a_composite_do_not_disturb_each_other() -> None:
+    model = seeded(Modular()).double()
+    x, target = images(4, dtype=torch.float64), labels(4)
+    pruner = zp.Pruner(model, EpsilonPlus(), x)
+    expected = pruner.collect([(x[:2], target[:2]), (x[2:], target[2:])], progress=False)
+    with pruner.collector() as one, pruner.collector() as other:
+        one.update(x[:2], target[:2])
+        other.update(x[:2], target[:2])
+        pruner.heatmap(x, target)
+        one.update(x[2:], target[2:])
+        other.update(x[2:], target[2:])
+    for collector in (one, other):
+        assert all(torch.equal(collector.compute()[name], expected[name]) for name in expected)
+
+
+def test_composite_in_use_on_the_users_network_stays_so() -> None:
+    model, x, composite_ = seeded(Modular()), images(2), EpsilonPlus()
+    pruner = zp.Pruner(model, composite_, x)
+    with composite_.context(model):
+        before = {name: list(module._forward_hooks) for name, module in model.named_modules()}
+        zp.heatmap(seeded(Modular()), composite_, x, labels(2))
+        pruner_of_another = zp.Pruner(seeded(Modular()), composite_, x)
+        pruner_of_another.collect([(x, labels(2))], progress=False)
+        assert before == {name: list(module._forward_hooks) for name, module in model.named_modules()}
+    assert pruner.collect([(x, labels(2))], progress=False)

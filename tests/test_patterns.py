@@ -750,3 +750,108 @@ def test_ignoring_nothing_is_an_error(ignore: Any) -> None:
     model, example = made(Pattern(one_layer(lambda net, h: h)))
     with pytest.raises(zp.PruneError, match='ignore'):
         zp.trace(model, example, ignore=ignore)
+
+
+# what reaches a tensor around the dispatcher, or is made from a width
+
+
+def writes_into_a_view(net: Net, h: torch.Tensor) -> torch.Tensor:
+    mask = h.new_ones(h.shape[0], h.shape[1], 1, 1)
+    mask[:, :2] = 0
+    return h * mask
+
+
+AROUND: dict[str, Forward] = {
+    'new_tensor': lambda net, h: h * h.new_tensor(1.0 / h.shape[1]),
+    'asarray': lambda net, h: h * torch.asarray(1.0 / h.shape[1]),
+    'constructor': lambda net, h: h * torch.Tensor([h.shape[1] / 8]),
+    'sum of ones': lambda net, h: h / torch.ones(h.shape[1]).sum(),
+    'product of ones': lambda net, h: h * (h.new_ones(1, h.shape[1]) @ h.new_ones(h.shape[1], 1)).reshape(1, 1, 1, 1),
+    'write into a view': writes_into_a_view,
+    'parameter of an activation': lambda net, h: h - nn.Parameter(h, requires_grad=False).mean(1, keepdim=True),
+    'subclass of an activation': lambda net, h: h - h.as_subclass(torch.Tensor).mean(1, keepdim=True),
+    'data': lambda net, h: h - h.data.mean(1, keepdim=True),
+    'weight plus low rank': lambda net, h: F.conv2d(h, net.w + (net.b @ net.a).reshape(net.w.shape)),
+    'exponential of a weight': lambda net, h: F.conv2d(h, net.w.exp()),
+    'weight plus one': lambda net, h: F.conv2d(h, net.w + 1),
+}
+
+
+@pytest.mark.parametrize('name', AROUND)
+def test_what_goes_around_the_dispatcher_is_exact_or_locked(name: str) -> None:
+    parts = {'w': parameter(8, 8, 1, 1), 'a': parameter(2, 8), 'b': parameter(8, 2)}
+    model = one_layer(AROUND[name], **parts)().double().eval()
+    graph = zp.trace(model, image())
+    for plan in plans(graph):
+        small = plan.apply(model, verify=False)
+        assert compare(graph, model, small, plan.removed, image()) <= 1e-10
+
+
+@pytest.mark.parametrize('branch', [
+    lambda h: h.mean().tolist() > 0.1, lambda h: float(h.detach().numpy().sum()) > 0,
+    lambda h: torch.allclose(h, h + 1),
+    lambda h: bool(nn.Parameter(h, requires_grad=False).sum() > 0), lambda h: bool(h.data.sum() > 0)])
+def test_branches_on_values_are_refused(branch: Callable[[torch.Tensor], bool]) -> None:
+    model = one_layer(lambda net, h: h if branch(h) else -h)().double().eval()
+    with pytest.raises(zp.PruneError, match='uses a value of its input'):
+        zp.trace(model, image())
+
+
+def test_random_networks_are_told_so() -> None:
+    model = one_layer(lambda net, h: h + torch.randn_like(h))().double().eval()
+    plan = zp.Plan(zp.trace(model, image()), {'conv': [0]})
+    with pytest.raises(zp.VerificationError, match='random numbers'):
+        plan.apply(model)
+    assert plan.apply(model, verify=False).conv.out_channels == 7
+
+
+def test_channels_that_are_a_whole_dimension_are_locked() -> None:
+    model = one_layer(lambda net, h: net.norm(h), norm=nn.GroupNorm(1, 8))().double().eval()
+    graph = zp.trace(model, image())
+    assert graph.groups == () and 'fall together' in graph.locked['conv']
+
+
+class Listed(nn.Module):
+    '''Uses its layers through lists.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([conv(3, 8), conv(8, 6)])
+        self.head = nn.Linear(6, 4)
+        self.weights = [layer.weight for layer in self.layers]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            x = F.relu(F.conv2d(x, weight, layer.bias))
+        return self.head(x.mean((2, 3)))
+
+
+def test_ignored_containers_keep_all_that_is_in_them() -> None:
+    model = Listed().double().eval()
+    assert {group.name for group in zp.trace(model, image()).groups} == {'layers.0', 'layers.1'}
+    assert zp.trace(model, image(), ignore=['layers']).groups == ()
+
+
+def test_references_in_lists_follow_when_pruned_in_place() -> None:
+    model = Listed().double().eval()
+    plan = zp.Plan(zp.trace(model, image()), {'layers.0': [0, 5], 'layers.1': [1]})
+    expected = plan.apply(model)(image())
+    plan.apply_(model)
+    assert model.weights[0] is model.layers[0].weight
+    assert torch.equal(model(image()), expected)
+
+
+def test_optimizer_that_keeps_its_own_list_is_refused() -> None:
+    model = Listed().double().eval()
+    plan = zp.Plan(zp.trace(model, image()), {'layers.0': [0]})
+    with pytest.raises(zp.PruneError, match='LBFGS'):
+        plan.apply_(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(zp.PruneError, match='Optimizer is needed'):
+        plan.apply_(model, 'sgd')  # type: ignore[arg-type]
+    assert model.layers[0].out_channels == 8
+
+
+def test_masks_are_no_positions() -> None:
+    graph = zp.trace(Listed().double().eval(), image())
+    with pytest.raises(zp.PruneError, match='no position'):
+        zp.Plan(graph).remove('layers.0', torch.tensor([True, False]))

@@ -249,7 +249,7 @@ def test_nothing_is_left_behind_when_saving_fails(tmp_path: Path, monkeypatch: p
             zp.save(small, plan, target)
     assert [path.name for path in tmp_path.iterdir()] == ['small.safetensors']
     assert target.read_bytes() == content
-    with pytest.raises(Exception, match=r'directory|No such file'):
+    with pytest.raises(Exception, match='no folder'):
         zp.save(small, plan, tmp_path / 'nowhere' / 'small.safetensors')
     (tmp_path / 'folder').mkdir()
     with pytest.raises(OSError):

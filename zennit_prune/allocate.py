@@ -122,7 +122,7 @@ def _steps(size: int, least: int, round_to: int | None) -> list[int]:
 def _check(min_channels: int, floor: float, round_to: int | None) -> None:
     if not isinstance(min_channels, int) or isinstance(min_channels, bool) or min_channels < 1:
         raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on.')
-    if not 0 <= floor <= 1:
+    if not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
         raise PruneError(f'floor={floor!r}: the share of each group that is kept is a number from 0 to 1.')
     if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise PruneError(f'round_to={round_to!r}: give None or a whole number from 1 on.')

@@ -29,6 +29,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     '''Write beside the file, then put it in its place: whoever is killed in between leaves no half of it.'''
     unfinished = f'{os.fspath(path)}.unfinished'
+    if not Path(path).absolute().parent.is_dir():
+        raise PruneError(f'there is no folder for {os.fspath(path)!r}: make it first.')
     try:
         write(unfinished)
         os.replace(unfinished, path)

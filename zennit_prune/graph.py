@@ -79,21 +79,26 @@ class ChannelGraph:
 
     def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
         '''The channels that leave the modules, or come out of the parameters, that a pattern names.'''
-        if isinstance(patterns, str):
-            raise PruneError(f'ignore is a sequence of patterns, not a string: write ignore=[{patterns!r}].')
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable) \
+                or not all(isinstance(pattern, str) for pattern in patterns):
+            raise PruneError(f"ignore is a sequence of patterns of module names, not {patterns!r}: e.g. ignore=['fc'].")
         modules = [name for name, _ in model.named_modules() if name]
         for pattern in patterns:
             matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
             if not matches:
                 raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of '
                                  f'named_modules(), e.g. {", ".join(map(repr, modules[:5]))}; * matches dots too.')
-            reason = f'ignored ({pattern})'
+            reason, found = f'ignored ({pattern})', False
             for run in self.recording.runs.values():
                 for (name, _), tensors in run.outputs.items():
                     if name in matches:
-                        yield from ((field.labels, reason) for fields in tensors for field in fields)
-            for name in matches:
-                yield from ((field.labels, reason) for field in self.recording.fields.get(name, [])[:1])
+                        for field in (field for fields in tensors for field in fields):
+                            found = True
+                            yield field.labels, reason
+            for name, fields in self.recording.fields.items():
+                inside = not found and any(name.startswith(f'{match}.') for match in matches)  # not called as a module
+                if inside or name in matches:
+                    yield from ((field.labels, reason) for field in fields[:1])
 
     def _solve(self) -> None:
         self.solution = solve(self.recording, self._locks)

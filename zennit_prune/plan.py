@@ -52,15 +52,21 @@ class Plan:
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None):
         self.graph = graph
+        if removed is not None and not isinstance(removed, Mapping):
+            raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
         found: dict[str, tuple[int, ...]] = {}
         for name, positions in (removed or {}).items():
             group = graph.group(name)
             if group.name in found:
                 raise PruneError(f'{name!r} names group {group.name!r}, which is given twice: join the positions.')
             found[group.name] = _checked(group, positions)
-        ordered = {group.name: found[group.name] for group in graph.groups if found.get(group.name)}
-        self.removed: Mapping[str, tuple[int, ...]] = MappingProxyType(ordered)
+        self._removed = {group.name: found[group.name] for group in graph.groups if found.get(group.name)}
         self._check_not_emptied()
+
+    @property
+    def removed(self) -> Mapping[str, tuple[int, ...]]:
+        '''Sorted positions by group name, groups that lose nothing left out. Read-only.'''
+        return MappingProxyType(self._removed)
 
     def _check_not_emptied(self) -> None:
         gone = self.graph.removed_labels(self.removed)
@@ -310,7 +316,8 @@ def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
     numbers = []
     for position in positions:
         try:
-            number = None if isinstance(position, (bool, np.bool_)) else operator.index(position)
+            flag = isinstance(position, (bool, np.bool_)) or getattr(position, 'dtype', None) == torch.bool
+            number = None if flag else operator.index(position)
         except TypeError:
             number = None
         if number is None:

@@ -37,7 +37,11 @@ class Relevance:
     def __init__(self, scores: Mapping[str, Any], halves: Mapping[str, torch.Tensor] | None = None,
                  info: Mapping[str, Any] | None = None):
         self._scores: dict[str, torch.Tensor] = {}
+        if not isinstance(scores, Mapping):
+            raise PruneError(f'scores are given by group name, a dict, not a {type(scores).__name__}.')
         for name, values in scores.items():
+            if values is None:
+                raise PruneError(f'there are no scores for group {name!r}: leave it out to keep it whole.')
             values = torch.as_tensor(values).detach().to('cpu', torch.float64, copy=True).contiguous()
             if values.dim() != 1:
                 raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per '

@@ -65,6 +65,11 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     for operation in recording.operations:
         for labels in operation.contracted:
             read[component[labels]] = True
+    for axis in recording.axes:  # the last channel of a dimension never goes
+        root = int(component[axis.start])
+        if not kept[root] and (component[axis.start:axis.start + axis.size] == root).all():
+            kept[root] = True
+            reasons[root] = f'all channels along dimension {axis.dim} of {axis.parameter} fall together'
     roots = np.flatnonzero(read & ~kept & (component == np.arange(recording.size)))
     number = np.full(recording.size, -1, np.int64)
     number[roots] = np.arange(len(roots))

@@ -110,26 +110,21 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     old = dict(model.named_parameters(remove_duplicate=False))
     replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
                 for name, parameter in small.named_parameters() if name in kept}
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']} if optimizer else set()
-    if optimizer is not None and not held & {id(parameter) for parameter in old.values()}:
-        raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
+    for name, parameter in old.items():
+        if id(parameter) in replaced and parameter._backward_hooks:
+            raise PruneError(f'{name!r} has hooks, which its narrowed successor would lose: remove them first.')
     if optimizer is not None:
-        for parameter, _, _ in replaced.values():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise PruneError(f'{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a '
-                                     f'parameter of shape {tuple(parameter.shape)}, which cannot be narrowed along: '
-                                     'prune without it, and make a new optimizer for the pruned network.')
-    modules = dict(small.named_modules())
-    for name, module in model.named_modules():
-        for key, value in module._parameters.items():
-            if value is not None and id(value) in replaced:
-                module._parameters[key] = replaced[id(value)][1]
-        for key in module._buffers:
-            if (f'{name}.{key}' if name else key) in kept:
-                module._buffers[key] = modules[name]._buffers[key]
+        _check_optimizer(optimizer, old, replaced)
+    new: dict[int, torch.Tensor] = {key: after for key, (_, after, _) in replaced.items()}
+    buffers = dict(small.named_buffers(remove_duplicate=False))
+    new.update({id(buffer): buffers[name] for name, buffer in model.named_buffers() if name in kept})
+    for module in model.modules():
+        for key, value in module.__dict__.items():
+            if key != '_modules':
+                module.__dict__[key] = _exchanged(value, new)
     fix_attributes(model, kept, group_sizes)
     for before, after, indices in replaced.values():
+        after.__dict__.update(before.__dict__)
         if before.grad is not None:
             after.grad = narrowed(before.grad, indices)
     if optimizer is not None:
@@ -142,3 +137,37 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
                     key: narrowed(value, indices)
                     if isinstance(value, torch.Tensor) and value.shape == before.shape else value
                     for key, value in optimizer.state.pop(before).items()}
+
+
+def _exchanged(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
+    '''Swap tensors by ``id`` in an attribute, also within lists, tuples and dicts, which stay the objects they are.'''
+    if isinstance(value, torch.Tensor):
+        return new.get(id(value), value)
+    if isinstance(value, dict):
+        value.update({key: _exchanged(item, new) for key, item in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_exchanged(item, new) for item in value]
+    elif type(value) is tuple:
+        return tuple(_exchanged(item, new) for item in value)
+    return value
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
+                     replaced: Mapping[int, Any]) -> None:
+    '''Refuse an optimizer that cannot follow its parameters.'''
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise PruneError(f'a torch.optim.Optimizer is needed, not {optimizer!r}.')
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+    if not held & {id(parameter) for parameter in old.values()}:
+        raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
+    kind = type(optimizer).__name__
+    for name, value in vars(optimizer).items():
+        if isinstance(value, list) and any(id(item) in replaced for item in value):
+            raise PruneError(f'{kind} keeps parameters of its own ({name}), which cannot be exchanged: prune without '
+                             'it, and make a new optimizer for the pruned network.')
+    for before, _, _ in replaced.values():
+        for key, value in optimizer.state.get(before, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != before.shape:
+                raise PruneError(f'{kind} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape '
+                                 f'{tuple(before.shape)}, which cannot be narrowed along: prune without it, and make a '
+                                 'new optimizer for the pruned network.')

@@ -172,6 +172,8 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
     if not tensors:
         raise PruneError(f'the example holds no tensor (it is a {type(example).__name__}): give a tensor, a tuple of '
                          'arguments or a dict of keyword arguments, as the network is called with.')
+    if any(tensor.dim() and not tensor.shape[0] for tensor in tensors):
+        raise PruneError('the example holds no sample: its batch has size 0.')
     devices = {tensor.device for _, tensor in tensors_by_module(model)}
     for tensor in tensors:
         if devices and tensor.device not in devices and tensor.device.type != 'meta':
@@ -197,7 +199,8 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), counter, tracer:
+        with torch.random.fork_rng(enabled=example.device == 'real'), torch.no_grad(), warnings.catch_warnings(), \
+                counter, tracer:
             warnings.simplefilter('ignore')
             output = network(*args, **kwargs)
         tracer.finish(output_tensors(output))

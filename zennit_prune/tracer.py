@@ -180,7 +180,8 @@ class Tracer(TorchDispatchMode):
         is_pointwise = name not in RULES and (
             torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
         in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
-        stays_uniform = (is_pointwise or name in REFILLED) and all(tensor in self._uniform for tensor in inputs)
+        stays_uniform = (is_pointwise or name in REFILLED) and all(tensor in self._uniform for tensor in inputs) and (
+            not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes())
         if name in UNIFORM or stays_uniform or in_place:
             self._uniform.change(outputs, name in UNIFORM or stays_uniform)
         operation = self.begin(name)
