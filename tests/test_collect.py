@@ -791,12 +791,44 @@ class Twice(nn.Module):
         return self.fc(self.relu(self.shared(self.relu(self.shared(x)))).mean((2, 3)))
 
 
-def test_a_layer_with_a_rule_called_twice_is_refused() -> None:
-    pruner = zp.Pruner(seeded(Twice()), composite(), images())
-    with pytest.raises(zp.PruneError, match="'shared' is called 2 times"):
-        pruner.collect([(images(), labels())], progress=False)
-    with pytest.raises(zp.PruneError, match="'shared'"):
-        pruner.heatmap(images())
+class Unrolled(nn.Module):
+    '''The same with a module for each call; the parameters are shared.'''
+
+    def __init__(self, twice: Twice) -> None:
+        super().__init__()
+        self.first, self.shared, self.fc = twice.first, twice.shared, twice.fc
+        self.again = nn.Conv2d(6, 6, 3, padding=1)
+        self.again.weight, self.again.bias = twice.shared.weight, twice.shared.bias
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relus[0](self.first(x))
+        return self.fc(self.relus[2](self.again(self.relus[1](self.shared(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize('rules', ['epsilon_plus', 'epsilon_alpha2_beta1', 'epsilon'])
+def test_every_call_of_a_reused_layer_has_a_rule_of_its_own(rules: str) -> None:
+    twice = seeded(Twice()).double()
+    unrolled = Unrolled(twice).eval()
+    x, target = images(4, dtype=torch.float64), labels(4)
+    left, right = (zp.Pruner(model, None if rules == 'epsilon' else composite(rules), x) for model in (twice, unrolled))
+    batches = [(x[:1], target[:1]), (x[1:], target[1:])]
+    found, expected = (pruner.collect(batches, progress=False) for pruner in (left, right))
+    assert list(found) == list(expected)
+    assert all(apart(found[name], expected[name]) <= 1e-12 for name in found)
+    assert apart(left.heatmap(x, target), right.heatmap(x, target)) <= 1e-12
+
+
+def test_calls_are_counted_anew_after_a_batch_that_failed() -> None:
+    twice = seeded(Twice()).double()
+    x, target = images(4, dtype=torch.float64), labels(4)
+    pruner = zp.Pruner(twice, composite(), x)
+    expected = pruner.collect([(x, target)], progress=False)
+    with pruner.collector() as collector:
+        with pytest.raises(zp.PruneError):
+            collector.update(x[:, :2], target)
+        collector.update(x, target)
+    assert all(torch.equal(collector.compute()[name], expected[name]) for name in expected)
 
 
 def test_a_layer_without_a_rule_may_be_called_twice() -> None:

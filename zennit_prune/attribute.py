@@ -10,6 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     registered.canonizers = [*composite.canonizers, *own]
     try:
         registered.register(network)
-        _refuse_reuse(network, canonizer)
+        _rules_per_call(network, registered, canonizer)
         if reading is not None:
             reading.attach()
         yield Attribution(network, reading, registered)
@@ -69,14 +70,49 @@ class Attribution(NamedTuple):
     composite: Composite
 
 
-def _refuse_reuse(network: nn.Module, canonizer: GraphCanonizer) -> None:
-    '''Zennit's rules keep the tensors of a module's last call only.'''
+def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
+    '''Give every call of a reused module a rule of its own: those of Zennit keep the last call's tensors only.'''
     for name, module in network.named_modules():
-        if canonizer.calls.get(name, 1) > 1 and any(isinstance(getattr(hook, '__self__', None), BasicHook)
-                                                    for hook in module._forward_hooks.values()):
-            raise PruneError(f'layer {name!r} is called {canonizer.calls[name]} times in one pass, and Zennit keeps '
-                             'the tensors of the last call only, so its relevance would be wrong. Give each call a '
-                             'module of its own (they may share parameters), or leave the layer without a rule.')
+        hooks = {id(hook.__self__): hook.__self__ for hook in module._forward_hooks.values()
+                 if isinstance(getattr(hook, '__self__', None), BasicHook)}
+        if canonizer.calls.get(name, 1) < 2 or not hooks:
+            continue
+        for registered in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in registered.items() if id(getattr(hook, '__self__', None)) in hooks]:
+                del registered[key]
+        calls = _CallsOf(network, module)
+        for rule in hooks.values():
+            for call in range(canonizer.calls[name]):
+                copied_rule = rule.copy()
+                composite.hook_refs.add(copied_rule)
+                composite.handles.append(copied_rule.register(calls.only(call)))
+                calls.rules.append(copied_rule)
+
+
+class _CallsOf:
+    '''Stands in for a module while rules are registered, so that each sees one of its calls only.'''
+
+    def __init__(self, network: nn.Module, module: nn.Module):
+        self.module, self.running = module, -1
+        self.rules: list[BasicHook] = []  # a hook lives as long as someone holds it
+        module.register_forward_pre_hook(self._begin, prepend=True)
+        network.register_forward_pre_hook(self._restart, prepend=True)
+
+    def _restart(self, network: nn.Module, inputs: Any) -> None:
+        self.running = -1
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self.running += 1
+
+    def only(self, call: int) -> Any:
+        '''What a rule registers with: ``register_forward_hook`` and ``register_forward_pre_hook`` for one call.'''
+        def registering(method: Callable[..., Any]) -> Callable[..., Any]:
+            def register(hook: Callable[..., Any], **options: Any) -> Any:
+                return method(lambda *args: hook(*args) if self.running == call else None, **options)
+            return register
+
+        return SimpleNamespace(register_forward_hook=registering(self.module.register_forward_hook),
+                               register_forward_pre_hook=registering(self.module.register_forward_pre_hook))
 
 
 class Reader(CallCounter):

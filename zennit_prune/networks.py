@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .errors import PruneError
 
 ATOMIC = (int, float, bool, str, type(None))
+EMPTY = (dict, OrderedDict, list, set)
 COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__',
                  '__getnewargs__')
 
@@ -146,8 +148,10 @@ def _copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = new
     attributes = {}
     for key, value in vars(module).items():
-        if type(value) in ATOMIC:
+        if type(value) in ATOMIC or (type(value) is tuple and all(type(item) in ATOMIC for item in value)):
             attributes[key] = value
+        elif type(value) in EMPTY and not value and id(value) not in memo:
+            attributes[key] = memo[id(value)] = type(value)()
         elif key == '_modules' and id(value) not in memo:
             attributes[key] = type(value)((name, child if child is None else _copied_module(child, memo))
                                           for name, child in value.items())

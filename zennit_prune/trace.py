@@ -174,7 +174,7 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
                          'arguments or a dict of keyword arguments, as the network is called with.')
     if any(tensor.dim() and not tensor.shape[0] for tensor in tensors):
         raise PruneError('the example holds no sample: its batch has size 0.')
-    devices = {tensor.device for _, tensor in tensors_by_module(model)}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     for tensor in tensors:
         if devices and tensor.device not in devices and tensor.device.type != 'meta':
             raise PruneError(f'the example is on {tensor.device} and the network on '
@@ -187,10 +187,10 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
                 fields: Mapping[str, list[Field]]) -> Run:
     '''Run a structural copy once under a tracer; ``fields`` are the labels of its parameters and buffers by name.'''
-    tensors = {id(tensor): name for name, tensor in reversed(tensors_by_module(network))}
+    found = tensors_by_module(network)
     counter = Boundaries(network)
-    tracer = counter.tracer = tracer_type(counter, tensors)
-    for name, tensor in tensors_by_module(network):
+    tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
+    for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
     network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
