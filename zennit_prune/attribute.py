@@ -316,9 +316,8 @@ def target_rows(output: torch.Tensor, target: Any) -> torch.Tensor:
             raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or 'predicted'.")
         target = output.argmax(1)
     if target is None:
-        raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, or target='predicted', or a "
-                         'function of '
-                         'the output as initial=.')
+        raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, where labels may be "
+                         "'predicted', or a function of the output as initial=.")
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
                          'as initial=.')

@@ -46,10 +46,6 @@ class Operation:
         return f'{self.name} in {self.site.module or "the network itself"}'
 
 
-def _dim(args: Any) -> int:
-    return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
-
-
 class StorageSet:
     '''A set of tensors that holds a tensor with all its views: what is written into one is written into all.'''
 

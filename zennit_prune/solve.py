@@ -90,7 +90,7 @@ def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[
         hit(labels, reason)
     for operation in recording.operations:
         for labels, reason in operation.locks:
-            hit(labels, f'{reason} ({operation})')
+            hit(labels, reason if operation.name == 'output' else f'{reason} ({operation})')
         for left, right in operation.ties:
             if not (left.all() and right.all()):
                 hit(_beside_zero(left, right), f'it meets positions that must stay ({operation})')
