@@ -771,6 +771,7 @@ AROUND: dict[str, Forward] = {
     'parameter of an activation': lambda net, h: h - nn.Parameter(h, requires_grad=False).mean(1, keepdim=True),
     'subclass of an activation': lambda net, h: h - h.as_subclass(torch.Tensor).mean(1, keepdim=True),
     'data': lambda net, h: h - h.data.mean(1, keepdim=True),
+    'strided': lambda net, h: h - h.as_strided((3, 1, 6, 6), (288, 36, 6, 1)),
     'weight plus low rank': lambda net, h: F.conv2d(h, net.w + (net.b @ net.a).reshape(net.w.shape)),
     'exponential of a weight': lambda net, h: F.conv2d(h, net.w.exp()),
     'weight plus one': lambda net, h: F.conv2d(h, net.w + 1),

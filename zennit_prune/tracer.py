@@ -199,7 +199,7 @@ class Tracer(TorchDispatchMode):
         self._note_vanishing(operation, args, outputs, is_pointwise)
         if not any(operation.outputs) and all(tensor in self._uniform for tensor in outputs):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
-        if name in TRANSPARENT:
+        if name in TRANSPARENT and not operation.locks:
             for tensor in outputs:
                 self._values[id(tensor)] = operation.reads[0]
         else:
