@@ -14,7 +14,7 @@ from zennit_prune.cost import CostModel
 SHARES = {
     'vgg16': (64, 1.0), 'vgg16_bn': (64, 1.0), 'resnet18': (64, 0.9999), 'resnet50': (64, 1.0),
     'resnext50_32x4d': (64, 1.0), 'densenet121': (64, 0.9999), 'googlenet': (96, 0.9998),
-    'inception_v3': (299, 0.8775), 'squeezenet1_0': (64, 0.9992),
+    'inception_v3': (299, 0.9999), 'squeezenet1_0': (64, 0.9992),
     'shufflenet_v2_x1_0': (64, 0.9996), 'mobilenet_v2': (64, 0.9997), 'mobilenet_v3_small': (64, 0.9996),
     'mnasnet1_0': (64, 0.9998), 'efficientnet_b0': (64, 0.9998), 'regnet_y_400mf': (64, 0.9998),
     'convnext_tiny': (64, 0.9061), 'swin_t': (64, 0.6105), 'vit_b_16': (224, 0.6545),
