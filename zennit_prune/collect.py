@@ -27,7 +27,7 @@ from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
 from .relevance import Relevance
-from .states import accumulation_dtype, find_states
+from .states import find_states
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
@@ -193,7 +193,7 @@ class Collector:
             raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
                              f'{batch}: its first dimension does not hold the samples.')
         if self.aggregate == 'sumabs':
-            return state.per_sample(relevance.to(accumulation_dtype(relevance.device)).abs(), batch)
+            return state.per_sample(relevance.abs(), batch)
         values = state.per_sample(relevance, batch)
         if self.aggregate == 'abs':
             return values.abs()

@@ -127,8 +127,7 @@ class ChannelGraph:
                  if (operation.name, operation.kind, operation.site[2:]) == what]
         before, after = reversed(operations[:failure.index]), operations[failure.index + 1:]
         for candidates in (alike, *([operation] for operation in (*before, *after))):
-            fresh = [(field.labels, str(failure)) for operation in candidates
-                     for fields in (*operation.inputs, *operation.outputs) for field in fields
+            fresh = [(field.labels, str(failure)) for operation in candidates for field in operation.fields()
                      if (self.solution.channel[field.labels] >= 0).any()]
             if fresh:
                 self._locks += fresh

@@ -183,7 +183,7 @@ class Plan:
         PruneError
             As :meth:`apply`; nothing is changed then.
         '''
-        inner = self._checked_model(model)
+        inner = unwrapped(model)
         small = self.apply(inner, verify)
         transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes, optimizer)
         return model

@@ -42,6 +42,11 @@ class Operation:
     producers: list[Labels] = field(default_factory=list)
     flops: int = 0
 
+    def fields(self) -> Iterator[Field]:
+        '''All fields that meet in the operation.'''
+        for found in (*self.inputs, *self.outputs):
+            yield from found
+
     def __str__(self) -> str:
         return f'{self.name} in {self.site.module or "the network itself"}'
 

@@ -107,8 +107,7 @@ def _beside_zero(left: Labels, right: Labels) -> Labels:
 
 def joint_fields(operations: Iterable[Operation]) -> list[Labels]:
     '''The label arrays that vary along several dimensions, each once.'''
-    found = {id(field): field for operation in operations for fields in (*operation.inputs, *operation.outputs)
-             for field in fields if len(field.dims) > 1}
+    found = {id(field): field for operation in operations for field in operation.fields() if len(field.dims) > 1}
     unique = {(field.labels.shape, field.labels.tobytes()): field.labels for field in found.values()}
     return list(unique.values())
 

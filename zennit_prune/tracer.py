@@ -19,7 +19,7 @@ from .recorded import Operation, StorageSet, count_flops, numbers_in, storage_ke
 from .rules import RULES, Call, Candidates, NoRule
 
 TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout', 'as_strided'}
-POINTWISE = set('copy_ add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish '
+POINTWISE = set('add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish '
                 'clamp clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
 UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full',
            'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted',
@@ -30,9 +30,9 @@ SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt '
                 'abs'.split())
 SMALL = 64  # constants with more values are hardly made from a width
-SIZE_FREE = UNIFORM | set('view expand permute transpose t unsqueeze squeeze select slice clone _to_copy alias detach '
-                          'cat stack bernoulli uniform normal fill zero exponential'.split())
 REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
+SIZE_FREE = UNIFORM | TRANSPARENT | REFILLED | set('view expand permute transpose t unsqueeze squeeze select slice cat '
+                                                   'stack'.split())
 NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
 
@@ -45,10 +45,6 @@ def _batch_norm_shapes(func: Any, x: torch.Tensor, *args: Any) -> Any:
 
 
 SHORTCUTS = {'native_batch_norm': _batch_norm_shapes}
-
-
-def _dim(args: Any) -> int:
-    return int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
 
 
 class Tracer(TorchDispatchMode):
@@ -71,9 +67,8 @@ class Tracer(TorchDispatchMode):
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
         self._values: dict[int, int] = {}
-        self._active, self._uniform, self._vanishing = StorageSet(), StorageSet(), StorageSet()
+        self._own, self._active, self._uniform, self._vanishing = (StorageSet() for _ in range(4))
         self._owners: dict[int, torch.Tensor] = {}  # by storage, to recognise aliases made around the dispatcher
-        self._own_storages: set[int] = set()
         self._seen: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
         self._count = 0
@@ -104,7 +99,7 @@ class Tracer(TorchDispatchMode):
 
     def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
         '''Whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
-        return storage_key(tensor) in self._own_storages
+        return tensor in self._own
 
     def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
         '''The module that owns ``weight`` has as many groups as its first dimension holds blocks of ``size``.'''
@@ -127,8 +122,8 @@ class Tracer(TorchDispatchMode):
         self._seen.add(id(tensor))
         self._fields[id(tensor)] = fields
         self._owners[storage_key(tensor)] = tensor
-        self._own_storages.add(storage_key(tensor))
-        self._vanishing.change([tensor], True)
+        for facts in (self._own, self._vanishing):
+            facts.change([tensor], True)
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
         '''Mark the network's inputs: what depends on them is an activation.'''
@@ -177,8 +172,7 @@ class Tracer(TorchDispatchMode):
         name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
         name = SAME.get(name, name)
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
-        is_pointwise = name not in RULES and (
-            torch.Tag.pointwise in func.tags or packet in POINTWISE or name in POINTWISE)
+        is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or name in POINTWISE)
         in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
         stays_uniform = (is_pointwise or name in REFILLED) and all(tensor in self._uniform for tensor in inputs) and (
             not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes())
@@ -227,10 +221,11 @@ class Tracer(TorchDispatchMode):
             return list(numbers_in(args[3:8]))
         if 'batch_norm' in name:  # in training it does the same to labels
             return [value for value in args[5:] if isinstance(value, float)]
-        if name == 'slice' and any(_dim(args) in field.dims for field in self.fields_of(args[0])):
-            return list(numbers_in(args[4:]))
         if name == 'slice':
-            return [_dim(args), *slice(*args[2:5]).indices(args[0].shape[_dim(args)])]
+            dim = int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
+            if any(dim in field.dims for field in self.fields_of(args[0])):
+                return list(numbers_in(args[4:]))
+            return [dim, *slice(*args[2:5]).indices(args[0].shape[dim])]
         return list(numbers_in((args, kwargs)))
 
     def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor],
