@@ -28,6 +28,7 @@ from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
 from .relevance import Relevance
 from .states import find_states
+from .trace import Place
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
@@ -140,6 +141,10 @@ class Collector:
         '''
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
+        self._add(*self._measured(inputs, target))
+
+    def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
+        '''The relevance at every state of a batch, each shaped as the tensor there, and the size of the batch.'''
         inputs = differentiable(inputs, self._network)
         try:
             with torch.enable_grad():
@@ -152,8 +157,8 @@ class Collector:
                 relevance = propagate(output, start, [edge for _, edge in caught])
         finally:
             self._forget_batch()
-        self._add({place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None},
-                  output.shape[0])
+        return {place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None}, \
+            output.shape[0]
 
     def _forget_batch(self) -> None:
         '''Zennit's hooks keep tensors and handles of every pass until they are removed.'''
@@ -161,7 +166,7 @@ class Collector:
         for hook in list(self._registered.hook_refs):
             hook.remove()
 
-    def _add(self, relevance: dict[Any, torch.Tensor], batch: int) -> None:
+    def _add(self, relevance: dict[Place, torch.Tensor], batch: int) -> None:
         totals: dict[str, torch.Tensor] = {}
         covered: dict[str, torch.Tensor] = {}
         for state in self.states:
