@@ -22,7 +22,7 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from .calls import CallCounter
-from .canonize import GraphCanonizer
+from .canonize import GraphCanonizer, rules_of, unregister
 from .errors import PruneError
 from .networks import copied, map_tensors, output_tensors, tensors_in
 from .trace import Place
@@ -73,19 +73,16 @@ class Attribution(NamedTuple):
 def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
     '''Give every call of a reused module a rule of its own: those of Zennit keep the last call's tensors only.'''
     for name, module in network.named_modules():
-        hooks = {id(hook.__self__): hook.__self__ for hook in module._forward_hooks.values()
-                 if isinstance(getattr(hook, '__self__', None), BasicHook)}
-        if canonizer.calls.get(name, 1) < 2 or not hooks:
+        rules = [rule for rule in rules_of(module) if isinstance(rule, BasicHook)]
+        if canonizer.calls.get(name, 1) < 2 or not rules:
             continue
-        for registered in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in registered.items() if id(getattr(hook, '__self__', None)) in hooks]:
-                del registered[key]
+        unregister(module, rules)
         calls = _CallsOf(network, module)
-        for rule in hooks.values():
+        for rule in rules:
             for call in range(canonizer.calls[name]):
                 copied_rule = rule.copy()
                 composite.hook_refs.add(copied_rule)
-                composite.handles.append(copied_rule.register(calls.only(call)))
+                composite.handles.append(copied_rule.register(calls.only(call, copied_rule)))
                 calls.rules.append(copied_rule)
 
 
@@ -104,11 +101,15 @@ class _CallsOf:
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self.running += 1
 
-    def only(self, call: int) -> Any:
+    def only(self, call: int, rule: BasicHook) -> Any:
         '''What a rule registers with: ``register_forward_hook`` and ``register_forward_pre_hook`` for one call.'''
         def registering(method: Callable[..., Any]) -> Callable[..., Any]:
             def register(hook: Callable[..., Any], **options: Any) -> Any:
-                return method(lambda *args: hook(*args) if self.running == call else None, **options)
+                def in_this_call(*args: Any) -> Any:
+                    return hook(*args) if self.running == call else None
+
+                in_this_call.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
+                return method(in_this_call, **options)
             return register
 
         return SimpleNamespace(register_forward_hook=registering(self.module.register_forward_hook),

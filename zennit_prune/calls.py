@@ -3,11 +3,25 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+
+def _seen_through(function: Any) -> Any:
+    '''The same function without the hand-over of the whole call to a mode, so that the mode sees what it calls.'''
+    seen = FunctionType(function.__code__, {**function.__globals__, 'has_torch_function': lambda *_: False},
+                        function.__name__, function.__defaults__, function.__closure__)
+    seen.__kwdefaults__ = function.__kwdefaults__
+    return seen
+
+
+MULTI_HEAD_ATTENTION = nn.functional.multi_head_attention_forward
+SEEN_THROUGH = {MULTI_HEAD_ATTENTION: _seen_through(MULTI_HEAD_ATTENTION)}
 
 
 class Site(NamedTuple):
@@ -95,6 +109,9 @@ class CallCounter(TorchFunctionMode):
             self.failed = self.failed or frame.module
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SEEN_THROUGH:
+            with self._again():
+                return SEEN_THROUGH[func](*args, **(kwargs or {}))
         name = getattr(func, '__name__', '')
         if name == '__get__' or name == '__set__':
             return func(*args, **(kwargs or {}))
@@ -105,6 +122,15 @@ class CallCounter(TorchFunctionMode):
             return self.intercept(func, args, kwargs or {})
         finally:
             self.function, self.ordinal = outer
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        '''Be active inside a function that was seen already.'''
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         '''Run a torch function.'''
