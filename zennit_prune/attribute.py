@@ -38,7 +38,7 @@ def recommended_composite() -> Composite:
 
 @contextmanager
 def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer,
-                reader: Callable[[nn.Module], Reader] | None = None) -> Iterator[Attribution]:
+                reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
     '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
 
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
@@ -66,7 +66,7 @@ class Attribution(NamedTuple):
     '''A network under rules: the copy that runs, what reads its tensors, and the composite registered with it.'''
 
     network: nn.Module
-    reader: Reader | None
+    reader: Any
     composite: Composite
 
 

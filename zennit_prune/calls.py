@@ -94,12 +94,12 @@ class CallCounter(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: Any) -> Any:
         name = self._names.get(id(module), f'{self._stack[-1].module}/?')  # a module made while the network runs
         frame = Frame(name, type(module).__name__, self._calls[name])
         self._calls[name] += 1
         self._stack.append(frame)
-        self.entered(frame, inputs)
+        return self.entered(frame, inputs)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         frame = self._stack.pop()
@@ -136,8 +136,8 @@ class CallCounter(TorchFunctionMode):
         '''Run a torch function.'''
         return func(*args, **kwargs)
 
-    def entered(self, frame: Frame, inputs: Any) -> None:
-        '''A module was called with ``inputs``.'''
+    def entered(self, frame: Frame, inputs: Any) -> Any:
+        '''A module was called with ``inputs``; what is returned, unless None, is what it is given instead.'''
 
     def left(self, frame: Frame, output: Any) -> None:
         '''A module returned ``output``.'''
