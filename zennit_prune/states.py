@@ -79,11 +79,11 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
-def keeps_positions(name: str) -> bool:
-    '''Whether an operation is a norm or acts on each element by itself.'''
+def keeps_elements(name: str) -> bool:
+    '''Whether an operation is a norm, a view, or acts on each element by itself.'''
     packet = getattr(torch.ops.aten, name, None)
     tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags} if packet else set()
-    return torch.Tag.pointwise in tags or name in POINTWISE or 'batch_norm' in name
+    return torch.Tag.pointwise in tags or name in POINTWISE or 'batch_norm' in name or name == 'view'
 
 
 def find_states(graph: ChannelGraph, values: Callable[[Flow, ChannelGroup], Iterable[int]] | None = None
@@ -163,13 +163,15 @@ class Flow:
         '''The same, each after the norms and activations that alone read it.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         for value in self.complete(group):
+            last = value
             while len(self.readers[value]) == 1:
                 operation = self.readers[value][0]
-                if (sum(operation.active) != 1 or id(operation) in renewing or not keeps_positions(operation.name)
+                if (sum(operation.active) != 1 or id(operation) in renewing or not keeps_elements(operation.name)
                         or not self.carries(operation.writes[0], group)):
                     break
                 value = operation.writes[0]
-            yield value
+                last = value if value in self.places else last
+            yield last
 
     def produced(self, group: ChannelGroup) -> Iterator[int]:
         '''The values that weights bring forth.'''
