@@ -379,7 +379,7 @@ def test_without_labels(criterion: str) -> None:
 def test_a_single_class_needs_a_loss() -> None:
     model, x = seeded(nn.Sequential(nn.Conv2d(3, 5, 8), nn.ReLU(), nn.Flatten(), nn.Linear(5, 1))), images()
     pruner = zp.Pruner(model, None, x)
-    with pytest.raises(zp.PruneError, match='single class is constant.*initial='):
+    with pytest.raises(zp.PruneError, match=r'single class is constant.*initial='):
         pruner.collect([(x, torch.zeros(4, dtype=torch.long))], 'taylor', progress=False)
     assert pruner.collect([x], 'taylor', initial=lambda output: output - 1, progress=False)
 
@@ -400,7 +400,7 @@ def test_unknown_names() -> None:
         pruner.collect([], 'taylr')
     assert all(repr(name) in str(caught.value) for name in ALL)
     assert all(f"'{name}'" in str(type(pruner).collect.__doc__) for name in ALL)
-    with pytest.raises(zp.PruneError, match="'l1' is no criterion that looks at data.*'taylor'"):
+    with pytest.raises(zp.PruneError, match=r"'l1' is no criterion that looks at data.*'taylor'"):
         pruner.collector(criterion='l1')
     with pytest.raises(zp.PruneError, match='aggregate'):
         pruner.collect([], 'taylor', aggregate='most')

@@ -23,7 +23,7 @@ from .groups import ChannelGroup
 from .networks import tensors_by_module, tensors_in
 from .recorded import Operation
 from .relevance import Relevance
-from .states import Flow, State, accumulation_dtype, find_states
+from .states import Flow, State, find_states
 from .trace import Place
 
 
@@ -82,22 +82,19 @@ class Measure(Collector):
 
 
 class Keeper(Reader):
-    '''A reader that keeps the tensors themselves, too.'''
+    '''A reader that keeps the tensors of the last pass themselves, too.'''
 
     def __init__(self, network: nn.Module, places: Sequence[Place]):
         super().__init__(network, places)
         self.values: dict[Place, torch.Tensor] = {}
+        network.register_forward_pre_hook(lambda *_: self.values.clear())
 
     def _catch(self, place: Place, value: Any) -> None:
         super()._catch(place, value)
         tensors = tensors_in(value)
         if place.position < len(tensors):  # a copy, for the network may go on to write into it
-            self.values[place] = tensors[place.position].detach().clone()
-
-    def taken(self) -> dict[Place, torch.Tensor]:
-        '''What was kept since the last call, in the type that sums are made in.'''
-        values, self.values = self.values, {}
-        return {place: value.to(accumulation_dtype(value.device)) for place, value in values.items()}
+            value = tensors[place.position].detach()
+            self.values[place] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
 class Gradient(Measure):
@@ -122,8 +119,7 @@ class Taylor(Measure):
 
     def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
         gradients, batch = super()._measured(inputs, target)
-        values = self._reader.taken()
-        return {place: gradient * values[place] for place, gradient in gradients.items()}, batch
+        return {place: gradient * self._reader.values[place] for place, gradient in gradients.items()}, batch
 
 
 class TaylorWeights(Taylor):
@@ -167,7 +163,7 @@ class Activations(Measure):
                 output = main_output(call_network(self._network, inputs))
         finally:
             self._forget_batch()
-        return self._reader.taken(), output.shape[0]
+        return dict(self._reader.values), output.shape[0]
 
     def compute(self) -> Relevance:
         relevance = super().compute()
