@@ -6,6 +6,7 @@ network, its training flags, gradients and hooks are never touched.
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from .errors import PruneError
 from .networks import copied, map_tensors, output_tensors, tensors_in
 from .trace import Place
 
-INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive')
+INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,7 +38,7 @@ def recommended_composite() -> Composite:
 
 
 @contextmanager
-def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer,
+def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
                 reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
     '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
 
@@ -50,11 +51,12 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     reading = reader(network) if reader else None
     registered = copy.copy(composite)
     registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
-    own = [] if any(isinstance(other, GraphCanonizer) for other in composite.canonizers) else [canonizer]
-    registered.canonizers = [*composite.canonizers, *own]
+    given = canonizer is None or any(isinstance(other, GraphCanonizer) for other in composite.canonizers)
+    registered.canonizers = [*composite.canonizers, *([] if given else [canonizer])]
     try:
         registered.register(network)
-        _rules_per_call(network, registered, canonizer)
+        if canonizer is not None:
+            _rules_per_call(network, registered, canonizer)
         if reading is not None:
             reading.attach()
         yield Attribution(network, reading, registered)
@@ -271,8 +273,9 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
         (or weighted) rows of the output's shape; or a function of the output that returns the relevance.
     initial: str or callable
         ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
-        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class. Or a function
-        of the output.
+        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
+        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output taken for logits, averaged over
+        further dimensions. Or a function of the output.
 
     Returns
     -------
@@ -303,6 +306,11 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     if initial == 'softmax':
         probability = output.softmax(1)
         return probability * (rows - (rows * probability).sum(1, keepdim=True))
+    if initial == 'cross-entropy':
+        if output.shape[1] == 1:
+            raise PruneError(f'the output has shape {tuple(output.shape)}: the cross-entropy of a single class is '
+                             'constant. Give the gradient of your loss, a function of the output, as initial=.')
+        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / math.prod(output.shape[2:])
     if initial == 'contrastive':
         rival = output.masked_fill(rows != 0, -torch.inf).argmax(1, keepdim=True)
         return rows - torch.zeros_like(output).scatter_(1, rival, 1.0)

@@ -14,6 +14,7 @@ from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
 from .attribute import (
+    Attribution,
     Initial,
     Reader,
     attributing,
@@ -27,7 +28,7 @@ from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
 from .relevance import Relevance
-from .states import find_states
+from .states import State, find_states
 from .trace import Place
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
@@ -71,6 +72,8 @@ class Collector:
     >>> relevance = collector.compute()
     '''
 
+    criterion = 'relevance'
+
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
                  initial: Initial = 'one-hot'):
         if aggregate not in AGGREGATES:
@@ -80,19 +83,25 @@ class Collector:
                              'locks them.')
         self.graph, self.model, self.composite = graph, model, composite
         self.aggregate, self.initial = aggregate, initial
-        self.states, self.unread = find_states(graph)
+        self.states, self.unread = self._find_states()
         self.samples = 0
         self.notes: list[str] = []
         self._sums: dict[str, torch.Tensor] = {}
         self._counts = [0, 0]
         self._context: AbstractContextManager[Any] | None = None
 
+    def _find_states(self) -> tuple[list[State], dict[str, str]]:
+        return find_states(self.graph)
+
+    def _attributing(self) -> AbstractContextManager[Attribution]:
+        places = [state.place for state in self.states]
+        canonizer = GraphCanonizer.from_recording(self.graph.recording)
+        return attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+
     def __enter__(self) -> Collector:
         if self._context is not None:
             raise PruneError('the collector is open already.')
-        places = [state.place for state in self.states]
-        canonizer = GraphCanonizer.from_recording(self.graph.recording)
-        context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+        context = self._attributing()
         network, reader, registered = context.__enter__()
         assert reader is not None
         self._network, self._reader, self._registered, self._context = network, reader, registered, context
@@ -107,7 +116,8 @@ class Collector:
 
     def _warn(self) -> None:
         self.notes = []
-        if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs):
+        ruled = any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs)
+        if self.criterion == 'relevance' and not ruled:
             self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
                               'the scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
@@ -193,7 +203,7 @@ class Collector:
         self._counts[1] += len(range(1 - odd, batch, 2))
         self.samples += batch
 
-    def _aggregated(self, state: Any, relevance: torch.Tensor, batch: int) -> torch.Tensor:
+    def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
         if relevance.shape[0] % batch:
             raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
                              f'{batch}: its first dimension does not hold the samples.')
@@ -217,7 +227,7 @@ class Collector:
             raise PruneError('the collectors are for different networks: their groups differ.')
         if not self.samples and self.aggregate == 'auto':
             self.aggregate = other.aggregate
-        for what in ('aggregate', 'initial'):
+        for what in ('criterion', 'aggregate', 'initial'):
             if other.samples and getattr(other, what) != getattr(self, what):
                 raise PruneError(f'the collectors differ in {what}: {getattr(self, what)!r} and '
                                  f'{getattr(other, what)!r}.')
@@ -247,7 +257,7 @@ class Collector:
         initial = self.initial if isinstance(self.initial, str) else getattr(self.initial, '__name__', 'function')
         return Relevance({name: values.sum(0) / self.samples for name, values in sums.items()},
                          {name: values / counts for name, values in sums.items()},
-                         {'criterion': 'relevance', 'composite': type(self.composite).__name__,
+                         {'criterion': self.criterion, 'composite': type(self.composite).__name__,
                           'aggregate': self.aggregate, 'initial': initial, 'samples': self.samples,
                           'notes': self.notes})
 

@@ -18,6 +18,7 @@ from .criteria import CRITERIA
 from .errors import PruneError
 from .graph import ChannelGraph, trace
 from .heatmap import heatmap
+from .measures import MEASURES
 from .networks import map_tensors, unwrapped
 from .plan import Plan
 from .relevance import Relevance
@@ -54,12 +55,22 @@ class Pruner:
         self.composite = recommended_composite() if composite is None else composite
         self.graph = trace(self.model, example, ignore, layernorm)
 
-    def collector(self, aggregate: str = 'auto', initial: Initial = 'one-hot') -> Collector:
-        '''A collector for a loop of your own; see :class:`zennit_prune.Collector`.'''
-        return Collector(self.graph, self.model, self.composite, aggregate, initial)
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto',
+                  criterion: str = 'relevance') -> Collector:
+        '''A collector for a loop of your own, of relevance or any other criterion that looks at data.
+
+        See :class:`zennit_prune.Collector`, and :meth:`collect` for the parameters.
+        '''
+        start = {} if initial == 'auto' else {'initial': initial}
+        if criterion == 'relevance':
+            return Collector(self.graph, self.model, self.composite, aggregate, **start)
+        if criterion not in MEASURES:
+            raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
+                             f'{", ".join(map(repr, ("relevance", *MEASURES)))}.')
+        return MEASURES[criterion](self.graph, self.model, aggregate, **start)
 
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'one-hot', seed: int = 0, progress: bool = True) -> Relevance:
+                initial: Initial = 'auto', seed: int = 0, progress: bool = True) -> Relevance:
         '''Score every channel on reference data.
 
         Parameters
@@ -68,10 +79,13 @@ class Pruner:
             Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a
             function.
         criterion: str or callable
-            ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph,
-            model, loader) that returns a :class:`Relevance`.
+            ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``, see
+            :mod:`zennit_prune.measures`; ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not
+            look at the data, see :mod:`zennit_prune.criteria`; or a function of (graph, model, loader) that returns a
+            :class:`Relevance`.
         aggregate, initial:
-            See :class:`Collector`.
+            See :class:`Collector`. By default, what suits the criterion: relevance starts as a one-hot, the gradients
+            of other criteria start from the cross-entropy.
         seed: int
             For ``'random'``.
         progress: bool
@@ -91,12 +105,12 @@ class Pruner:
             return criterion(self.graph, self.model, loader)
         if criterion in CRITERIA:
             return CRITERIA[criterion](self.graph, self.model, seed)
-        if criterion != 'relevance':
-            known = ', '.join(map(repr, ('relevance', *CRITERIA)))
+        if criterion != 'relevance' and criterion not in MEASURES:
+            known = ', '.join(map(repr, ('relevance', *MEASURES, *CRITERIA)))
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
                              'loader).')
-        with self.collector(aggregate, initial) as collector:
-            for inputs, target in batches(loader, 'relevance' if progress else None):
+        with self.collector(aggregate, initial, criterion) as collector:
+            for inputs, target in batches(loader, criterion if progress else None):
                 collector.update(inputs, target)
         return collector.compute()
 
