@@ -92,7 +92,7 @@ class GraphCanonizer(Canonizer):
             first = next((site for site, found in self.functions.items() if isinstance(found, Layer)), None)
             instances.append(FunctionalModules())
             instances[-1].register(root_module, functions, first)
-        return instances
+        return instances[::-1]  # a layer that took two BatchNorms has to give back the last one first
 
     def register(self) -> None:
         '''Nothing to do: :meth:`apply` makes the instances.'''

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -70,11 +70,14 @@ class Equivalent:
         To which of the tensors that the function is given relevance flows; the others are held constant.
     in_place: int or None
         The tensor that the function writes into.
+    takes: bool
+        Whether rules take relevance by design, as for a bias or for the constant term of a softmax.
     '''
 
     kinds: tuple[type[nn.Module], ...]
     signals: tuple[int, ...]
     in_place: int | None = None
+    takes: ClassVar[bool] = False
 
     def modules(self) -> list[Any]:
         '''New modules, one of each kind.'''
@@ -128,6 +131,8 @@ class Broadcast(Equivalent):
 class Softmax(Equivalent):
     '''Of scores that may be masked with minus infinity, which times a relevance of zero would not be a number.'''
 
+    takes = True
+
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         finite = [tensor.clamp(min=torch.finfo(tensor.dtype).min) for tensor in tensors]
         return super().run(modules, finite, call)
@@ -139,6 +144,12 @@ class Addition(Equivalent):
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         modules[0].function = partial(torch.sum, dim=-1)
         return modules[0](torch.stack(torch.broadcast_tensors(*tensors), -1))
+
+
+class Shift(Addition):
+    '''An addition of a constant that takes its share.'''
+
+    takes = True
 
 
 class Difference(Addition):
@@ -168,6 +179,7 @@ class Carried(torch.autograd.Function):
 class Layer(Equivalent):
     '''A linear layer; ``weights`` says which tensors are its weight and its bias.'''
 
+    takes = True
     weights: tuple[int, ...] = ()
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
@@ -185,6 +197,8 @@ class Layer(Equivalent):
 
 class Attention(Equivalent):
     '''``scaled_dot_product_attention`` in evaluation mode, in its parts: product, softmax, product.'''
+
+    takes = True
 
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
         return self._attend(modules, *args, **kwargs)

@@ -25,14 +25,14 @@ pools; where it does not, the preflight says so.
 '''
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 from torch import nn
 from zennit.layer import Sum
 
-from .equivalents import Addition, Attention, Broadcast, Difference, Equivalent, Gated, Layer, Softmax
+from .equivalents import Addition, Attention, Broadcast, Difference, Equivalent, Gated, Layer, Shift, Softmax
 from .recorded import FunctionCall, Operation
 
 LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
@@ -59,7 +59,9 @@ def equivalents(calls: Sequence[FunctionCall], outputs: Sequence[int]) -> list[t
     '''The calls that rules have to be applied to, each with what it becomes; ``outputs`` are the network's values.'''
     origins = Origins(calls)
     last = {id(origins.of(value)) for value in outputs}
-    found = ((call, _equivalent(call, origins, id(call) in last)) for call in calls if call.active)
+    shifts = {id(earlier) for call in calls if call.site.function == 'softmax' and call.active and id(call) not in last
+              for earlier in origins.path(call.arguments[call.active[0]].value)}
+    found = ((call, _equivalent(call, origins, id(call) in last, id(call) in shifts)) for call in calls if call.active)
     return [(call, equivalent) for call, equivalent in found if equivalent is not None]
 
 
@@ -73,8 +75,13 @@ class Origins:
                 self._made.setdefault(value, call)
 
     def of(self, value: int) -> FunctionCall | None:
+        return next(reversed(list(self.path(value))), None)
+
+    def path(self, value: int) -> Iterator[FunctionCall]:
+        '''The views and factors between a value and the call that made it, from the value on, and that call.'''
         call = self._made.get(value)
         while call is not None:
+            yield call
             operations = [operation for operation in call.operations if any(operation.active)]
             read = {value for operation in operations for value, active in zip(operation.reads, operation.active)
                     if active}.difference(value for operation in operations for value in operation.writes)
@@ -83,10 +90,10 @@ class Origins:
                     operation.name not in VIEWS | ARITHMETIC for operation in operations):
                 break
             call = earlier
-        return call
 
 
-def _equivalent(call: FunctionCall, origins: Origins, last: bool) -> Equivalent | None:
+def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) -> Equivalent | None:
+    '''What a call becomes; is it the ``last`` in the network, does it add a constant that ``shifts`` a softmax?'''
     name, active, in_place = call.site.function.strip('_'), call.active, call.in_place
     first = tuple(active[:1])
     if name in LAYERS:
@@ -107,7 +114,7 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool) -> Equivalent 
         return Equivalent((ACTIVATIONS[name],), first, in_place)
     operations = [operation for operation in call.operations if any(operation.active)]
     if len(operations) == 1 and operations[0].name in ARITHMETIC:
-        return _arithmetic(call, operations[0], origins)
+        return _arithmetic(call, operations[0], origins, shifts)
     if name in ('addcmul', 'addcdiv') and len(active) == 2 and active[0] == 0:
         return Difference((Sum,), tuple(active), in_place)
     if len(active) == 1 and operations and all(map(_changes_elements, operations)):
@@ -129,7 +136,7 @@ def _product(call: FunctionCall, summands: int) -> Equivalent | None:
     return None
 
 
-def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins) -> Equivalent | None:
+def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shifts: bool) -> Equivalent | None:
     name, active, in_place = operation.name, tuple(call.active), call.in_place
     if name == 'sub' and len(active) == 2 and _is_statistic(call, origins):
         return Broadcast((SCALING,), active[:1], in_place)
@@ -137,6 +144,8 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins) -> E
         plain = name == 'add' and not operation.scalars
         return (Addition if plain else Difference)((Sum,), active, in_place)
     if name == 'add' or (name == 'sub' and operation.active[0]):
+        if shifts and len(call.arguments) == 2:  # a mask or position bias takes its share, or scores of zero would not
+            return Shift((Sum,), active, in_place)
         return None  # a constant was added
     if len(active) == 2:
         active = active[:1] if name == 'div' else _signals(call, origins)

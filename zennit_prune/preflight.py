@@ -2,8 +2,9 @@
 
 LRP conserves relevance: what an operation receives it passes on in full. Where an operation has no rule that does so,
 relevance multiplies or vanishes, and channels are ranked by where they sit instead of by what they do. What the rules
-of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and is
-told apart: it is counted at the layers, the unsound rest at the operations between them.
+of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and so
+is the constant term of a softmax. It is told apart: it is counted at the layers, the unsound rest at the operations
+between them.
 '''
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
 from .attribute import attributing, call_network, differentiable, initial_relevance, main_output, propagate
 from .calls import CallCounter, Frame, Site
 from .canonize import GraphCanonizer, rules_of
-from .equivalents import Layer
 from .errors import PruneError
 from .networks import map_tensors, tensors_in
 from .recorded import FunctionCall
@@ -132,7 +132,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     '''
     run = recording.runs['eval']
     canonizer = GraphCanonizer.from_recording(recording)
-    layers = {site for site, equivalent in canonizer.functions.items() if isinstance(equivalent, Layer)}
+    layers = {site for site, equivalent in canonizer.functions.items() if equivalent.takes}
     with attributing(model, composite, canonizer,
                      lambda network: Bookkeeper(network, run.functions, layers)) as attribution:
         book = _book(attribution.network, attribution.reader, x, target, initial)
