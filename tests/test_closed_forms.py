@@ -44,8 +44,9 @@ def epsilons(canonizer: Any = None) -> Composite:
     return LayerMapComposite([*layer_map_base(EPSILON), (Linear, Epsilon(EPSILON))], canonizer and [canonizer])
 
 
-def through(model: nn.Module, relevance: torch.Tensor, *inputs: torch.Tensor, rules: Any = epsilons
-            ) -> list[torch.Tensor]:
+def through(
+    model: nn.Module, relevance: torch.Tensor, *inputs: torch.Tensor, rules: Any = epsilons
+) -> list[torch.Tensor]:
     '''The relevance that arrives at each input.'''
     with torch.no_grad():
         plain = model(*(x.clone() for x in inputs))
@@ -58,8 +59,9 @@ def through(model: nn.Module, relevance: torch.Tensor, *inputs: torch.Tensor, ru
     return [torch.zeros_like(x) if values is None else values for x, values in zip(inputs, found)]
 
 
-def operation(function: Callable[..., torch.Tensor], relevance: torch.Tensor, *inputs: torch.Tensor
-              ) -> list[torch.Tensor]:
+def operation(
+    function: Callable[..., torch.Tensor], relevance: torch.Tensor, *inputs: torch.Tensor
+) -> list[torch.Tensor]:
     return through(Operation(function), relevance, *inputs)
 
 
@@ -127,12 +129,12 @@ def test_quotient_gives_everything_to_the_numerator() -> None:
 
 
 def test_mean_splits_by_what_is_averaged() -> None:
-    found, = operation(lambda a: a.mean(1), R[:, 0], A)
+    (found,) = operation(lambda a: a.mean(1), R[:, 0], A)
     assert apart(found, A / 4 * (R[:, 0] / stable(A.mean(1)))[:, None]) <= 1e-12
 
 
 def test_softmax_by_its_rule() -> None:
-    found, = operation(lambda a: F.relu(a.softmax(-1)), R, A)
+    (found,) = operation(lambda a: F.relu(a.softmax(-1)), R, A)
     probability = A.softmax(-1)
     by_hand = A * (R - probability * R.sum(-1, keepdim=True))
     slack = EPSILON * 20  # the rule divides by the stabilized probability
@@ -180,7 +182,7 @@ def test_norms_keep_relevance_where_it_is(way: str) -> None:
 def test_glu_gives_everything_to_the_signal() -> None:
     x, relevance = noise(3, 8), noise(3, 4, seed=1)
     for model in (Operation(lambda x: F.glu(x)), nn.GLU()):
-        found, = through(model, relevance, x)
+        (found,) = through(model, relevance, x)
         assert apart(found[:, :4], relevance) <= 1e-12 and not found[:, 4:].any()
 
 
@@ -197,12 +199,20 @@ def test_addcmul_splits_by_what_is_added() -> None:
 def exact(canonizer: Any = None) -> Composite:
     '''Stabilizers that hardly matter: spellings scale differently before them.'''
     return LayerMapComposite(
-        [(Activation, Pass()), (Sum, Norm(1e-14)), (AvgPool, Norm(1e-14)), (BatchNorm, Pass()), (Linear, Epsilon(1e-14))],
+        [
+            (Activation, Pass()),
+            (Sum, Norm(1e-14)),
+            (AvgPool, Norm(1e-14)),
+            (BatchNorm, Pass()),
+            (Linear, Epsilon(1e-14)),
+        ],
         canonizer and [canonizer],
     )
 
 
-def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any = 0, scale: float | None = None) -> torch.Tensor:
+def by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any = 0, scale: float | None = None
+) -> torch.Tensor:
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (scores + bias).softmax(-1) @ v
 
@@ -293,8 +303,9 @@ def test_attention_by_formula() -> None:
     at_scores = scores * (at_weights - weights * at_weights.sum(-1, keepdim=True)) / 1
     share = at_scores / scores / 2 / 2
     expected = Q * (share @ K), K * (share.mT @ Q), at_value
-    for found, by_formula in zip(through(Operation(F.scaled_dot_product_attention), relevance, Q, K, V, rules=exact),
-                                 expected):
+    for found, by_formula in zip(
+        through(Operation(F.scaled_dot_product_attention), relevance, Q, K, V, rules=exact), expected
+    ):
         assert apart(found, by_formula) <= 1e-6
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from small import Injected, apart, images, labels, same, seeded, snapshot
+from small import Injected, apart, contents, images, labels, same, seeded
 from test_canonize import conserving
 from torch import nn
 from torch.nn import functional as F
@@ -54,7 +54,11 @@ class Generated(nn.Module):
 
     def make_batch_norm(self) -> Step:
         conv, norm, act = self.layer(nn.Conv2d(6, 6, 1)), self.layer(nn.BatchNorm2d(6)), self.random.choice(SMOOTH)
-        return (lambda net, x: act(net.layers[norm](net.layers[conv](x)))) if self.random.random() < 0.5 else (lambda net, x: act(net.layers[conv](net.layers[norm](x))))
+        return (
+            (lambda net, x: act(net.layers[norm](net.layers[conv](x))))
+            if self.random.random() < 0.5
+            else (lambda net, x: act(net.layers[conv](net.layers[norm](x))))
+        )
 
     def make_functional_convolution(self) -> Step:
         weight, groups = self.weight(6, 3, 3, 3), 2
@@ -99,6 +103,7 @@ class Generated(nn.Module):
         def mix(net: Any, x: torch.Tensor) -> torch.Tensor:
             tokens = x.flatten(2).mT
             return (net.layers[conv](x).flatten(2).mT @ tokens).mT.reshape(x.shape) / 8
+
         return mix
 
     def make_concatenation(self) -> Step:
@@ -113,6 +118,7 @@ class Generated(nn.Module):
             if by_hand:
                 x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt()
             return (x if by_hand else net.layers[norm](x)).permute(0, 3, 1, 2)
+
         return apply
 
     def make_group_norm(self) -> Step:
@@ -129,15 +135,20 @@ class Generated(nn.Module):
         return lambda net, x: x + net.layers[depth](F.dropout(inner(net, x), 0.3, net.training))
 
     def make_pool(self) -> Step:
-        return self.random.choice([
-            lambda net, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), lambda net, x: F.max_pool2d(x, 3, 1, 1),
-            lambda net, x: F.pad(x, (1, 0, 1, 0))[..., 1:, 1:], lambda net, x: x.flip(2).roll(1, 3),
-        ])
+        return self.random.choice(
+            [
+                lambda net, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+                lambda net, x: F.max_pool2d(x, 3, 1, 1),
+                lambda net, x: F.pad(x, (1, 0, 1, 0))[..., 1:, 1:],
+                lambda net, x: x.flip(2).roll(1, 3),
+            ]
+        )
 
     def make_chunks(self) -> Step:
         def swap(net: Any, x: torch.Tensor) -> torch.Tensor:
             left, right = x.chunk(2, 1)
             return torch.cat([right, left - right], 1)
+
         return swap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,15 +166,15 @@ def test_generated_networks_conserve_relevance(seed: int) -> None:
     model, x = generated(seed)
     with torch.no_grad():
         expected = model(x)
-    before = snapshot(model)
+    before = contents(model)
     with conserving(zp.GraphCanonizer(model, x)).context(model) as modified:
         leaf = x.clone().requires_grad_()
         output = modified(leaf)
-        relevance, = torch.autograd.grad(output, leaf, F.one_hot(labels(3), 4).double())
+        (relevance,) = torch.autograd.grad(output, leaf, F.one_hot(labels(3), 4).double())
     assert apart(output, expected) <= 1e-10
     mass = max(1.0, float(relevance.abs().sum((1, 2, 3)).max()))
     assert (relevance.sum((1, 2, 3)) - 1).abs().max() <= 1e-6 * mass, model.description
-    assert same(before, snapshot(model))
+    assert same(before, contents(model))
     with torch.no_grad():
         assert torch.equal(model(x), expected)
 
@@ -202,7 +213,7 @@ def test_everything_is_restored_when_the_network_raises(training: bool) -> None:
     model, x = seeded(Raising()).double(), images(3, dtype=torch.float64)
     canonizer = zp.GraphCanonizer(model, x)
     model.attention.train(training)
-    before, mode = snapshot(model), torch.overrides._get_current_function_mode_stack()
+    before, mode = contents(model), torch.overrides._get_current_function_mode_stack()
     hooks = [len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)]
     for rules in (conserving(canonizer), Composite(canonizers=[canonizer])):
         for _ in range(2):
@@ -210,17 +221,19 @@ def test_everything_is_restored_when_the_network_raises(training: bool) -> None:
             with pytest.raises(Injected), rules.context(model) as modified:
                 modified(x)
             del model.armed
-            assert same(before, snapshot(model))
+            assert same(before, contents(model))
             assert torch.overrides._get_current_function_mode_stack() == mode
-            assert hooks == [len(nn.modules.module._global_forward_hooks),
-                             len(nn.modules.module._global_forward_pre_hooks)]
+            assert hooks == [
+                len(nn.modules.module._global_forward_hooks),
+                len(nn.modules.module._global_forward_pre_hooks),
+            ]
     with conserving(canonizer).context(model) as modified:
         modified(x)
 
 
 def test_a_context_that_never_runs_leaves_nothing() -> None:
     model, x = seeded(Raising()), images(3)
-    before = snapshot(model)
+    before = contents(model)
     with conserving(zp.GraphCanonizer(model, x)).context(model):
-        assert not same(before, snapshot(model))
-    assert same(before, snapshot(model))
+        assert not same(before, contents(model))
+    assert same(before, contents(model))

@@ -41,8 +41,9 @@ class Around(nn.Module):
         return self.fc(F.relu(self.next(x)).flatten(1))
 
 
-def twins(layer: Callable[[], nn.Module], function: Function, other: Function | None = None, size: int = 8
-          ) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def twins(
+    layer: Callable[[], nn.Module], function: Function, other: Function | None = None, size: int = 8
+) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     '''One network in two ways, and inputs.'''
     x = images(3, size)
     networks = []
@@ -180,7 +181,10 @@ POOLS: dict[str, tuple[Callable[[], nn.Module], Function]] = {
     'dropout2d': (nn.Dropout2d, lambda layer, x: F.dropout2d(x, 0.5, training=False)),
     'reshaped': (nn.Identity, lambda layer, x: x.flatten(2).transpose(1, 2).transpose(1, 2).reshape(x.shape)),
     'padded': (lambda: nn.ZeroPad2d(1), lambda layer, x: F.pad(x, (1, 1, 1, 1))),
-    'upsampled': (lambda: nn.Upsample(scale_factor=2), lambda layer, x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
+    'upsampled': (
+        lambda: nn.Upsample(scale_factor=2),
+        lambda layer, x: x.repeat_interleave(2, 2).repeat_interleave(2, 3),
+    ),
 }
 
 
@@ -487,6 +491,8 @@ def test_arithmetic_of_equal_shapes(way: str, name: str) -> None:
 
 
 @pytest.mark.parametrize('name', RULES)
-@pytest.mark.parametrize('way', [way for way, (kind, _) in WITH_FUNCTIONS.items() if 'gate' in kind or kind == 'broadcast'])
+@pytest.mark.parametrize(
+    'way', [way for way, (kind, _) in WITH_FUNCTIONS.items() if 'gate' in kind or kind == 'broadcast']
+)
 def test_arithmetic_with_one_value_for_all_pixels(way: str, name: str) -> None:
     assert_twins(*joined(way, True), name)

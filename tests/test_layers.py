@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import apart, composite, images, labels, same, seeded, snapshot
+from small import apart, composite, contents, images, labels, same, seeded, snapshot
 from test_functions import RULES, attributed, channels, rules
 from torch import nn
 from torch.nn import functional as F
@@ -95,10 +95,10 @@ def test_batchnorm_before_a_layer_is_merged(way: str, name: str) -> None:
     model, x = built(MERGED[way])
     reference = folded(model)
     assert apart(reference(x), model(x)) <= 1e-12
-    before = snapshot(model)
+    before = contents(model)
     (output, found), (_, expected) = (attributed(network, name, x) for network in (model, reference))
     assert apart(output, reference(x)) <= 1e-12 and apart(found, expected) <= 1e-6
-    assert same(before, snapshot(model))
+    assert same(before, contents(model))
     left, right = (channels(network, name, x) for network in (model, reference))
     for group in left:
         assert apart(left[group], right[group]) <= 1e-6
@@ -157,8 +157,14 @@ def test_dense_networks_are_merged_where_it_is_exact() -> None:
 def test_a_layer_between_two_batchnorms_takes_both() -> None:
     model, x = built(
         lambda: nn.Sequential(
-            nn.Conv2d(3, 5, 3), nn.ReLU(), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.ReLU(),
-            nn.Flatten(), nn.Linear(216, 4),
+            nn.Conv2d(3, 5, 3),
+            nn.ReLU(),
+            nn.BatchNorm2d(5),
+            nn.Conv2d(5, 6, 1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(216, 4),
         )
     )
     with torch.no_grad():
@@ -281,15 +287,16 @@ def test_rules_apply_to_the_weight_that_is_used(way: str, name: str, twice: bool
     rule = None if name == 'epsilon' else composite(name)
     assert apart(*(zp.heatmap(network, rule, x, labels(3)) for network in (model, reference))) <= 1e-6
     if not twice:
-        before = snapshot(model)
+        before = contents(model)
         (output, found), (_, expected) = (attributed(network, name, x) for network in (model, reference))
         assert apart(output, reference(x)) <= 1e-10 and apart(found, expected) <= 1e-6
-        assert same(before, snapshot(model))
+        assert same(before, contents(model))
 
 
 def test_low_rank_additions_are_part_of_the_weight() -> None:
-    model, x = built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), LowRank(6, 5), nn.ReLU(),
-                                           nn.Linear(5, 4)))
+    model, x = built(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), LowRank(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    )
     reference = copy.deepcopy(model)
     layer = nn.Linear(6, 5).double()
     layer.weight.data, layer.bias.data = model[3].weight + model[3].up @ model[3].down, model[3].bias.data
@@ -300,8 +307,11 @@ def test_low_rank_additions_are_part_of_the_weight() -> None:
 
 
 def test_a_first_layer_that_computes_its_weight_gets_the_rule_of_first_layers() -> None:
-    model, x = built(lambda: nn.Sequential(Standardized(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(),
-                                           nn.Flatten(), nn.Linear(80, 4)))
+    model, x = built(
+        lambda: nn.Sequential(
+            Standardized(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)
+        )
+    )
     reference = copy.deepcopy(model)
     reference[0] = nn.Conv2d(3, 6, 3).double()
     reference[0].weight.data, reference[0].bias.data = model[0].used().detach(), model[0].bias.data
@@ -310,15 +320,16 @@ def test_a_first_layer_that_computes_its_weight_gets_the_rule_of_first_layers() 
 
 
 def test_rules_by_name_apply_to_the_weight_that_is_used() -> None:
-    model, x = built(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Standardized(6, 5, 3), nn.ReLU(),
-                                           nn.Flatten(), nn.Linear(80, 4)))
+    model, x = built(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), Standardized(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)
+        )
+    )
     reference = copy.deepcopy(model)
     reference[2] = nn.Conv2d(6, 5, 3).double()
     reference[2].weight.data, reference[2].bias.data = model[2].used().detach(), model[2].bias.data
     found, expected = (
-        zp.heatmap(
-            network, NameMapComposite([(['0'], Epsilon()), (['2'], Gamma(0.3)), (['5'], ZPlus())]), x, labels(3)
-        )
+        zp.heatmap(network, NameMapComposite([(['0'], Epsilon()), (['2'], Gamma(0.3)), (['5'], ZPlus())]), x, labels(3))
         for network in (model, reference)
     )
     assert apart(found, expected) <= 1e-6
@@ -453,6 +464,7 @@ def test_without_rules_relevance_is_the_gradient() -> None:
 
 def test_types_without_a_rule_keep_their_gradient() -> None:
     '''With a rule for sums alone, everything else is differentiated.'''
+
     class Summing(nn.Module):
         def __init__(self, modular: bool):
             super().__init__()
@@ -470,49 +482,37 @@ def test_types_without_a_rule_keep_their_gradient() -> None:
         assert apart(gradient(functional, x, start), gradient(modular, x, start)) <= 1e-9
 
 
-def test_guided_backprop_sees_functional_activations() -> None:
-    class Rectified(nn.Module):
-        def __init__(self, functional: bool):
-            super().__init__()
-            self.stem, self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(80, 4)
-            self.relu = F.relu if functional else nn.ReLU()
+class Rectified(nn.Module):
+    '''ReLUs as modules or as functions, and an addition.'''
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.relu(self.stem(x))
-            return self.fc(self.relu(x + self.conv(F.pad(x, (1, 1, 1, 1))).mean(1, keepdim=True))[..., 1:5, 1:5][:, :5]
-                           .flatten(1))
-
-    for kind in (False, True):
-        model, x = seeded(Rectified(kind)).double(), images(3, dtype=torch.float64)
-        start = F.one_hot(labels(3), 4).double()
-        with GuidedBackprop(canonizers=[zp.GraphCanonizer(model, x)]).context(model) as modified:
-            found = gradient(modified, x, start)
-        if kind:
-            assert apart(found, expected) <= 1e-12
-            assert apart(found, gradient(model, x, start)) > 0.1
-        else:
-            model.relu = ReLUs()
-            with GuidedBackprop().context(model) as modified:
-                expected = gradient(modified, x, start)
-
-
-class ReLUs(nn.Module):
-    '''A module of its own for every call.'''
-
-    def __init__(self) -> None:
+    def __init__(self, functional: bool):
         super().__init__()
-        self.layers, self.calls = nn.ModuleList([nn.ReLU(), nn.ReLU()]), 0
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 1, 3, padding=1), nn.Linear(6, 4)
+        self.first, self.last = (F.relu, torch.relu) if functional else (nn.ReLU(), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.layers[self.calls - 1](x)
+        x = self.first(self.stem(x))
+        return self.fc(self.last(self.conv(x) - x).mean((2, 3)))
+
+
+def test_guided_backprop_sees_functional_activations() -> None:
+    modular, functional = (seeded(Rectified(functional)).double() for functional in (False, True))
+    x, start = images(3, dtype=torch.float64), F.one_hot(labels(3), 4).double()
+    with GuidedBackprop().context(modular) as modified:
+        expected = gradient(modified, x, start)
+    with GuidedBackprop(canonizers=[zp.GraphCanonizer(functional, x)]).context(functional) as modified:
+        found = gradient(modified, x, start)
+    assert apart(found, expected) <= 1e-12
+    assert apart(found, gradient(functional, x, start)) > 0.1
 
 
 def test_batchnorm_may_go_without_a_rule() -> None:
     '''A composite for layers alone differentiates gates and norms.'''
     model, x = built(lambda: PreActivation(nn.Conv2d(6, 5, 3, padding=1)))
-    without = LayerMapComposite([entry for entry in layer_map_base() if entry[0] is not BatchNorm] + [
-        (Linear, Epsilon())], [zp.GraphCanonizer(model, x)])
+    without = LayerMapComposite(
+        [entry for entry in layer_map_base() if entry[0] is not BatchNorm] + [(Linear, Epsilon())],
+        [zp.GraphCanonizer(model, x)],
+    )
     with rules('epsilon', model, x).context(model) as modified:
         passed = gradient(modified, x, F.one_hot(labels(3), 4).double())
     with without.context(model) as modified:

@@ -240,6 +240,7 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
     PruneError
         If it does not run, with the shapes it was given.
     '''
+    inputs = map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, inputs)  # may be written to
     args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     try:

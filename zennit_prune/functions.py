@@ -99,7 +99,7 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) 
     if name in LAYERS:
         return Layer((LAYERS[name],), first, in_place, (1, 2)[:len(call.arguments) - 1]) if first == (0,) else None
     if name in PRODUCTS:
-        return _product(call, len(call.arguments) - 2)
+        return _product(call, int(name in ('addmm', 'baddbmm')))
     if name == 'scaled_dot_product_attention':
         return Attention((Sum,) * 5, (0, 1, 2))
     if name == 'softmax' and not last:
@@ -125,15 +125,17 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) 
 
 
 def _product(call: FunctionCall, summands: int) -> Equivalent | None:
-    '''A product of two tensors; in ``addmm`` there is a summand in front, which is a bias.'''
-    factors = summands, summands + 1
-    signals = tuple(position for position in factors if position in call.active)
-    if signals == tuple(call.active) == factors:
-        return Equivalent((Sum, Sum), signals)
-    if len(call.active) == 1 and signals:
-        weight = next(position for position in factors if position not in signals)
-        return Layer((nn.Linear,), signals, None, (weight, *range(summands)))
-    return None
+    '''A product of tensors; the ``summands`` in front of the factors are biases.'''
+    factors = range(summands, len(call.arguments))
+    signals = tuple(call.active)
+    constants = [position for position in factors if position not in signals]
+    if signals[0] not in factors:
+        return None
+    if len(factors) == 1:
+        return Equivalent((AVERAGE,), signals)
+    if len(signals) == 1:
+        return Layer((nn.Linear,), signals, None, (constants[0], *range(summands)))
+    return Equivalent((Sum,) * len(signals), signals)
 
 
 def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shifts: bool) -> Equivalent | None:
