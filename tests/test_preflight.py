@@ -151,6 +151,17 @@ def test_what_layers_take_is_told_apart() -> None:
     assert found.stages[-1].taken == pytest.approx(1 - float(relevance.sum()) / 3, abs=1e-5)  # pools have stabilizers
 
 
+def test_constants_beside_the_input_take_their_share() -> None:
+    '''Class tokens, say.'''
+    token = torch.ones(1, 1, 8, 8)
+    for step in (
+        lambda x: torch.cat([token.to(x).expand(len(x), -1, -1, -1), x[:, 1:]], 1),
+        lambda x: torch.where(x > 0.7, x, token.to(x)),
+    ):
+        found = checked(stepping(step).double(), conserving(), images(3, dtype=torch.float64))
+        assert found.sound and abs(found.stages[-1].taken) > 0.01
+
+
 def test_stages_are_what_is_read_at_modules() -> None:
     model, x = chain().double(), images(3, dtype=torch.float64)
     found = checked(model, EpsilonPlus(), x, labels(3))

@@ -22,6 +22,7 @@ from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
 from .attribute import attributing, call_network, differentiable, initial_relevance, main_output, propagate
 from .calls import CallCounter, Frame, Site
 from .canonize import GraphCanonizer, rules_of
+from .equivalents import Equivalent
 from .errors import PruneError
 from .networks import map_tensors, tensors_in
 from .recorded import FunctionCall
@@ -32,6 +33,7 @@ TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
 ROUNDING = 1e-3  # of the mass, which the tolerance grows with: of large shares that cancel, little is left
 FADED = 0.1  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
+CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
 
@@ -133,7 +135,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     '''
     run = recording.runs['eval']
     canonizer = GraphCanonizer.from_recording(recording)
-    layers = {site for site, equivalent in canonizer.functions.items() if equivalent.takes}
+    layers = {call.site for call in run.functions if _takes(call, canonizer.functions.get(call.site))}
     with attributing(model, composite, canonizer,
                      lambda network: Bookkeeper(network, run.functions, layers)) as attribution:
         book, started = _book(attribution.network, attribution.reader, x, target, initial)
@@ -148,6 +150,14 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
             stages.append(Stage(name, book[key].received, book[key].received_mass, -taken, made))
     accounts = tuple(account for key, account in reversed(book.items()) if key != 'input')
     return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
+
+
+def _takes(call: FunctionCall, equivalent: Equivalent | None) -> bool:
+    '''Whether a call may take relevance: as a layer does, or for constants (class tokens) put beside its input.'''
+    if equivalent is not None:
+        return equivalent.takes
+    constants = len(call.active) < len(call.arguments)
+    return constants and all(operation.name in CHOOSING for operation in call.operations if any(operation.active))
 
 
 def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
@@ -201,7 +211,9 @@ class Bookkeeper(CallCounter):
         if tensor.requires_grad:
             sums = self._sums[key, side]
 
-            def add(grad: torch.Tensor) -> None:
+            def add(grad: torch.Tensor | None) -> None:
+                if grad is None:  # of a function that passes nothing on
+                    return
                 sums.append(torch.stack([grad.real.sum(), grad.abs().sum()]).double().cpu())
 
             tensor.register_hook(add)
