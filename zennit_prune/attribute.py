@@ -45,6 +45,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
     composite itself may be in use elsewhere.
     '''
+    _refuse_patched_rules()
     network = copied(model).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -62,6 +63,15 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         yield Attribution(network, reading, registered)
     finally:
         registered.remove()
+
+
+def _refuse_patched_rules() -> None:
+    '''LXT, for one, replaces methods of all of Zennit's rules, after which gradients are no relevance.'''
+    for name in ('forward', 'backward', 'pre_forward', 'post_forward', 'pre_backward'):
+        home = getattr(BasicHook, name).__module__
+        if home != BasicHook.__module__:
+            raise PruneError(f'zennit.core.BasicHook.{name} was replaced by one of {home!r} (LXT does so when it '
+                             'patches Zennit): gradients are then no relevance. Use a process without that patch.')
 
 
 class Attribution(NamedTuple):
