@@ -1,6 +1,7 @@
 '''``Pruner`` ties the steps together; ``prune`` takes them all at once.'''
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -10,17 +11,21 @@ from torch import nn
 from zennit.core import Composite
 
 from .allocate import allocate
-from .attribute import Initial, recommended_composite
+from .attribute import recommended_composite
+from .attributors import AttributorFactory
 from .canonize import GraphCanonizer
-from .collect import Collector, batches
+from .collect import Collector
 from .cost import Budget, CostModel
 from .criteria import CRITERIA
 from .errors import PruneError
 from .graph import ChannelGraph, trace
 from .heatmap import heatmap
+from .initial import Initial
+from .loaders import batches
 from .networks import map_tensors, unwrapped
 from .plan import Plan
 from .relevance import Relevance
+from .streaming import collect
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 
@@ -54,28 +59,40 @@ class Pruner:
         self.composite = recommended_composite() if composite is None else composite
         self.graph = trace(self.model, example, ignore, layernorm)
 
-    def collector(self, aggregate: str = 'auto', initial: Initial = 'one-hot') -> Collector:
-        '''A collector for a loop of your own; see :class:`zennit_prune.Collector`.'''
-        return Collector(self.graph, self.model, self.composite, aggregate, initial)
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'one-hot', **options: Any) -> Collector:
+        '''A collector for a loop of your own, with the options of :class:`zennit_prune.Collector`.'''
+        return Collector(self.graph, self.model, self.composite, aggregate, initial, **options)
 
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'one-hot', seed: int = 0, progress: bool = True) -> Relevance:
+                initial: Initial = 'one-hot', seed: int = 0, progress: bool = True, *, target: Any = None,
+                classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
+                nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None) -> Relevance:
         '''Score every channel on reference data.
+
+        Under ``torch.distributed``, all processes call this, each with the loader of its shard, and all get the same
+        scores; of a ``DistributedSampler``, repeated samples are left out. For one process alone, use
+        :meth:`collector`.
 
         Parameters
         ----------
         loader: iterable
-            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a
-            function.
+            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function
+            or ``target`` is given.
         criterion: str or callable
             ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph,
             model, loader) that returns a :class:`Relevance`.
-        aggregate, initial:
+        aggregate, initial, classes, attributor, nonfinite:
             See :class:`Collector`.
         seed: int
-            For ``'random'``.
+            For ``'random'``, and for the noise of an Attributor.
         progress: bool
             Show a progress bar on standard error.
+        target:
+            In place of all labels, e.g. ``'predicted'``; see :func:`zennit_prune.initial.initial_relevance`.
+        checkpoint: path-like, optional
+            A file that holds what was collected so far: written every half a minute and when anything ends the pass
+            early, read if it is there when the pass starts, removed when it is complete. The loader has to yield the
+            same batches in the same order. Each of many processes has a file of its own beside it.
 
         Returns
         -------
@@ -85,7 +102,7 @@ class Pruner:
         ------
         PruneError
             For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
-            not finite.
+            not finite; a checkpoint of something else; on all processes, if any of them fails.
         '''
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
@@ -95,10 +112,9 @@ class Pruner:
             known = ', '.join(map(repr, ('relevance', *CRITERIA)))
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
                              'loader).')
-        with self.collector(aggregate, initial) as collector:
-            for inputs, target in batches(loader, 'relevance' if progress else None):
-                collector.update(inputs, target)
-        return collector.compute()
+        collector = self.collector(aggregate, initial, classes=classes, attributor=attributor, nonfinite=nonfinite,
+                                   seed=seed)
+        return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
              round_to: int | None = None, per_cost: bool = True) -> Plan:
@@ -128,7 +144,7 @@ class Pruner:
                                  'channels.')
             scores[group.name] = values.numpy()
         removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
-        return Plan(self.graph, removed)
+        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
