@@ -56,9 +56,11 @@ def in_step(steps: Iterator[None], device: torch.device) -> None:
             through = through or next(steps, END) is END
         except Exception as error:
             mine = error
-        said = gathered((through, mine and f'{type(mine).__name__}: {mine}'), device)
-        if mine is not None:
-            raise mine
+        try:
+            said = gathered((through, mine and f'{type(mine).__name__}: {mine}'), device)
+        finally:
+            if mine is not None:
+                raise mine
         for number, (_, failure) in enumerate(said):
             if failure:
                 raise PruneError(f'rank {number} of {world} failed, so rank {rank} stopped, too: {failure}')

@@ -37,6 +37,8 @@ def described(value: Any) -> Any:
 
 def named(value: Any) -> str:
     '''What a function or class is called, or the class of an object.'''
+    if isinstance(value, partial):
+        return named(value.func)
     return value if isinstance(value, str) else str(getattr(value, '__name__', type(value).__name__))
 
 
