@@ -18,18 +18,19 @@ from zennit.core import Composite
 from zennit.layer import Sum
 from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
 
-from .attribute import attributing, call_network, differentiable, initial_relevance, main_output, propagate
+from .attribute import attributing, call_network, differentiable, main_output, propagate
 from .calls import CallCounter, Frame, Site
 from .canonize import GraphCanonizer, rules_of
 from .equivalents import Layer
 from .errors import PruneError
+from .initial import initial_relevance
 from .networks import map_tensors, tensors_in
 from .recorded import FunctionCall
 from .tables import table
 from .trace import Recording, Run
 
 TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
-FADED = 0.1  # of the initial relevance, in absolute values
+FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
@@ -153,7 +154,8 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
     '''The accounts of one pass, by what they are of, in the order of the forward pass; the input is the first.'''
     inputs = differentiable(x, network)
     leaves = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
-    bookkeeper.open('input', Account('', 'input'), leaves)
+    if leaves:  # else tokens
+        bookkeeper.open('input', Account('', 'input'), leaves)
     with torch.enable_grad():
         output = main_output(call_network(network, inputs))
         start = initial_relevance(output, target, initial)
@@ -296,7 +298,8 @@ def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[
                f'positive and negative shares cancel. It grows most in {_listed(culprits[:3])}.')
     lightest = min(stages, key=lambda stage: stage.mass)
     if lightest.mass < FADED:
-        culprits = sorted(accounts, key=lambda account: account.made / max(abs(account.received), 1e-9))
+        culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
+        culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
         yield (f'Relevance fades: {lightest.mass:.2g} of the initial one arrives at {lightest.name!r}, so that '
                'channels in front are ranked below those behind. Most is taken for biases, or where z-plus finds '
                f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
