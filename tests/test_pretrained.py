@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import zennit_prune as zp
+from zennit_prune.criteria import CRITERIA
+from zennit_prune.measures import MEASURES
 
 DATA = Path(os.environ.get('ZENNIT_PRUNE_DATA', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
 # networks by the share of parameters that hold removable channels
@@ -67,3 +69,17 @@ def test_relevance_beats_chance(loaders: ModuleType) -> None:
     chance = max(accuracy(pruner.plan(pruner.collect((), 'random', seed=seed), zp.Budget(flops=0.8)))
                  for seed in range(5))
     assert accuracy(pruner.plan(relevance, zp.Budget(flops=0.8))) > chance
+
+
+@pytest.mark.parametrize('criterion', [*MEASURES, *CRITERIA])
+@pytest.mark.parametrize('name', ['resnet20_cifar10', 'mobilenet_v1_0.75_224_imagenet'])
+def test_every_criterion(loaders: ModuleType, name: str, criterion: str) -> None:
+    network, preprocess = loaders.load(name)
+    images, labels = references(loaders, name, 1)
+    pruner = zp.Pruner(network, None, preprocess(images[:1]))
+    relevance = pruner.collect((preprocess(images), labels), criterion, progress=False)
+    assert list(relevance) == [group.name for group in pruner.graph.groups]
+    assert all((values > 0).any() for _, values in relevance.items())
+    small = pruner.plan(relevance, zp.Budget(flops=0.8)).apply(network)
+    with torch.no_grad():
+        assert torch.isfinite(small(preprocess(images[:2]))).all()

@@ -22,11 +22,8 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from .calls import CallCounter
-from .canonize import GraphCanonizer
+from .canonize import GraphCanonizer, rules_of, unregister
 from .errors import PruneError
-from .initial import INITIAL as INITIAL
-from .initial import Initial as Initial
-from .initial import initial_relevance as initial_relevance
 from .networks import copied, map_tensors, output_tensors, tensors_in
 from .trace import Place
 
@@ -37,24 +34,26 @@ def recommended_composite() -> Composite:
 
 
 @contextmanager
-def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer,
-                reader: Callable[[nn.Module], Reader] | None = None) -> Iterator[Attribution]:
+def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
+                reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
     '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
 
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
     composite itself may be in use elsewhere.
     '''
+    _refuse_patched_rules()
     network = copied(model).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     reading = reader(network) if reader else None
     registered = copy.copy(composite)
     registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
-    own = [] if any(isinstance(other, GraphCanonizer) for other in composite.canonizers) else [canonizer]
-    registered.canonizers = [*composite.canonizers, *own]
+    given = canonizer is None or any(isinstance(other, GraphCanonizer) for other in composite.canonizers)
+    registered.canonizers = [*composite.canonizers, *([] if given else [canonizer])]
     try:
         registered.register(network)
-        _rules_per_call(network, registered, canonizer)
+        if canonizer is not None:
+            _rules_per_call(network, registered, canonizer)
         if reading is not None:
             reading.attach()
         yield Attribution(network, reading, registered)
@@ -62,30 +61,36 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         registered.remove()
 
 
+def _refuse_patched_rules() -> None:
+    '''LXT, for one, replaces methods of all of Zennit's rules, after which gradients are no relevance.'''
+    for name in ('forward', 'backward', 'pre_forward', 'post_forward', 'pre_backward'):
+        home = getattr(BasicHook, name).__module__
+        if home != BasicHook.__module__:
+            raise PruneError(f'zennit.core.BasicHook.{name} was replaced by one of {home!r} (LXT does so when it '
+                             'patches Zennit): gradients are then no relevance. Use a process without that patch.')
+
+
 class Attribution(NamedTuple):
     '''A network under rules: the copy that runs, what reads its tensors, and the composite registered with it.'''
 
     network: nn.Module
-    reader: Reader | None
+    reader: Any
     composite: Composite
 
 
 def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
     '''Give every call of a reused module a rule of its own: those of Zennit keep the last call's tensors only.'''
     for name, module in network.named_modules():
-        hooks = {id(hook.__self__): hook.__self__ for hook in module._forward_hooks.values()
-                 if isinstance(getattr(hook, '__self__', None), BasicHook)}
-        if canonizer.calls.get(name, 1) < 2 or not hooks:
+        rules = [rule for rule in rules_of(module) if isinstance(rule, BasicHook)]
+        if canonizer.calls.get(name, 1) < 2 or not rules:
             continue
-        for registered in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in registered.items() if id(getattr(hook, '__self__', None)) in hooks]:
-                del registered[key]
+        unregister(module, rules)
         calls = _CallsOf(network, module)
-        for rule in hooks.values():
+        for rule in rules:
             for call in range(canonizer.calls[name]):
                 copied_rule = rule.copy()
                 composite.hook_refs.add(copied_rule)
-                composite.handles.append(copied_rule.register(calls.only(call)))
+                composite.handles.append(copied_rule.register(calls.only(call, copied_rule)))
                 calls.rules.append(copied_rule)
 
 
@@ -104,11 +109,15 @@ class _CallsOf:
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self.running += 1
 
-    def only(self, call: int) -> Any:
+    def only(self, call: int, rule: BasicHook) -> Any:
         '''What a rule registers with: ``register_forward_hook`` and ``register_forward_pre_hook`` for one call.'''
         def registering(method: Callable[..., Any]) -> Callable[..., Any]:
             def register(hook: Callable[..., Any], **options: Any) -> Any:
-                return method(lambda *args: hook(*args) if self.running == call else None, **options)
+                def in_this_call(*args: Any) -> Any:
+                    return hook(*args) if self.running == call else None
+
+                in_this_call.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
+                return method(in_this_call, **options)
             return register
 
         return SimpleNamespace(register_forward_hook=registering(self.module.register_forward_hook),

@@ -3,11 +3,25 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+
+def _seen_through(function: Any) -> Any:
+    '''The same function without the hand-over of the whole call to a mode, so that the mode sees what it calls.'''
+    seen = FunctionType(function.__code__, {**function.__globals__, 'has_torch_function': lambda *_: False},
+                        function.__name__, function.__defaults__, function.__closure__)
+    seen.__kwdefaults__ = function.__kwdefaults__
+    return seen
+
+
+MULTI_HEAD_ATTENTION = nn.functional.multi_head_attention_forward
+SEEN_THROUGH = {MULTI_HEAD_ATTENTION: _seen_through(MULTI_HEAD_ATTENTION)}
 
 
 class Site(NamedTuple):
@@ -80,12 +94,12 @@ class CallCounter(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: Any) -> Any:
         name = self._names.get(id(module), f'{self._stack[-1].module}/?')  # a module made while the network runs
         frame = Frame(name, type(module).__name__, self._calls[name])
         self._calls[name] += 1
         self._stack.append(frame)
-        self.entered(frame, inputs)
+        return self.entered(frame, inputs)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         frame = self._stack.pop()
@@ -95,6 +109,9 @@ class CallCounter(TorchFunctionMode):
             self.failed = self.failed or frame.module
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SEEN_THROUGH:
+            with self._again():
+                return SEEN_THROUGH[func](*args, **(kwargs or {}))
         name = getattr(func, '__name__', '')
         if name == '__get__' or name == '__set__':
             return func(*args, **(kwargs or {}))
@@ -106,12 +123,21 @@ class CallCounter(TorchFunctionMode):
         finally:
             self.function, self.ordinal = outer
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        '''Be active inside a function that was seen already.'''
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         '''Run a torch function.'''
         return func(*args, **kwargs)
 
-    def entered(self, frame: Frame, inputs: Any) -> None:
-        '''A module was called with ``inputs``.'''
+    def entered(self, frame: Frame, inputs: Any) -> Any:
+        '''A module was called with ``inputs``; what is returned, unless None, is what it is given instead.'''
 
     def left(self, frame: Frame, output: Any) -> None:
         '''A module returned ``output``.'''

@@ -14,7 +14,7 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from .attribute import Reader, attributing, call_network, differentiable, main_output, propagate
+from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
 from .attributors import AttributorFactory, Passes, attributed
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
@@ -80,6 +80,8 @@ class Collector:
     >>> relevance = collector.compute()
     '''
 
+    criterion = 'relevance'
+
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
                  initial: Initial = 'one-hot', *, classes: Iterable[int] | None = None,
                  attributor: AttributorFactory | None = None, nonfinite: str = 'error', seed: int = 0):
@@ -95,7 +97,7 @@ class Collector:
         self.graph, self.model, self.composite = graph, model, composite
         self.aggregate, self.initial, self.classes = aggregate, initial, checked_classes(classes)
         self.attributor, self.nonfinite, self.seed = attributor, nonfinite, seed
-        self.states, self.unread = find_states(graph)
+        self.states, self.unread = self._find_states()
         self.sums = Sums()
         self.notes: list[str] = []
         self._context: AbstractContextManager[Any] | None = None
@@ -110,12 +112,18 @@ class Collector:
         '''Where the network is.'''
         return next((tensor.device for tensor in self.model.parameters()), torch.device('cpu'))
 
+    def _find_states(self) -> tuple[list[State], dict[str, str]]:
+        return find_states(self.graph)
+
+    def _attributing(self) -> AbstractContextManager[Attribution]:
+        places = [state.place for state in self.states]
+        canonizer = GraphCanonizer.from_recording(self.graph.recording)
+        return attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+
     def __enter__(self) -> Collector:
         if self._context is not None:
             raise PruneError('the collector is open already.')
-        places = [state.place for state in self.states]
-        canonizer = GraphCanonizer.from_recording(self.graph.recording)
-        context = attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+        context = self._attributing()
         network, reader, registered = context.__enter__()
         assert reader is not None
         self._network, self._reader, self._registered, self._context = network, reader, registered, context
@@ -130,7 +138,8 @@ class Collector:
 
     def _warn(self) -> None:
         self.notes = []
-        if not any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs):
+        ruled = any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs)
+        if self.criterion == 'relevance' and not ruled:
             self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
                               'the scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
@@ -253,7 +262,7 @@ class Collector:
 
     def settings(self) -> dict[str, Any]:
         '''What must be equal where sums are to be added, as JSON values.'''
-        return {'groups': {group.name: group.size for group in self.graph.groups},
+        return {'groups': {group.name: group.size for group in self.graph.groups}, 'criterion': self.criterion,
                 'composite': described(self.composite), 'aggregate': self.aggregate,
                 'initial': described(self.initial), 'classes': self.classes and list(self.classes),
                 'attributor': described(self.attributor), 'seed': self.attributor and self.seed}
@@ -313,7 +322,7 @@ class Collector:
                              'layer is zero.')
         counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
         halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
-        info = {'criterion': 'relevance', 'composite': named(self.composite), 'aggregate': self.aggregate,
+        info = {'criterion': self.criterion, 'composite': named(self.composite), 'aggregate': self.aggregate,
                 'initial': named(self.initial), 'samples': sums.samples, 'notes': self.notes}
         if self.classes:
             info['classes'] = list(self.classes)

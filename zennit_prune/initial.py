@@ -10,7 +10,7 @@ import torch
 from .errors import PruneError
 from .states import accumulation_dtype
 
-INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive')
+INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
 UNKNOWN = 255  # what segmentation masks hold where nobody knows the class
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
@@ -45,8 +45,9 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
         - a function of the output that returns the relevance, as Zennit's ``attr_output``.
     initial: str or callable
         ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
-        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class. Or a function
-        of the output.
+        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
+        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output taken for logits, averaged over
+        further dimensions where there is a target. Or a function of the output.
 
     Returns
     -------
@@ -118,6 +119,13 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
     if initial == 'softmax':
         probability = output.softmax(1)
         return probability * (rows - (rows * probability).sum(1, keepdim=True))
+    if initial == 'cross-entropy':
+        if output.shape[1] == 1:
+            raise PruneError(f'the output has shape {tuple(output.shape)}: the cross-entropy of a single class is '
+                             'constant. Give the gradient of your loss, a function of the output, as initial=.')
+        pixels = (rows != 0).any(1).flatten(1).sum(1) if rows.dim() > 2 else torch.ones_like(rows[:, 0])
+        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / pixels.clamp(min=1).view(
+            -1, *[1] * (rows.dim() - 1))
     if len(classes or range(output.shape[1])) < 2:
         raise PruneError("initial='contrastive' needs a second class as the rival: give at least two classes, or use "
                          "'one-hot'.")

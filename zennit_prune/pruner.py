@@ -22,6 +22,7 @@ from .graph import ChannelGraph, trace
 from .heatmap import heatmap
 from .initial import Initial
 from .loaders import batches
+from .measures import MEASURES
 from .networks import map_tensors, unwrapped
 from .plan import Plan
 from .relevance import Relevance
@@ -59,12 +60,23 @@ class Pruner:
         self.composite = recommended_composite() if composite is None else composite
         self.graph = trace(self.model, example, ignore, layernorm)
 
-    def collector(self, aggregate: str = 'auto', initial: Initial = 'one-hot', **options: Any) -> Collector:
-        '''A collector for a loop of your own, with the options of :class:`zennit_prune.Collector`.'''
-        return Collector(self.graph, self.model, self.composite, aggregate, initial, **options)
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
+                  **options: Any) -> Collector:
+        '''A collector for a loop of your own, of relevance or any other criterion that looks at data.
+
+        See :class:`zennit_prune.Collector` for all options, and :meth:`collect`.
+        '''
+        if initial != 'auto':
+            options['initial'] = initial
+        if criterion == 'relevance':
+            return Collector(self.graph, self.model, self.composite, aggregate, **options)
+        if criterion not in MEASURES:
+            raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
+                             f'{", ".join(map(repr, ("relevance", *MEASURES)))}.')
+        return MEASURES[criterion](self.graph, self.model, aggregate, **options)
 
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'one-hot', seed: int = 0, progress: bool = True, *, target: Any = None,
+                initial: Initial = 'auto', seed: int = 0, progress: bool = True, *, target: Any = None,
                 classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                 nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None) -> Relevance:
         '''Score every channel on reference data.
@@ -79,10 +91,13 @@ class Pruner:
             Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function
             or ``target`` is given.
         criterion: str or callable
-            ``'relevance'``; ``'random'``, ``'l1'`` or ``'l2'``, which do not look at the data; or a function of (graph,
-            model, loader) that returns a :class:`Relevance`.
+            ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``, see
+            :mod:`zennit_prune.measures`; ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not
+            look at the data, see :mod:`zennit_prune.criteria`; or a function of (graph, model, loader) that returns a
+            :class:`Relevance`.
         aggregate, initial, classes, attributor, nonfinite:
-            See :class:`Collector`.
+            See :class:`Collector`. By default, what suits the criterion: relevance starts as a one-hot, the gradients
+            of other criteria start from the cross-entropy.
         seed: int
             For ``'random'``, and for the noise of an Attributor.
         progress: bool
@@ -108,12 +123,12 @@ class Pruner:
             return criterion(self.graph, self.model, loader)
         if criterion in CRITERIA:
             return CRITERIA[criterion](self.graph, self.model, seed)
-        if criterion != 'relevance':
-            known = ', '.join(map(repr, ('relevance', *CRITERIA)))
+        if criterion != 'relevance' and criterion not in MEASURES:
+            known = ', '.join(map(repr, ('relevance', *MEASURES, *CRITERIA)))
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
                              'loader).')
-        collector = self.collector(aggregate, initial, classes=classes, attributor=attributor, nonfinite=nonfinite,
-                                   seed=seed)
+        collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
+                                   nonfinite=nonfinite, seed=seed)
         return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import flop_registry
@@ -49,6 +49,33 @@ class Operation:
 
     def __str__(self) -> str:
         return f'{self.name} in {self.site.module or "the network itself"}'
+
+
+class Argument(NamedTuple):
+    '''A tensor that a function was given: the number of its value, whether it depends on the input, its shape.'''
+
+    value: int
+    active: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class FunctionCall:
+    '''One call of a torch function from Python that was given activations.
+
+    Its tensor arguments; the values that it returned; the operations it ran; and which argument it wrote into, if any.
+    '''
+
+    site: Site
+    arguments: list[Argument]
+    results: list[int]
+    operations: list[Operation]
+    in_place: int | None
+
+    @property
+    def active(self) -> list[int]:
+        '''The positions of the arguments that depend on the network's input.'''
+        return [position for position, argument in enumerate(self.arguments) if argument.active]
 
 
 class StorageSet:

@@ -9,7 +9,7 @@ relevance sums to zero.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from .groups import ChannelGroup
 from .labels import Field, Labels
 from .recorded import Operation
 from .trace import Place
+from .tracer import POINTWISE
+
+MOVES = {'view', 'permute', 'transpose', 't', 'unsqueeze', 'squeeze'}
 
 
 @dataclass(eq=False)
@@ -76,14 +79,21 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
-def find_states(graph: ChannelGraph) -> tuple[list[State], dict[str, str]]:
-    '''All states of all groups; and, for groups without any, why.'''
+def keeps_elements(name: str) -> bool:
+    '''Whether an operation is a norm, a view, or acts on each element by itself.'''
+    packet = getattr(torch.ops.aten, name, None)
+    tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags} if packet else set()
+    return torch.Tag.pointwise in tags or name in POINTWISE or 'batch_norm' in name or name == 'view'
+
+
+def find_states(graph: ChannelGraph, values: Callable[[Flow, ChannelGroup], Iterable[int]] | None = None
+                ) -> tuple[list[State], dict[str, str]]:
+    '''All states of all groups, or the tensors that hold other ``values``; and, for groups without any, why.'''
     flow = Flow(graph)
     states: list[State] = []
     missing: dict[str, str] = {}
     for group in graph.groups:
-        found = [state for value, operation in flow.candidates(group) if flow.is_complete(value, group)
-                 for state in flow.state(group, value)]
+        found = [state for value in (values or Flow.complete)(flow, group) for state in flow.state(group, value)]
         if not found:
             missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns'
         unique = {(state.place.side, state.place.module, state.place.call, state.place.position,
@@ -142,13 +152,50 @@ class Flow:
                 return field
         return None
 
-    def candidates(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
-        '''The values that weights bring forth, and those that couple several activations or make a channel anew.'''
+    def complete(self, group: ChannelGroup) -> Iterator[int]:
+        '''The values that carry a channel's complete value.'''
         number = self.number[group.name]
-        for operation in (*self._producing[number], *self._renewing[number]):
+        for value in self._written(group, self._producing[number] + self._renewing[number]):
+            if self.is_complete(value, group):
+                yield value
+
+    def settled(self, group: ChannelGroup) -> Iterator[int]:
+        '''The same, each after the norms and activations that alone read it.'''
+        renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
+        for value in self.complete(group):
+            last = value
+            while len(self.readers[value]) == 1:
+                operation = self.readers[value][0]
+                if (sum(operation.active) != 1 or id(operation) in renewing or not keeps_elements(operation.name)
+                        or not self.carries(operation.writes[0], group)):
+                    break
+                value = operation.writes[0]
+                last = value if value in self.places else last
+            yield last
+
+    def produced(self, group: ChannelGroup) -> Iterator[int]:
+        '''The values that weights bring forth.'''
+        return self._written(group, self._producing[self.number[group.name]])
+
+    def consumed(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
+        '''The values that weights read, and where.'''
+        for operation in self.operations:
+            if self.number[group.name] in self._numbers(operation.consumers):
+                for value, active in zip(operation.reads, operation.active):
+                    if active and self.carries(value, group):
+                        yield self._before_moves(value), operation
+
+    def _written(self, group: ChannelGroup, operations: Iterable[Operation]) -> Iterator[int]:
+        for operation in operations:
             for value in operation.writes[:1] if operation.name != 'stack' else ():
                 if self.carries(value, group):
-                    yield value, operation
+                    yield value
+
+    def _before_moves(self, value: int) -> int:
+        '''Back to where a value, then of another shape, enters or leaves a module or function.'''
+        while value not in self.places and value in self.writer and self.writer[value].name in MOVES:
+            value = self.writer[value].reads[0]
+        return value
 
     def is_complete(self, value: int, group: ChannelGroup) -> bool:
         '''Whether anything reads the value, perhaps after norms and activations, but to turn it into another state.'''

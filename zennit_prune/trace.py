@@ -7,7 +7,7 @@ instead; one whose Python branches on values of its input is refused, for only o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from .calls import CallCounter, Frame, Site
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
-from .recorded import Operation, numbers_in
+from .recorded import Argument, FunctionCall, Operation, numbers_in
 from .tracer import Tracer
 
 TRACED_BATCH = 2
@@ -37,6 +37,7 @@ class Boundaries(CallCounter):
         self.tracer: Tracer | None = None
         self.places: dict[int, list[Place]] = {}
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
+        self.functions: list[FunctionCall] = []
 
     def entered(self, frame: Frame, inputs: Any) -> None:
         self._note('input', frame, inputs)
@@ -57,9 +58,20 @@ class Boundaries(CallCounter):
                 self.tracer.constant(list(numbers_in(args)))
             elif name in TO_PYTHON:
                 self.tracer.refuse_values(name, tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
+        arguments, before = self._arguments(tensors), len(self.tracer.operations) if self.tracer else 0
         result = func(*args, **kwargs)
         self._note('function', Frame(site.module, '', site.call), result, site)
+        if self.tracer is not None and any(argument.active for argument in arguments):
+            in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)
+            self.functions.append(FunctionCall(site, arguments, list(map(self.tracer.value_of, tensors_in(result))),
+                                               self.tracer.operations[before:], in_place))
         return result
+
+    def _arguments(self, tensors: Iterable[torch.Tensor]) -> list[Argument]:
+        tracer = self.tracer
+        return [Argument(tracer.value_of(tensor), tracer.is_active(tensor), tuple(tensor.shape))
+                for tensor in tensors] if tracer else []
 
     def _note(self, side: str, frame: Frame, tensors: Any, site: Site | None = None) -> None:
         for position, tensor in enumerate(tensors_in(tensors)):
@@ -103,14 +115,15 @@ class TensorSize(NamedTuple):
 class Run:
     '''What one pass through a network showed.
 
-    Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; and the fields of
-    every tensor that a call of a module returned.
+    Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; the fields of every
+    tensor that a call of a module returned; and the torch functions that were called from Python.
     '''
 
     operations: list[Operation]
     group_sizes: dict[str, int]
     places: dict[int, list[Place]]
     outputs: dict[tuple[str, int], list[list[Field]]]
+    functions: list[FunctionCall]
 
     def signature(self) -> list[Any]:
         '''Equal for two passes that did the same to labels.'''
@@ -210,7 +223,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs)
+    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions)
 
 
 class ForwardError(Exception):
