@@ -10,6 +10,7 @@ import torch
 from small import Residual, apart, chain, composite, images, labels, seeded
 from torch import nn
 from torch.nn import functional as F
+from zennit.attribution import SmoothGrad
 
 import zennit_prune as zp
 from zennit_prune.initial import initial_relevance
@@ -248,3 +249,41 @@ def test_bad_targets(kind: str) -> None:
     action, message = BAD[kind]
     with pytest.raises(zp.PruneError, match=message):
         action()
+
+
+# --- other criteria
+@pytest.mark.parametrize('criterion', ['gradient', 'taylor', 'taylor-weights', 'activation', 'wanda'])
+def test_criteria_take_classes_and_leave_samples_out(criterion: str) -> None:
+    tool, inputs, target = pruner(), x(8), labels(8)
+    expected = collected(tool, inputs[[1, 3, 5]], target[[1, 3, 5]], criterion=criterion)
+    inputs[7] = float('nan')
+    with pytest.warns(zp.PruneWarning, match='1 of 8 samples'):
+        found = collected(tool, inputs, target, criterion=criterion, classes=(1, 3), nonfinite='skip')
+    assert same(found, expected) and found.info['samples'] == 3
+
+
+@pytest.mark.parametrize('criterion', ['gradient', 'taylor', 'taylor-weights'])
+def test_criteria_of_gradients_take_several_targets(criterion: str) -> None:
+    tool, options = pruner(), {'criterion': criterion}
+    target = torch.tensor([[0, 3], [2, -1], [3, 1], [1, 0]])
+    found = collected(tool, x(), target, **options)
+    samples = [
+        mean(*(collected(tool, x()[[row]], torch.tensor([label]), **options) for label in target[row] if label >= 0))
+        for row in range(4)
+    ]
+    assert same(found, {name: torch.stack([sample[name] for sample in samples]).mean(0) for name in found})
+
+
+def test_cross_entropy_of_a_mask_is_the_mean_over_its_pixels() -> None:
+    output = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    mask = torch.randint(0, 4, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    mask[0, 1:] = 255
+    loss = sum(F.cross_entropy(output[[row]], mask[[row]], ignore_index=255) for row in range(2))
+    assert apart(initial_relevance(output, mask, 'cross-entropy'), torch.autograd.grad(loss, output)[0]) <= 1e-12
+
+
+def test_criteria_with_formulas_take_no_attributor_and_activations_need_labels_for_classes() -> None:
+    with pytest.raises(zp.PruneError, match=r"attributor.*'taylor'"):
+        collected(pruner(), x(), labels(), criterion='taylor', attributor=SmoothGrad)
+    with pytest.raises(zp.PruneError, match='needs a label for each sample'):
+        collected(pruner(), x(), 'predicted', criterion='activation', classes=(1, 2))

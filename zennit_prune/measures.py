@@ -46,6 +46,9 @@ class Measure(Collector):
     classes, nonfinite:
         As for :class:`Collector`.
 
+    options:
+        Those of :class:`Collector`, but for ``attributor``.
+
     Raises
     ------
     PruneError

@@ -71,7 +71,7 @@ def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: b
            wait: bool) -> Generator[None, None, None]:
     '''Add the batches one by one, the first after a check; whatever ends it early leaves a checkpoint.'''
     def stream() -> Iterator[tuple[Any, Any]]:
-        for inputs, labels in batches(loader, 'relevance' if progress else None):
+        for inputs, labels in batches(loader, collector.criterion if progress else None):
             yield inputs, labels if target is None else target
 
     with collector:
