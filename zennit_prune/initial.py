@@ -123,9 +123,8 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
         if output.shape[1] == 1:
             raise PruneError(f'the output has shape {tuple(output.shape)}: the cross-entropy of a single class is '
                              'constant. Give the gradient of your loss, a function of the output, as initial=.')
-        given = rows.sum(1, keepdim=True)
-        positions = (given != 0).flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (output.dim() - 1))
-        return (output.softmax(1) * given - rows) / positions
+        positions = (rows != 0).any(1).reshape(len(rows), -1).sum(1).clamp(min=1)
+        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / positions.view(-1, *[1] * (rows.dim() - 1))
     if len(classes or range(output.shape[1])) < 2:
         raise PruneError("initial='contrastive' needs a second class as the rival: give at least two classes, or use "
                          "'one-hot'.")

@@ -20,7 +20,7 @@ from .collect import Collector
 from .errors import PruneError
 from .graph import ChannelGraph
 from .groups import ChannelGroup
-from .initial import Initial
+from .initial import Initial, of_classes
 from .networks import tensors_by_module, tensors_in
 from .recorded import Operation
 from .relevance import Relevance
@@ -43,8 +43,6 @@ class Measure(Collector):
         What the gradients start from, where the criterion needs any: ``'cross-entropy'``, or what else
         :func:`zennit_prune.initial.initial_relevance` takes. For another loss, give a function of the output that
         returns the gradient of each sample's loss.
-    classes, nonfinite:
-        As for :class:`Collector`.
 
     options:
         Those of :class:`Collector`, but for ``attributor``.
@@ -61,10 +59,10 @@ class Measure(Collector):
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, aggregate: str = 'auto',
                  initial: Initial = 'cross-entropy', **options: Any):
-        if options.get('attributor') is not None:
-            raise PruneError(f'criterion={self.criterion!r} takes no attributor: that is for relevance.')
         super().__init__(graph, model, Composite(),
                          self.aggregate_of_formula if aggregate == 'auto' else aggregate, initial, **options)
+        if self.attributor is not None:
+            raise PruneError(f"attributor= is for criterion='relevance'; {self.criterion!r} has a formula of its own.")
         if not self.states:
             raise PruneError(f'criterion={self.criterion!r} says nothing about any channel of this network: '
                              f'{"; ".join(f"{name} ({why})" for name, why in self.unread.items())}. Use another.')
@@ -165,9 +163,13 @@ class Activations(Measure):
     aggregate_of_formula = 'sumabs'
 
     def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        if self.classes is not None and of_classes(target, self.classes) is None:
+            raise PruneError(f'classes={self.classes} needs a label for each sample, as criterion={self.criterion!r} '
+                             'looks at no output.')
+        inputs = differentiable(inputs, self._network)
         with torch.no_grad():
-            output = main_output(call_network(self._network, differentiable(inputs, self._network)))
-        yield dict(self._reader.values), torch.ones(output.shape[:1], device=output.device)
+            output = main_output(call_network(self._network, inputs))
+        yield dict(self._reader.values), torch.ones(len(output), device=output.device)
 
     def compute(self) -> Relevance:
         relevance = super().compute()
