@@ -77,7 +77,7 @@ class Account:
         return self.passed - self.received
 
     def __str__(self) -> str:
-        return f'{self.function} in {self.module!r}' if self.function else repr(self.module)
+        return _place(self.function, self.module)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Preflight:
         return not self.problems
 
     def __str__(self) -> str:
-        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:])) for stage in self.stages]
+        rows = [(stage.name, f'{stage.sum:.3g}', f'{stage.mass:.3g}', f'{stage.taken:.3g}', f'{round(stage.made, 4):.3g}')
+                for stage in self.stages]
         return '\n'.join([table(('stage', 'sum', 'mass', 'taken by layers', 'made between'), rows),
                           *(self.problems or ['Relevance is sound.'])])
 
@@ -248,6 +249,10 @@ class Bookkeeper(CallCounter):
         return self._accounts
 
 
+def _place(function: str, module: str) -> str:
+    return f'{function} in {module!r}' if function and module else function or repr(module)
+
+
 def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     '''The values that all relevance passes, from output to input: a name, and the keys of accounts of what made it.
 
@@ -258,7 +263,7 @@ def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     for call in run.functions:
         for value in call.results[:1]:
             makers[value].append(call.site)
-            names.setdefault(value, f'{call.site.function.strip("_")} in {call.site.module!r}')
+            names.setdefault(value, _place(call.site.function.strip('_'), call.site.module))
     for value, places in run.places.items():
         modules = [(place.module, place.call) for place in places if place.side == 'output' and place.module]
         makers[value] += modules
