@@ -104,7 +104,7 @@ class Preflight:
         return not self.problems
 
     def __str__(self) -> str:
-        rows = [(stage.name, f'{stage.sum:.3g}', f'{stage.mass:.3g}', f'{stage.taken:.3g}', f'{round(stage.made, 4):.3g}')
+        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:4]), f'{round(stage.made, 4) + 0.0:.3g}')
                 for stage in self.stages]
         return '\n'.join([table(('stage', 'sum', 'mass', 'taken by layers', 'made between'), rows),
                           *(self.problems or ['Relevance is sound.'])])
