@@ -71,7 +71,7 @@ class Moments:
 
 
 class _Fit:
-    '''All ridges at the price of one decomposition.'''
+    '''The best change for any ridge.'''
 
     def __init__(self, moments: list[torch.Tensor], intercept: bool):
         products, cross, feature, error, _, count = moments
@@ -80,16 +80,17 @@ class _Fit:
         if intercept:
             products = products - count * self.feature.unsqueeze(2) * self.feature.unsqueeze(1)
             cross = cross - count * self.feature.unsqueeze(2) * self.error.unsqueeze(1)
-        self.values, self.vectors = torch.linalg.eigh(products)
-        self.projected = self.vectors.mT @ cross
-        self.scale = products.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
+        self.products, self.cross = products, cross
+        self.scale = products.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30) if products.numel() else 0.0
 
     def __call__(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        if ridge == float('inf'):
-            weight = torch.zeros_like(self.projected)
-        else:
-            shrunk = self.values.clamp(min=0) + ridge * self.scale
-            weight = self.vectors @ (self.projected / shrunk.unsqueeze(2))
+        weight = torch.zeros_like(self.cross)
+        if ridge < float('inf'):
+            damped = self.products.clone()
+            damped.diagonal(dim1=1, dim2=2).add_(ridge * self.scale)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed.any():
+                weight = torch.cholesky_solve(self.cross, factor)
         if not self.intercept:
             return weight, torch.zeros_like(self.error)
         return weight, self.error - (weight * self.feature.unsqueeze(2)).sum(1)

@@ -40,7 +40,7 @@ def find_targets(run: Run, model: nn.Module) -> list[Target]:
     readers: defaultdict[int, list[FunctionCall]] = defaultdict(list)
     for call in run.functions:
         for argument in call.arguments:
-            if argument.active and argument.value not in call.results:
+            if argument.active and call.results and argument.value not in call.results:
                 readers[argument.value].append(call)
     reads = Counter(value for operation in run.operations for value in operation.reads)
     found: dict[Site, Target] = {}
