@@ -9,10 +9,11 @@ from .heatmap import heatmap, heatmap_image
 from .plan import Plan, verify
 from .pruner import Pruner, prune
 from .relevance import Relevance
+from .reliability import Reliability
 from .storage import load, save
 
 __version__ = '0.1.0'
 
 __all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan',
-           'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'VerificationError', 'cost', 'heatmap', 'heatmap_image',
-           'latency', 'load', 'prune', 'save', 'trace', 'verify']
+           'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'VerificationError', 'cost', 'heatmap',
+           'heatmap_image', 'latency', 'load', 'prune', 'save', 'trace', 'verify']

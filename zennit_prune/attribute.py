@@ -1,4 +1,4 @@
-'''What attribution passes share: a copy to work on, the default composite, initial relevance, and readers of tensors.
+'''What attribution passes share: a copy to work on, the default composite, and readers of tensors.
 
 All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's
 network, its training flags, gradients and hooks are never touched.
@@ -6,7 +6,6 @@ network, its training flags, gradients and hooks are never touched.
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,6 @@ from .errors import PruneError
 from .networks import copied, map_tensors, output_tensors, tensors_in
 from .trace import Place
 
-INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
-Initial = str | Callable[[torch.Tensor], torch.Tensor]
-
 
 def recommended_composite() -> Composite:
     '''Epsilon everywhere, the rule that ranks channels best across layers; the graph's canonizer merges BatchNorm.'''
@@ -45,6 +41,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
     composite itself may be in use elsewhere.
     '''
+    _refuse_patched_rules()
     network = copied(model).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -62,6 +59,15 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         yield Attribution(network, reading, registered)
     finally:
         registered.remove()
+
+
+def _refuse_patched_rules() -> None:
+    '''LXT, for one, replaces methods of all of Zennit's rules, after which gradients are no relevance.'''
+    for name in ('forward', 'backward', 'pre_forward', 'post_forward', 'pre_backward'):
+        home = getattr(BasicHook, name).__module__
+        if home != BasicHook.__module__:
+            raise PruneError(f'zennit.core.BasicHook.{name} was replaced by one of {home!r} (LXT does so when it '
+                             'patches Zennit): gradients are then no relevance. Use a process without that patch.')
 
 
 class Attribution(NamedTuple):
@@ -214,8 +220,11 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     return inputs
 
 
-def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any]) -> Sequence[torch.Tensor | None]:
+def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
+              again: bool = False) -> Sequence[torch.Tensor | None]:
     '''The relevance at ``inputs`` (tensors or gradient edges) for ``start`` on ``output``; None where none arrives.
+
+    With ``again``, the graph is kept for another start.
 
     Raises
     ------
@@ -223,7 +232,7 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any]) 
         If a rule of the composite fails.
     '''
     try:
-        return torch.autograd.grad([output], inputs, [start], allow_unused=True)
+        return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
     except PruneError:
         raise
     except RuntimeError as error:
@@ -260,90 +269,3 @@ def main_output(output: Any) -> torch.Tensor:
             return tensor
     raise PruneError('the network returns no floating-point tensor to start relevance from, but a '
                      f'{type(output).__name__}.')
-
-
-def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> torch.Tensor:
-    '''The relevance at the output that is propagated back.
-
-    Parameters
-    ----------
-    output: torch.Tensor
-        The network's output, shape (batch, classes) or (batch, classes, ...).
-    target: torch.Tensor, callable, ``'predicted'`` or None
-        Class indices, shape (batch,) or, for outputs with further dimensions, a mask of shape (batch, ...); or one-hot
-        (or weighted) rows of the output's shape; or a function of the output that returns the relevance.
-    initial: str or callable
-        ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
-        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
-        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output taken for logits, averaged over
-        further dimensions. Or a function of the output.
-
-    Returns
-    -------
-    torch.Tensor
-        As the output is shaped.
-
-    Raises
-    ------
-    PruneError
-        If target and output do not fit.
-    '''
-    output = output.detach()
-    function = target if callable(target) else initial if callable(initial) else None
-    if function is not None:
-        relevance = function(output)
-        if not isinstance(relevance, torch.Tensor) or relevance.shape != output.shape:
-            got = tuple(relevance.shape) if isinstance(relevance, torch.Tensor) else type(relevance).__name__
-            raise PruneError(f'the function for the initial relevance returned {got}, but the output has shape '
-                             f'{tuple(output.shape)}: return a tensor of that shape.')
-        if not torch.isfinite(relevance).all():
-            raise PruneError('the function for the initial relevance returned values that are not finite.')
-        return relevance.detach().to(output)
-    rows = target_rows(output, target)
-    if initial == 'one-hot':
-        return rows
-    if initial == 'logit':
-        return rows * output
-    if initial == 'softmax':
-        probability = output.softmax(1)
-        return probability * (rows - (rows * probability).sum(1, keepdim=True))
-    if initial == 'cross-entropy':
-        if output.shape[1] == 1:
-            raise PruneError(f'the output has shape {tuple(output.shape)}: the cross-entropy of a single class is '
-                             'constant. Give the gradient of your loss, a function of the output, as initial=.')
-        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / math.prod(output.shape[2:])
-    if initial == 'contrastive':
-        rival = output.masked_fill(rows != 0, -torch.inf).argmax(1, keepdim=True)
-        return rows - torch.zeros_like(output).scatter_(1, rival, 1.0)
-    known = ', '.join(map(repr, INITIAL))
-    raise PruneError(f'initial={initial!r} is unknown: use one of {known} or a function of the output.')
-
-
-def target_rows(output: torch.Tensor, target: Any) -> torch.Tensor:
-    '''One-hot rows, shaped as the output, for any kind of target.'''
-    if isinstance(target, str):
-        if target != 'predicted':
-            raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or 'predicted'.")
-        target = output.argmax(1)
-    if target is None:
-        raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, where labels may be "
-                         "'predicted', or a function of the output as initial=.")
-    if output.dim() < 2:
-        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
-                         'as initial=.')
-    target = torch.as_tensor(target, device=output.device)
-    if target.is_floating_point() and not torch.isfinite(target).all():
-        raise PruneError('the targets hold values that are not finite.')
-    if target.shape == output.shape and (
-            target.is_floating_point() or target.dtype == torch.bool or output.dim() == target.dim()):
-        return target.to(output.dtype)
-    expected = (output.shape[0], *output.shape[2:])
-    if target.shape != expected or target.is_floating_point():
-        raise PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of '
-                         f'shape {tuple(output.shape)}: give class indices of shape {tuple(expected)}, or rows shaped '
-                         'as the output.')
-    classes = output.shape[1]
-    if target.numel() and (int(target.min()) < 0 or int(target.max()) >= classes):
-        wrong = int(target.min()) if int(target.min()) < 0 else int(target.max())
-        raise PruneError(f'label {wrong} is out of range: the network has {classes} classes, 0 to {classes - 1}.')
-    return torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)

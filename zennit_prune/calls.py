@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class CallCounter(TorchFunctionMode):
         self.function, self.ordinal = '', 0
         self.failed = ''
         self._outer_error = sys.exc_info()[1]
+        self._thread = get_ident()
 
     @property
     def site(self) -> Site:
@@ -96,6 +98,8 @@ class CallCounter(TorchFunctionMode):
             handle.remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> Any:
+        if get_ident() != self._thread:  # another network runs there
+            return None
         name = self._names.get(id(module), f'{self._stack[-1].module}/?')  # a module made while the network runs
         frame = Frame(name, type(module).__name__, self._calls[name])
         self._calls[name] += 1
@@ -103,6 +107,8 @@ class CallCounter(TorchFunctionMode):
         return self.entered(frame, inputs)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if get_ident() != self._thread:
+            return
         frame = self._stack.pop()
         if sys.exc_info()[1] is self._outer_error:
             self.left(frame, output)

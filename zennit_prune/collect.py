@@ -1,38 +1,36 @@
 '''Stream channel relevance out of a Zennit composite, in memory that does not grow with the number of samples.'''
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from .attribute import (
-    Attribution,
-    Initial,
-    Reader,
-    attributing,
-    call_network,
-    differentiable,
-    initial_relevance,
-    main_output,
-    propagate,
-)
+from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
+from .attributors import AttributorFactory, Passes, attributed
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
+from .fingerprint import described, fingerprint, named
 from .graph import ChannelGraph
+from .initial import Initial, checked_classes, shares, starts
+from .networks import tensors_by_module
 from .relevance import Relevance
+from .selection import Selection
 from .states import State, find_states
+from .sums import Sums
 from .trace import Place
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
+NONFINITE = ('error', 'skip')
 
 
 class Collector:
@@ -55,14 +53,26 @@ class Collector:
         absolute values; ``'signed'``, the sum; ``'positive'``, its positive part; ``'auto'``, ``'sumabs'`` where most
         rules keep positive and negative contributions apart (gamma, alpha-beta, z-plus), else ``'abs'``.
     initial: str or callable
-        See :func:`zennit_prune.attribute.initial_relevance`.
+        See :func:`zennit_prune.initial.initial_relevance`.
+    classes: iterable of int, optional
+        Only samples with one of these labels are counted; predictions and rivals are taken among these classes.
+    attributor: callable, optional
+        One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient:
+        relevance is the mean over its passes.
+    nonfinite: str
+        What happens to a sample whose input or relevance is not finite: ``'error'``; or ``'skip'``, it is left out, and
+        a warning says so.
+    seed: int
+        For the noise of an Attributor.
 
     Attributes
     ----------
-    samples: int
-        How many were added so far.
+    sums: Sums
+        What was added up so far: ``.samples`` were counted of ``.seen``, in ``.batches``.
     notes: list of str
-        What the user is warned of on entering: rules that are not LRP, groups whose relevance cannot be read.
+        What the user is warned of: rules that are not LRP, groups whose relevance cannot be read, unsound relevance.
+    gates: set of str
+        Groups inside gates (of squeeze-excitation, say): rules hold gates constant, so that no relevance arrives there.
 
     Examples
     --------
@@ -75,19 +85,26 @@ class Collector:
     criterion = 'relevance'
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
-                 initial: Initial = 'one-hot'):
-        if aggregate not in AGGREGATES:
-            raise PruneError(f'aggregate={aggregate!r} is unknown: use one of {", ".join(map(repr, AGGREGATES))}.')
+                 initial: Initial = 'one-hot', *, classes: Iterable[int] | None = None,
+                 attributor: AttributorFactory | None = None, nonfinite: str = 'error', seed: int = 0):
+        for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
+            if value not in known:
+                raise PruneError(f'{option}={value!r} is unknown: use one of {", ".join(map(repr, known))}.')
+        if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
+            raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
+                             'SmoothGrad, or a function from a model to an Attributor.')
         if not graph.groups:
             raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
                              'locks them.')
         self.graph, self.model, self.composite = graph, model, composite
-        self.aggregate, self.initial = aggregate, initial
+        self.aggregate, self.initial, self.classes = aggregate, initial, checked_classes(classes)
+        self.attributor, self.nonfinite, self.seed = attributor, nonfinite, seed
         self.states, self.unread = self._find_states()
-        self.samples = 0
+        self.canonizer = GraphCanonizer.from_recording(graph.recording)
+        reached = {state.group for state in self.states if state.value in self.canonizer.reached}
+        self.gates = {state.group for state in self.states} - reached
+        self.sums = Sums()
         self.notes: list[str] = []
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts = [0, 0]
         self._context: AbstractContextManager[Any] | None = None
 
     def _find_states(self) -> tuple[list[State], dict[str, str]]:
@@ -95,8 +112,17 @@ class Collector:
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
         places = [state.place for state in self.states]
-        canonizer = GraphCanonizer.from_recording(self.graph.recording)
-        return attributing(self.model, self.composite, canonizer, lambda network: Reader(network, places))
+        return attributing(self.model, self.composite, self.canonizer, lambda network: Reader(network, places))
+
+    @property
+    def samples(self) -> int:
+        '''How many samples were counted so far.'''
+        return self.sums.samples
+
+    @property
+    def device(self) -> torch.device:
+        '''Where the network is.'''
+        return next((tensor.device for tensor in self.model.parameters()), torch.device('cpu'))
 
     def __enter__(self) -> Collector:
         if self._context is not None:
@@ -116,8 +142,7 @@ class Collector:
 
     def _warn(self) -> None:
         self.notes = []
-        ruled = any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs)
-        if self.criterion == 'relevance' and not ruled:
+        if self.criterion == 'relevance' and not self.is_lrp():
             self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
                               'the scores are modified gradients, which are not conserved from layer to layer')
         if self.unread:
@@ -125,6 +150,10 @@ class Collector:
                               + '; '.join(f'{name} ({why})' for name, why in self.unread.items()))
         for note in self.notes:
             warnings.warn(note, PruneWarning, stacklevel=3)
+
+    def is_lrp(self) -> bool:
+        '''Whether any rule in force is one of LRP.'''
+        return any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -141,7 +170,8 @@ class Collector:
         inputs: torch.Tensor, tuple or dict
             What the network is called with; moved to its device.
         target: torch.Tensor, callable, ``'predicted'`` or None
-            See :func:`zennit_prune.attribute.initial_relevance`; may be None where ``initial`` is a function.
+            See :func:`zennit_prune.initial.initial_relevance`; may be None where ``initial`` is a function. Several
+            targets of a sample are aggregated one by one and averaged. A sample without any is not counted.
 
         Raises
         ------
@@ -151,24 +181,50 @@ class Collector:
         '''
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
-        self._add(*self._measured(inputs, target))
+        batch = Selection(inputs, target, self.classes, self.nonfinite == 'skip', self.sums.seen)
+        scores = self._sampled(batch) if len(batch.numbers) else {}
+        self.sums = self.sums.plus(scores, batch.size, batch.skipped, batch.reason, (inputs, target))
 
-    def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
-        '''The relevance at every state of a batch, each shaped as the tensor there, and the size of the batch.'''
-        inputs = differentiable(inputs, self._network)
+    def _sampled(self, batch: Selection) -> dict[str, torch.Tensor]:
+        '''By group, the scores of the samples that count; the mean over a sample's targets.'''
+        totals: dict[str, torch.Tensor] = {}
+        weight = torch.zeros(())
         try:
-            with torch.enable_grad():
-                output = main_output(call_network(self._network, inputs))
-                start = initial_relevance(output, target, self.initial)
-                caught = list(self._reader.caught.items())
-                if not caught:
-                    raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the '
-                                     'forward of the modules that hold them.')
-                relevance = propagate(output, start, [edge for _, edge in caught])
+            for relevance, share in self._measured(batch.inputs, batch.target):
+                for name, values in self._scores(relevance, len(share)).items():
+                    share = share.to(values)
+                    values = torch.where(share[:, None] > 0, values * share[:, None], 0)
+                    totals[name] = totals[name] + values if name in totals else values
+                weight = weight.to(share) + share
         finally:
             self._forget_batch()
-        return {place: values.detach() for (place, _), values in zip(caught, relevance) if values is not None}, \
-            output.shape[0]
+        if not weight.any():
+            return {}
+        lost = sorted({state.group for state in self.states} - set(totals) - self.gates)
+        if lost:
+            raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
+                             'these channels, or a canonizer hides them. Start from an output that depends on them, or '
+                             'trace with them in ignore.')
+        return batch.counted(totals, weight > 0)
+
+    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        '''For each target: the relevance at every state, shaped as the tensor there, and the weight of each sample.'''
+        inputs = differentiable(inputs, self._network)
+        with torch.enable_grad():
+            output = main_output(call_network(self._network, inputs))
+        found = starts(output, target, self.initial, self.classes)
+        caught = dict(self._reader.caught)
+        if not caught:
+            raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of the '
+                             'modules that hold them.')
+        for number, (start, share) in enumerate(zip(found, shares(found)), 1):
+            if self.attributor is None:
+                arrived = propagate(output, start.relevance(output), list(caught.values()), number < len(found))
+                relevance = {place: values.detach() for place, values in zip(caught, arrived) if values is not None}
+            else:
+                passes = Passes(self._network, self._reader, self._forget_batch)
+                relevance = attributed(self.attributor, passes, inputs, start.relevance, self.seed + self.sums.seen)
+            yield relevance, share
 
     def _forget_batch(self) -> None:
         '''Zennit's hooks keep tensors and handles of every pass until they are removed.'''
@@ -176,7 +232,8 @@ class Collector:
         for hook in list(self._registered.hook_refs):
             hook.remove()
 
-    def _add(self, relevance: dict[Place, torch.Tensor], batch: int) -> None:
+    def _scores(self, relevance: Mapping[Place, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
+        '''By group, the score of every sample and channel: the mean over the group's states.'''
         totals: dict[str, torch.Tensor] = {}
         covered: dict[str, torch.Tensor] = {}
         for state in self.states:
@@ -185,23 +242,7 @@ class Collector:
                 here = torch.bincount(state.positions.reshape(-1), minlength=state.size + 1)[:state.size] > 0
                 totals[state.group] = totals[state.group] + values if state.group in totals else values
                 covered[state.group] = covered.get(state.group, torch.zeros(state.size)) + here
-        lost = sorted({state.group for state in self.states} - set(totals))
-        if lost:
-            raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
-                             'these channels, or a canonizer hides them. Start from an output that depends on them, or '
-                             'trace with them in ignore.')
-        for name, values in totals.items():
-            if not torch.isfinite(values).all():
-                raise PruneError(f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. '
-                                 'Use a rule with a larger epsilon, or attribute in float32 or float64.')
-        odd = self.samples % 2
-        for name, values in totals.items():
-            values = values / covered[name].clamp(min=1).to(values.device)
-            halves = torch.stack([values[odd::2].sum(0), values[1 - odd::2].sum(0)])
-            self._sums[name] = self._sums[name] + halves if name in self._sums else halves
-        self._counts[0] += len(range(odd, batch, 2))
-        self._counts[1] += len(range(1 - odd, batch, 2))
-        self.samples += batch
+        return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
     def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
         if relevance.shape[0] % batch:
@@ -215,27 +256,54 @@ class Collector:
         return values.clamp(min=0) if self.aggregate == 'positive' else values
 
     def merge(self, other: Collector) -> Collector:
-        '''Add what another collector of the same network, rules and aggregation saw.
+        '''Add what another collector of the same network, rules and settings saw.
 
         Raises
         ------
         PruneError
             If the two do not fit together.
         '''
-        groups, others = ([(group.name, group.size) for group in collector.graph.groups] for collector in (self, other))
-        if groups != others:
-            raise PruneError('the collectors are for different networks: their groups differ.')
+        self.check_fits(other.settings(), 'the collectors', bool(other.samples))
+        self.sums = self.sums.merged(other.sums)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        '''What must be equal where sums are to be added, as JSON values.'''
+        return {'criterion': self.criterion, 'groups': {group.name: group.size for group in self.graph.groups},
+                'composite': described(self.composite), 'aggregate': self.aggregate,
+                'initial': described(self.initial), 'classes': self.classes and list(self.classes),
+                'attributor': described(self.attributor), 'seed': self.attributor and self.seed}
+
+    def check_fits(self, settings: Mapping[str, Any], what: str, used: bool = True) -> None:
+        '''Compare with the settings of ``what``; an aggregate that is not yet decided is taken from there.'''
+        mine = self.settings()
+        if settings.get('groups') != mine['groups']:
+            raise PruneError(f'{what} are for different networks: their groups differ.')
         if not self.samples and self.aggregate == 'auto':
-            self.aggregate = other.aggregate
-        for what in ('criterion', 'aggregate', 'initial'):
-            if other.samples and getattr(other, what) != getattr(self, what):
-                raise PruneError(f'the collectors differ in {what}: {getattr(self, what)!r} and '
-                                 f'{getattr(other, what)!r}.')
-        for name, values in other._sums.items():
-            mine = self._sums.get(name)
-            self._sums[name] = values.clone() if mine is None else mine + values.to(mine.device)
-        self._counts = [ours + theirs for ours, theirs in zip(self._counts, other._counts)]
-        self.samples += other.samples
+            self.aggregate = mine['aggregate'] = settings['aggregate']
+        for key, value in mine.items():
+            if used and settings.get(key) != value:
+                raise PruneError(f'{what} differ in {key}: {value!r} and {settings.get(key)!r}.')
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        '''Write what was added so far to one safetensors file, from which :meth:`load` goes on.'''
+        self.sums.save(path, {**self.settings(), 'weights': fingerprint(tensors_by_module(self.model))})
+
+    def load(self, path: str | os.PathLike[str]) -> Collector:
+        '''Go on from what :meth:`save` wrote; ``.sums.batches`` says how many batches it holds.
+
+        Raises
+        ------
+        PruneError
+            If something was added already, or the file is of another network, other rules or other settings.
+        '''
+        if self.sums.batches:
+            raise PruneError('a collector that holds batches cannot load others: load into a fresh one, then merge.')
+        sums, settings = Sums.load(path)
+        self.check_fits(settings, f'this collector and {os.fspath(path)!r}')
+        if settings.get('weights') != fingerprint(tensors_by_module(self.model)):
+            raise PruneError(f'{os.fspath(path)!r} was collected from a network with other weights.')
+        self.sums = sums
         return self
 
     def compute(self) -> Relevance:
@@ -244,22 +312,36 @@ class Collector:
         Raises
         ------
         PruneError
-            If no batch was added.
+            If no sample was counted.
         '''
-        if not self.samples:
-            raise PruneError('there was no sample to collect relevance from: the loader is empty, or no batch was '
-                             'added.')
-        if not any(values.any() for values in self._sums.values()):
+        sums = self.sums
+        if not sums.samples:
+            why = 'the loader is empty, or no batch was added.'
+            if sums.seen:
+                among = f' among classes={self.classes}' if self.classes else ''
+                why = sums.reason or f'none of {sums.seen} has a target{among}.'
+            raise PruneError(f'there was no sample to collect relevance from: {why}')
+        if sums.skipped:
+            warnings.warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}', PruneWarning,
+                          stacklevel=2)
+        if not any(values.any() for values in sums.halves.values()):
             raise PruneError("all relevance is zero: the targets do not depend on any channel, or the network's last "
                              'layer is zero.')
-        counts = torch.tensor(self._counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
-        sums = {name: values.to('cpu', torch.float64) for name, values in self._sums.items()}
-        initial = self.initial if isinstance(self.initial, str) else getattr(self.initial, '__name__', 'function')
-        return Relevance({name: values.sum(0) / self.samples for name, values in sums.items()},
-                         {name: values / counts for name, values in sums.items()},
-                         {'criterion': self.criterion, 'composite': type(self.composite).__name__,
-                          'aggregate': self.aggregate, 'initial': initial, 'samples': self.samples,
-                          'notes': self.notes})
+        held = sorted(self.gates - set(sums.halves))
+        notes = [*self.notes, f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
+                              'channels have no scores and are kept'] if held else self.notes
+        counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
+        halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
+        info = {'criterion': self.criterion, 'composite': named(self.composite), 'aggregate': self.aggregate,
+                'initial': named(self.initial), 'samples': sums.samples, 'notes': notes}
+        if self.classes:
+            info['classes'] = list(self.classes)
+        if self.attributor:
+            info['attributor'] = named(self.attributor)
+        if sums.skipped:
+            info['skipped'] = sums.skipped
+        return Relevance({name: values.sum(0) / sums.samples for name, values in halves.items()},
+                         {name: values / counts for name, values in halves.items()}, info)
 
 
 def suitable_aggregate(composite: Composite) -> str:
@@ -267,37 +349,3 @@ def suitable_aggregate(composite: Composite) -> str:
     apart = sum(isinstance(hook, SIGNED_RULES) for hook in composite.hook_refs)
     together = sum(isinstance(hook, Epsilon) for hook in composite.hook_refs)
     return 'sumabs' if apart > together else 'abs'
-
-
-def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tuple[Any, Any]]:
-    '''Pairs of inputs and target (None where there is none) from whatever yields batches.
-
-    Parameters
-    ----------
-    loader: iterable
-        Yields (inputs, target) pairs, or inputs alone; a pair of tensors is cut into batches of 32.
-    progress: str, optional
-        What a progress bar on standard error says.
-    '''
-    if isinstance(loader, torch.Tensor):
-        loader = loader.split(32)
-    elif isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, torch.Tensor) for part in loader):
-        if len(loader[0]) != len(loader[1]):
-            raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
-        loader = list(zip(loader[0].split(32), loader[1].split(32)))
-    elif not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
-        raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.')
-    try:
-        total = len(loader)  # type: ignore[arg-type]
-    except TypeError:  # a generator, or a DataLoader of an IterableDataset
-        total = None
-    for batch in tqdm(loader, progress, total, disable=progress is None, leave=False):
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            yield batch[0], batch[1]
-        elif isinstance(batch, (tuple, list)) and len(batch) == 1:
-            yield batch[0], None
-        elif isinstance(batch, (torch.Tensor, dict)):
-            yield batch, None
-        else:
-            raise PruneError('a batch is (inputs, labels), inputs alone, or a dict of inputs; a '
-                             f'{type(batch).__name__} is not.')

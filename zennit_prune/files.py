@@ -26,11 +26,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     _appear(path, lambda unfinished: Path(unfinished).write_text(text))
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    '''Ask for a folder to write the file into.'''
+    if not Path(path).absolute().parent.is_dir():
+        raise PruneError(f'there is no folder for {os.fspath(path)!r}: make it first.')
+
+
 def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     '''Write beside the file, then put it in its place: whoever is killed in between leaves no half of it.'''
     unfinished = f'{os.fspath(path)}.unfinished'
-    if not Path(path).absolute().parent.is_dir():
-        raise PruneError(f'there is no folder for {os.fspath(path)!r}: make it first.')
+    check_folder(path)
     try:
         write(unfinished)
         os.replace(unfinished, path)

@@ -13,18 +13,10 @@ from torch import nn
 from zennit.core import Composite
 from zennit.image import CMAPS, palette
 
-from .attribute import (
-    Initial,
-    attributing,
-    call_network,
-    differentiable,
-    initial_relevance,
-    main_output,
-    propagate,
-    recommended_composite,
-)
+from .attribute import attributing, call_network, differentiable, main_output, propagate, recommended_composite
 from .canonize import GraphCanonizer
 from .errors import PruneError
+from .initial import Initial, initial_relevance
 from .networks import tensors_in, unwrapped
 
 TILE = 128  # pixels of the longer side of a picture, at least
@@ -45,7 +37,7 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
     target: torch.Tensor, callable or ``'predicted'``
-        Class indices, rows or a function of the output; see :func:`zennit_prune.attribute.initial_relevance`.
+        Class indices, rows or a function of the output; see :func:`zennit_prune.initial.initial_relevance`.
     initial: str or callable
         Likewise.
     canonizer: GraphCanonizer, optional

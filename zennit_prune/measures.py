@@ -6,7 +6,7 @@ the score is averaged. What is measured there is averaged over the value's eleme
 '''
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from .attribute import Attribution, Initial, Reader, attributing, call_network, differentiable, main_output
+from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output
 from .collect import Collector
 from .errors import PruneError
 from .graph import ChannelGraph
 from .groups import ChannelGroup
+from .initial import Initial, of_classes
 from .networks import tensors_by_module, tensors_in
 from .recorded import Operation
 from .relevance import Relevance
@@ -40,8 +41,11 @@ class Measure(Collector):
         As for :class:`Collector`; ``'auto'`` is what the criterion's formula says.
     initial: str or callable
         What the gradients start from, where the criterion needs any: ``'cross-entropy'``, or what else
-        :func:`zennit_prune.attribute.initial_relevance` takes. For another loss, give a function of the output that
+        :func:`zennit_prune.initial.initial_relevance` takes. For another loss, give a function of the output that
         returns the gradient of each sample's loss.
+
+    options:
+        Those of :class:`Collector`, but for ``attributor``.
 
     Raises
     ------
@@ -54,9 +58,11 @@ class Measure(Collector):
     aggregate_of_formula = 'abs'
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, aggregate: str = 'auto',
-                 initial: Initial = 'cross-entropy'):
+                 initial: Initial = 'cross-entropy', **options: Any):
         super().__init__(graph, model, Composite(),
-                         self.aggregate_of_formula if aggregate == 'auto' else aggregate, initial)
+                         self.aggregate_of_formula if aggregate == 'auto' else aggregate, initial, **options)
+        if self.attributor is not None:
+            raise PruneError(f"attributor= is for criterion='relevance'; {self.criterion!r} has a formula of its own.")
         if not self.states:
             raise PruneError(f'criterion={self.criterion!r} says nothing about any channel of this network: '
                              f'{"; ".join(f"{name} ({why})" for name, why in self.unread.items())}. Use another.')
@@ -117,9 +123,9 @@ class Taylor(Measure):
 
     criterion = 'taylor'
 
-    def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
-        gradients, batch = super()._measured(inputs, target)
-        return {place: gradient * self._reader.values[place] for place, gradient in gradients.items()}, batch
+    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        for gradients, share in super()._measured(inputs, target):
+            yield {place: gradient * self._reader.values[place] for place, gradient in gradients.items()}, share
 
 
 class TaylorWeights(Taylor):
@@ -156,14 +162,14 @@ class Activations(Measure):
     criterion = 'activation'
     aggregate_of_formula = 'sumabs'
 
-    def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
+    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        if self.classes is not None and of_classes(target, self.classes) is None:
+            raise PruneError(f'classes={self.classes} needs a label for each sample, as criterion={self.criterion!r} '
+                             'looks at no output.')
         inputs = differentiable(inputs, self._network)
-        try:
-            with torch.no_grad():
-                output = main_output(call_network(self._network, inputs))
-        finally:
-            self._forget_batch()
-        return dict(self._reader.values), output.shape[0]
+        with torch.no_grad():
+            output = main_output(call_network(self._network, inputs))
+        yield dict(self._reader.values), torch.ones(len(output), device=output.device)
 
     def compute(self) -> Relevance:
         relevance = super().compute()
@@ -216,9 +222,9 @@ class Wanda(Activations):
                 total += sums[torch.from_numpy(member.index)].sum(1)
         return total
 
-    def _measured(self, inputs: Any, target: Any) -> tuple[dict[Place, torch.Tensor], int]:
-        values, batch = super()._measured(inputs, target)
-        return {place: value ** 2 for place, value in values.items()}, batch
+    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        for values, share in super()._measured(inputs, target):
+            yield {place: value ** 2 for place, value in values.items()}, share
 
     def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
         assert isinstance(state, Read)

@@ -20,6 +20,7 @@ from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
+from .reliability import Reliability
 from .surgery import transplant
 from .tables import table
 from .verify import compare
@@ -38,6 +39,8 @@ class Plan:
         The network's removable channels.
     removed: mapping of str to iterable of int, optional
         Positions within each group.
+    reliability: Reliability, optional
+        How far the scores that the plan was made from depend on the samples; for the table, and kept by edits.
 
     Attributes
     ----------
@@ -50,8 +53,9 @@ class Plan:
         For an unknown or locked name, a position out of range or given twice, or a dimension that would be emptied.
     '''
 
-    def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None):
-        self.graph = graph
+    def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
+                 reliability: Reliability | None = None):
+        self.graph, self.reliability = graph, reliability
         if removed is not None and not isinstance(removed, Mapping):
             raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
         found: dict[str, tuple[int, ...]] = {}
@@ -80,14 +84,15 @@ class Plan:
         '''A plan that also removes these positions of a group (or of the only group of a layer).'''
         group = self.graph.group(name)
         fresh = _checked(group, positions)
-        return Plan(self.graph, {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})})
+        removed = {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})}
+        return Plan(self.graph, removed, self.reliability)
 
     def keep(self, name: str, positions: Iterable[int]) -> Plan:
         '''A plan that keeps these positions of a group (or of the only group of a layer).'''
         group = self.graph.group(name)
         kept = set(_checked(group, positions))
         left = [position for position in self.removed.get(group.name, ()) if position not in kept]
-        return Plan(self.graph, {**self.removed, group.name: left})
+        return Plan(self.graph, {**self.removed, group.name: left}, self.reliability)
 
     def compose(self, later: Plan) -> Plan:
         '''The plan that does in one step what this plan and then ``later``, made for the pruned network, do.
@@ -207,8 +212,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         '''The plan as JSON values: its removals, and the sizes of all groups, by which a network is known.'''
-        return {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
+        data = {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
                 'removed': {name: list(positions) for name, positions in self.removed.items()}}
+        return data if self.reliability is None else {**data, 'reliability': self.reliability.to_dict()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Plan:
@@ -240,7 +246,8 @@ class Plan:
             if sizes.get(name) != size:
                 raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, '
                                  f'here it has {sizes.get(name, "none")}.')
-        return cls(graph, removed)
+        reliability = data.get('reliability')
+        return cls(graph, removed, None if reliability is None else Reliability.from_dict(reliability, source))
 
     # reading
     def __eq__(self, other: object) -> bool:
@@ -250,17 +257,21 @@ class Plan:
         return hash((id(self.graph), tuple(self.removed.items())))
 
     def __str__(self) -> str:
-        rows = []
+        rows: list[tuple[Any, ...]] = []
+        stability = {} if self.reliability is None else self.reliability.groups
         for group in self.graph.groups:
             gone = len(self.removed.get(group.name, ()))
-            rows.append((group.name, group.size, group.size - gone, f'{1 - gone / group.size:.0%}'))
+            agreement = [f'{stability[group.name]:.2f}' if group.name in stability else ''] if stability else []
+            rows.append((group.name, group.size, group.size - gone, f'{1 - gone / group.size:.0%}', *agreement))
         counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
         costs = CostModel(self.graph)
         totals = []
         for unit in ('flops', 'params', 'channels'):
             before, after = costs(unit, 0 * counts), costs(unit, counts)
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
-        return '\n'.join([table(('group', 'channels', 'left', 'share'), rows), '', *totals])
+        header = ('group', 'channels', 'left', 'share', *['stability'] * bool(stability))
+        notes = [] if self.reliability is None else [str(self.reliability)]
+        return '\n'.join([table(header, rows), '', *totals, *notes])
 
     def __repr__(self) -> str:
         return f'Plan({sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups removed)'

@@ -19,11 +19,12 @@ from zennit.core import Composite
 from zennit.layer import Sum
 from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
 
-from .attribute import attributing, call_network, differentiable, initial_relevance, main_output, propagate
+from .attribute import attributing, call_network, differentiable, main_output, propagate
 from .calls import CallCounter, Frame, Site
 from .canonize import GraphCanonizer, rules_of
 from .equivalents import Equivalent
 from .errors import PruneError
+from .initial import initial_relevance
 from .networks import map_tensors, tensors_in
 from .recorded import FunctionCall
 from .tables import table
@@ -31,7 +32,7 @@ from .trace import Recording, Run
 
 TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
 ROUNDING = 1e-3  # of the mass, which the tolerance grows with: of large shares that cancel, little is left
-FADED = 0.1  # of the initial relevance, in absolute values
+FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
 CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
@@ -79,7 +80,7 @@ class Account:
         return self.passed - self.received
 
     def __str__(self) -> str:
-        return f'{self.function} in {self.module!r}' if self.function else repr(self.module)
+        return _place(self.function, self.module)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Preflight:
         return not self.problems
 
     def __str__(self) -> str:
-        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:])) for stage in self.stages]
+        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:4]), f'{round(stage.made, 4) + 0.0:.3g}')
+                for stage in self.stages]
         return '\n'.join([table(('stage', 'sum', 'mass', 'taken by layers', 'made between'), rows),
                           *(self.problems or ['Relevance is sound.'])])
 
@@ -168,7 +170,7 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
     '''
     inputs = differentiable(x, network)
     leaves = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
-    if leaves:
+    if leaves:  # else tokens
         bookkeeper.open('input', Account('', 'input'), leaves)
     with torch.enable_grad():
         output = main_output(call_network(network, inputs))
@@ -275,6 +277,10 @@ class Bookkeeper(CallCounter):
         return self._accounts, (total / float(scale[0]), 1.0)
 
 
+def _place(function: str, module: str) -> str:
+    return f'{function} in {module!r}' if function and module else function or repr(module)
+
+
 def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     '''The values that all relevance passes, from output to input: a name, and the keys of accounts of what made it.
 
@@ -285,7 +291,7 @@ def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     for call in run.functions:
         for value in call.results[:1]:
             makers[value].append(call.site)
-            names.setdefault(value, f'{call.site.function.strip("_")} in {call.site.module!r}')
+            names.setdefault(value, _place(call.site.function.strip('_'), call.site.module))
     for value, places in run.places.items():
         modules = [(place.module, place.call) for place in places if place.side == 'output' and place.module]
         makers[value] += modules
@@ -325,7 +331,8 @@ def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[
                f'positive and negative shares cancel. It grows most in {_listed(culprits[:3])}.')
     lightest = min(stages, key=lambda stage: stage.mass)
     if lightest.mass < FADED:
-        culprits = sorted(accounts, key=lambda account: account.made / max(abs(account.received), 1e-9))
+        culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
+        culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
         yield (f'Relevance fades: {lightest.mass:.2g} of the initial one arrives at {lightest.name!r}, so that '
                'channels in front are ranked below those behind. Most is taken for biases, or where z-plus finds '
                f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')

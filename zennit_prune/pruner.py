@@ -1,6 +1,7 @@
 '''``Pruner`` ties the steps together; ``prune`` takes them all at once.'''
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -10,18 +11,23 @@ from torch import nn
 from zennit.core import Composite
 
 from .allocate import allocate
-from .attribute import Initial, recommended_composite
+from .attribute import recommended_composite
+from .attributors import AttributorFactory
 from .canonize import GraphCanonizer
-from .collect import Collector, batches
+from .collect import Collector
 from .cost import Budget, CostModel
 from .criteria import CRITERIA
 from .errors import PruneError
 from .graph import ChannelGraph, trace
 from .heatmap import heatmap
+from .initial import Initial
+from .loaders import batches
 from .measures import MEASURES
 from .networks import map_tensors, unwrapped
 from .plan import Plan
+from .preflight import Preflight, preflight
 from .relevance import Relevance
+from .streaming import collect
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 
@@ -55,41 +61,71 @@ class Pruner:
         self.composite = recommended_composite() if composite is None else composite
         self.graph = trace(self.model, example, ignore, layernorm)
 
-    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto',
-                  criterion: str = 'relevance') -> Collector:
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
+                  **options: Any) -> Collector:
         '''A collector for a loop of your own, of relevance or any other criterion that looks at data.
 
-        See :class:`zennit_prune.Collector`, and :meth:`collect` for the parameters.
+        See :meth:`collect` for the parameters, and :class:`zennit_prune.Collector` for further options.
         '''
-        start = {} if initial == 'auto' else {'initial': initial}
+        start: dict[str, Any] = {} if initial == 'auto' else {'initial': initial}
         if criterion == 'relevance':
-            return Collector(self.graph, self.model, self.composite, aggregate, **start)
+            return Collector(self.graph, self.model, self.composite, aggregate, **start, **options)
         if criterion not in MEASURES:
             raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
                              f'{", ".join(map(repr, ("relevance", *MEASURES)))}.')
-        return MEASURES[criterion](self.graph, self.model, aggregate, **start)
+        return MEASURES[criterion](self.graph, self.model, aggregate, **start, **options)
+
+    def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> Preflight:
+        '''Is relevance sound on this network? Print the answer; see :mod:`zennit_prune.preflight`.
+
+        Parameters
+        ----------
+        x: torch.Tensor, tuple or dict
+            A few inputs.
+        target, initial:
+            Where relevance starts, see :func:`zennit_prune.initial.initial_relevance`.
+
+        Returns
+        -------
+        Preflight
+            The sum and the absolute mass of relevance at every stage, what the rules of layers took and what the
+            operations between them made, and problems, which name the operation.
+        '''
+        return preflight(self.model, self.composite, self.graph.recording, x, target, initial)
 
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'auto', seed: int = 0, progress: bool = True) -> Relevance:
+                initial: Initial = 'auto', seed: int = 0, progress: bool = True, *, target: Any = None,
+                classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
+                nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None) -> Relevance:
         '''Score every channel on reference data.
+
+        Under ``torch.distributed``, all processes call this, each with the loader of its shard, and all get the same
+        scores; of a ``DistributedSampler``, repeated samples are left out. For one process alone, use
+        :meth:`collector`.
 
         Parameters
         ----------
         loader: iterable
-            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a
-            function.
+            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function
+            or ``target`` is given.
         criterion: str or callable
             ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``, see
             :mod:`zennit_prune.measures`; ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not
             look at the data, see :mod:`zennit_prune.criteria`; or a function of (graph, model, loader) that returns a
             :class:`Relevance`.
-        aggregate, initial:
-            See :class:`Collector`. By default, what suits the criterion: relevance starts as a one-hot, the gradients
-            of other criteria start from the cross-entropy.
+        aggregate, initial, classes, attributor, nonfinite:
+            See :class:`Collector`. By default, relevance starts as a one-hot, and the gradients of other criteria start
+            from the cross-entropy.
         seed: int
-            For ``'random'``.
+            For ``'random'``, and for the noise of an Attributor.
         progress: bool
             Show a progress bar on standard error.
+        target:
+            In place of all labels, e.g. ``'predicted'``; see :func:`zennit_prune.initial.initial_relevance`.
+        checkpoint: path-like, optional
+            A file that holds what was collected so far: written every half a minute and when anything ends the pass
+            early, read if it is there when the pass starts, removed when it is complete. The loader has to yield the
+            same batches in the same order. Each of many processes has a file of its own beside it.
 
         Returns
         -------
@@ -99,7 +135,7 @@ class Pruner:
         ------
         PruneError
             For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
-            not finite.
+            not finite; a checkpoint of something else; on all processes, if any of them fails.
         '''
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
@@ -109,10 +145,9 @@ class Pruner:
             known = ', '.join(map(repr, ('relevance', *MEASURES, *CRITERIA)))
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
                              'loader).')
-        with self.collector(aggregate, initial, criterion) as collector:
-            for inputs, target in batches(loader, criterion if progress else None):
-                collector.update(inputs, target)
-        return collector.compute()
+        collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
+                                   nonfinite=nonfinite, seed=seed)
+        return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
              round_to: int | None = None, per_cost: bool = True) -> Plan:
@@ -142,7 +177,7 @@ class Pruner:
                                  'channels.')
             scores[group.name] = values.numpy()
         removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
-        return Plan(self.graph, removed)
+        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''

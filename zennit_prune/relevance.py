@@ -6,11 +6,12 @@ import os
 from collections.abc import ItemsView, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from .errors import PruneError
 from .files import read_tensors, write_tensors
+from .reliability import Reliability
+from .reliability import spearman as spearman
 from .tables import table
 
 FORMAT = 'zennit_prune relevance'
@@ -85,9 +86,24 @@ class Relevance:
         PruneError
             If the scores were not collected from at least two samples.
         '''
-        if not self._halves or self.info.get('samples', 0) < 2:
+        return dict(self.reliability().groups)
+
+    def reliability(self) -> Reliability:
+        '''The same for the whole network, and how many samples would be enough.
+
+        Raises
+        ------
+        PruneError
+            As :meth:`stability`.
+        '''
+        if not self.has_halves:
             raise PruneError('stability needs relevance collected from at least two samples.')
-        return {name: spearman(*halves) for name, halves in self._halves.items() if halves.shape[1] > 1}
+        return Reliability.of(self._halves, self.info['samples'])
+
+    @property
+    def has_halves(self) -> bool:
+        '''Whether the scores were collected from at least two samples, so that halves of these can be compared.'''
+        return bool(self._halves) and self.info.get('samples', 0) > 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write everything to one safetensors file, without code.'''
@@ -114,7 +130,7 @@ class Relevance:
         return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')))
 
     def __str__(self) -> str:
-        stability = self.stability() if self._halves and self.info.get('samples', 0) > 1 else {}
+        stability = self.stability() if self.has_halves else {}
         rows = [(name, len(values), float(values.min()), float(values.median()), float(values.max()),
                  f'{stability[name]:.2f}' if name in stability else '') for name, values in self._scores.items()]
         return table(('group', 'channels', 'least', 'median', 'most', 'stability'), rows)
@@ -123,18 +139,3 @@ class Relevance:
         how = ', '.join(f'{key}={value!r}' for key, value in self.info.items())
         channels = sum(map(len, self._scores.values()))
         return f'Relevance({channels} channels of {len(self)} groups{", " * bool(how)}{how})'
-
-
-def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
-    '''Spearman's rank correlation, with average ranks for ties; 0 where one side is constant.'''
-    ranks = [_ranks(values.numpy()) for values in (left, right)]
-    if any(np.ptp(rank) == 0 for rank in ranks):
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: Any) -> Any:
-    '''The rank of each value; equal values share the mean of their ranks.'''
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((last - counts + last - 1) / 2.0)[inverse]

@@ -33,6 +33,8 @@ class State:
     ----------
     group: str
         The group.
+    value: int
+        The number of the value in the trace.
     place: Place
         Where the tensor is found when the network runs.
     dims: tuple of int
@@ -44,6 +46,7 @@ class State:
     '''
 
     group: str
+    value: int
     place: Place
     dims: tuple[int, ...]
     positions: torch.Tensor
@@ -222,16 +225,16 @@ class Flow:
             places = sorted(self.places.get(value, ()),
                             key=lambda place: ('output', 'input', 'function').index(place.side))
             if places and 0 not in field.dims:
-                yield self._state(group, field, places[0])
+                yield self._state(group, value, field, places[0])
                 return
             readers = self.readers[value]
             if len(readers) != 1 or readers[0].contracted or sum(readers[0].active) != 1 or not readers[0].writes:
                 return
             value = readers[0].writes[0]
 
-    def _state(self, group: ChannelGroup, field: Field, place: Place) -> State:
+    def _state(self, group: ChannelGroup, value: int, field: Field, place: Place) -> State:
         position = np.full(len(self.graph.solution.group) + 1, group.size)
         position[group.channels] = np.arange(group.size)
         labels = np.squeeze(field.labels, tuple(dim for dim in range(field.labels.ndim) if dim not in field.dims))
         positions = torch.from_numpy(position[self.graph.solution.channel[labels]])
-        return State(group.name, place, field.dims, positions, group.size)
+        return State(group.name, value, place, field.dims, positions, group.size)

@@ -1,0 +1,91 @@
+'''A call of a linear layer as a regression: features, outputs, and the response to other weights.'''
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+class LayerCall:
+    '''One call of ``F.linear`` or ``F.conv1d``, ``F.conv2d``, ``F.conv3d``.
+
+    Parameters
+    ----------
+    function: str
+        Its name.
+    args, kwargs, result:
+        What it was given and what it returned.
+    batch: int
+        The number of inputs.
+
+    Attributes
+    ----------
+    weight, bias: torch.Tensor
+        Those that it was given; the bias may be None.
+    groups: int
+        The groups of a convolution.
+    '''
+
+    def __init__(self, function: str, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor, batch: int):
+        self.function, self.result, self.batch = function, result, batch
+        names = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
+        given = {**dict(zip(names, args)), **kwargs}
+        self.input, self.weight, self.bias = given['input'], given['weight'], given.get('bias')
+        self.options = {name: given[name] for name in names[3:] if name in given}
+        self.groups = int(self.options.get('groups', 1))
+
+    @property
+    def channel_dim(self) -> int:
+        '''Where the output channels are.'''
+        return self.result.dim() - 1 if self.function == 'linear' else 1
+
+    def response(self, weight: torch.Tensor) -> torch.Tensor:
+        '''The output for another weight, without bias.'''
+        return getattr(F, self.function)(self.input, weight, None, **self.options)
+
+    def features(self, channels: slice) -> torch.Tensor:
+        '''What is multiplied with the weights of some input channels of each group, shape (inputs, groups, features,
+        positions).
+        '''
+        if self.function == 'linear':
+            return self._by_input(self.input[..., channels])
+        x = self.input.unflatten(1, (self.groups, -1))[:, :, channels]
+        rank = x.dim() - 3
+        stride, dilation = (self._numbers(name, rank) for name in ('stride', 'dilation'))
+        kernel, sizes = self.weight.shape[2:], self.result.shape[2:]
+        x = F.pad(x.flatten(1, 2), self._padding(kernel, dilation)).unflatten(1, x.shape[1:3])
+        shifted = [x[(..., *(slice(offset * apart, offset * apart + (size - 1) * step + 1, step)
+                             for offset, apart, size, step in zip(offsets, dilation, sizes, stride)))]
+                   for offsets in product(*map(range, kernel))]
+        return torch.stack(shifted, 3).flatten(4).flatten(2, 3)
+
+    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+        '''A tensor shaped as the output, as (inputs, groups, outputs, positions).'''
+        if self.function == 'linear':
+            return self._by_input(tensor)
+        return tensor.flatten(2).unflatten(1, (self.groups, -1))
+
+    def _by_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        '''(..., features) as (inputs, 1, features, positions); inputs may come second, or several times in a row.'''
+        if tensor.dim() > 2 and tensor.shape[0] % self.batch and tensor.shape[1] == self.batch:
+            tensor = tensor.transpose(0, 1)
+        return tensor.reshape(len(tensor), -1, tensor.shape[-1]).mT.unsqueeze(1)
+
+    def _numbers(self, name: str, rank: int) -> tuple[int, ...]:
+        value = self.options.get(name, 1)
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+
+    def _padding(self, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+        padding = self.options.get('padding', 0)
+        if padding == 'same':
+            whole = [apart * (size - 1) for apart, size in zip(dilation, kernel)]
+            sides = [(total // 2, total - total // 2) for total in whole]
+        elif padding == 'valid':
+            sides = [(0, 0)] * len(kernel)
+        else:
+            each = padding if isinstance(padding, (tuple, list)) else (padding,) * len(kernel)
+            sides = [(size, size) for size in each]
+        return [size for pair in reversed(sides) for size in pair]

@@ -1,0 +1,104 @@
+'''Ridge regression from streamed covariances, with the ridge chosen by cross-validation.
+
+The unknown is a *change* of weights, so that a ridge shrinks towards the weights that are there.
+'''
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FOLDS = 4
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+
+
+@dataclass
+class Change:
+    '''What is added to weights, shape (groups, features, outputs), and to biases, shape (groups, outputs).
+
+    ``ridge`` is what cross-validation chose, and ``gain`` the share of the squared error that goes in folds that were
+    not fitted.
+    '''
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    ridge: float
+    gain: float
+
+
+class Moments:
+    '''Sums of products of features and errors, by fold, in float64.
+
+    Parameters
+    ----------
+    intercept: bool
+        Whether the layer has a bias that can change.
+    '''
+
+    def __init__(self, intercept: bool = True):
+        self.intercept = intercept
+        self._folds: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, fold: int, features: torch.Tensor, errors: torch.Tensor) -> None:
+        '''Add samples: ``features`` (groups, features, samples) and ``errors`` (groups, outputs, samples).'''
+        count = torch.tensor(float(features.shape[2]), dtype=torch.float64, device=features.device)
+        sums = [features @ features.mT, features @ errors.mT, features.sum(2), errors.sum(2), errors.square().sum(2)]
+        terms = [*(term.double() for term in sums), count]
+        held = self._folds.get(fold)
+        self._folds[fold] = terms if held is None else [old + new for old, new in zip(held, terms)]
+
+    def solve(self, ridges: tuple[float, ...] = RIDGES) -> Change | None:
+        '''The change that is best in folds that were not fitted; None if no change is better than none.'''
+        folds = sorted(self._folds)
+        total = self._total(folds)
+        nothing = float(total[4].sum())
+        if not nothing > 0:
+            return None
+        errors = dict.fromkeys((*ridges, float('inf')), 0.0)
+        if len(folds) > 1:
+            for fold in folds:
+                fit = _Fit(self._total([other for other in folds if other != fold]), self.intercept)
+                for ridge in errors:
+                    errors[ridge] += _error(self._folds[fold], *fit(ridge))
+            ridge = min(errors, key=lambda ridge: errors[ridge])
+        else:  # a single image: nothing is held out
+            ridge, errors[1.0] = 1.0, 0.0
+        gain = 1 - errors[ridge] / nothing
+        return Change(*_Fit(total, self.intercept)(ridge), ridge, gain) if gain > 0 else None
+
+    def _total(self, folds: list[int]) -> list[torch.Tensor]:
+        return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
+
+
+class _Fit:
+    '''The best change for any ridge.'''
+
+    def __init__(self, moments: list[torch.Tensor], intercept: bool):
+        products, cross, feature, error, _, count = moments
+        self.intercept = intercept
+        self.feature, self.error = feature / count, error / count
+        if intercept:
+            products = products - count * self.feature.unsqueeze(2) * self.feature.unsqueeze(1)
+            cross = cross - count * self.feature.unsqueeze(2) * self.error.unsqueeze(1)
+        self.products, self.cross = products, cross
+        self.scale = products.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30) if products.numel() else 0.0
+
+    def __call__(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.zeros_like(self.cross)
+        if ridge < float('inf'):
+            damped = self.products.clone()
+            damped.diagonal(dim1=1, dim2=2).add_(ridge * self.scale)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed.any():
+                weight = torch.cholesky_solve(self.cross, factor)
+        if not self.intercept:
+            return weight, torch.zeros_like(self.error)
+        return weight, self.error - (weight * self.feature.unsqueeze(2)).sum(1)
+
+
+def _error(moments: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> float:
+    '''The squared error that is left.'''
+    products, cross, feature, error, square, count = moments
+    explained = (weight * (products @ weight)).sum(1) - 2 * (weight * cross).sum(1)
+    shifted = count * bias ** 2 - 2 * bias * error + 2 * bias * (weight * feature.unsqueeze(2)).sum(1)
+    return float((square + explained + shifted).sum())

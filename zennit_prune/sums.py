@@ -1,0 +1,105 @@
+'''What a pass adds up: sums over samples for each group, and how far it came.'''
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .errors import PruneError
+from .files import read_tensors, write_tensors
+from .fingerprint import fingerprint
+
+FORMAT = 'zennit_prune collection'
+
+
+@dataclass(frozen=True)
+class Sums:
+    '''Sums of scores over samples; adding makes new ones, so that who is interrupted has all of a batch or none.
+
+    Attributes
+    ----------
+    halves: dict of str to torch.Tensor
+        By group, shape (2, channels): the sums over the even and the odd samples.
+    counts: tuple of int
+        How many samples either half holds.
+    seen: int
+        How many samples went by, counted or not.
+    batches: int
+        How many batches they came in.
+    skipped: int
+        How many samples were left out because something was not finite.
+    reason: str
+        What was not finite, for the first of them.
+    last: object
+        The last batch, or its fingerprint where these sums were read from a file.
+    '''
+
+    halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    counts: tuple[int, int] = (0, 0)
+    seen: int = 0
+    batches: int = 0
+    skipped: int = 0
+    reason: str = ''
+    last: Any = None
+
+    @property
+    def samples(self) -> int:
+        '''How many samples were counted.'''
+        return sum(self.counts)
+
+    def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any) -> Sums:
+        '''With a batch of ``size`` more; ``values``, shape (samples, channels), are from those that count.'''
+        odd = self.samples % 2
+        number = len(next(iter(values.values()), ()))
+        halves = {name: torch.stack([rows[odd::2].sum(0), rows[1 - odd::2].sum(0)]) for name, rows in values.items()}
+        return Sums(_added(self.halves, halves), (self.counts[0] + len(range(odd, number, 2)),
+                                                  self.counts[1] + len(range(1 - odd, number, 2))),
+                    self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch)
+
+    def merged(self, other: Sums) -> Sums:
+        '''With all that ``other`` holds.'''
+        return Sums(_added(self.halves, other.halves), (self.counts[0] + other.counts[0],
+                                                        self.counts[1] + other.counts[1]),
+                    self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
+                    self.reason or other.reason)
+
+    def portable(self) -> Sums:
+        '''The same on the CPU, without the last batch.'''
+        return replace(self, halves={name: values.cpu() for name, values in self.halves.items()}, last=None)
+
+    def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        '''Write one safetensors file; it appears when it is complete.'''
+        state = {'counts': self.counts, 'seen': self.seen, 'batches': self.batches, 'skipped': self.skipped,
+                 'reason': self.reason, 'last': self.last_batch}
+        write_tensors(path, self.halves, {'state': json.dumps(state), 'settings': json.dumps(settings)}, FORMAT)
+
+    @property
+    def last_batch(self) -> str | None:
+        '''The fingerprint of the last batch.'''
+        return self.last if self.last is None or isinstance(self.last, str) else fingerprint(self.last)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple[Sums, dict[str, Any]]:
+        '''What :meth:`save` wrote: the sums and the settings.
+
+        Raises
+        ------
+        PruneError
+            If the file is something else.
+        '''
+        halves, metadata = read_tensors(path, FORMAT)
+        try:
+            state = json.loads(metadata['state'])
+            state['counts'] = tuple(state['counts'])
+            return cls(halves, **state), json.loads(metadata['settings'])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
+
+
+def _added(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: old[name].to(new[name].device) + new[name] if name in old and name in new
+            else (new if name in new else old)[name] for name in {**old, **new}}
