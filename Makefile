@@ -17,7 +17,8 @@ test: $(VENV)/test.installed
 test-other-zennit: $(VENV)/test.installed
 	other=$$($(RUN) -c "from importlib.metadata import version; print('1.0.0' if version('zennit') < '1' else '0.5.1')") && \
 	$(RUN) -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target $(VENV)/zennit-$$other zennit==$$other && \
-	PYTHONPATH=$(VENV)/zennit-$$other $(RUN) -m pytest -n $(WORKERS) tests/test_collect.py tests/test_criteria.py tests/test_canonize.py tests/test_heatmap.py
+	PYTHONPATH=$(VENV)/zennit-$$other $(RUN) -m pytest -n $(WORKERS) tests/test_collect.py tests/test_criteria.py tests/test_canonize.py tests/test_heatmap.py \
+		tests/test_functions.py tests/test_layers.py tests/test_closed_forms.py tests/test_conservation.py tests/test_preflight.py
 
 test-slow: $(VENV)/test.installed
 	$(RUN) -m pytest -n $(WORKERS) -m slow

@@ -18,6 +18,7 @@ layer, group, RMS norm         ``BatchNorm``     passes relevance on (the identi
 product of two signals         ``BatchNorm``     passes half to each (the uniform rule of arXiv 2402.05602)
 matmul of two signals          ``Sum``           half to each, split by what each element adds (arXiv 2402.05602)
 softmax of an attention        ``Sum``           x_i (R_i - s_i sum_j R_j) for softmax s of x (arXiv 2402.05602)
+masks and biases before it     ``Sum``           take a share by what they add, as the biases of layers do
 =============================  ================  ====================================================================
 
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
