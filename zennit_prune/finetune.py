@@ -159,7 +159,7 @@ class _Objective:
             self._set_training(size)
             value = self(inputs, labels)
             if not torch.isfinite(value):
-                raise PruneError(f'the loss is {float(value)}: training diverged, or the data are not finite. Lower '
+                raise PruneError(f'the loss is {value.item()}: training diverged, or the data are not finite. Lower '
                                  f'lr, now {optimizer.param_groups[0]["lr"]:.3g}, or check the data.')
             optimizer.zero_grad()
             self.scaler.scale(value).backward()
@@ -168,7 +168,7 @@ class _Objective:
             self.scaler.step(optimizer)
             self.scaler.update()
             schedule.step()
-            total, samples = total + float(value) * size, samples + size
+            total, samples = total + value.item() * size, samples + size
         self.network.eval()
         return self._per_sample(total, samples)
 

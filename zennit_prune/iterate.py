@@ -117,7 +117,8 @@ class Loop:
         with seeded(self.seed + number, self.device):
             pruner = self.pruner if number == 1 else self.pruner.on(state.network)
             relevance = pruner.collect(references, self.criterion, **options)
-            plan = self._planned(state.plan, budget, pruner.graph, relevance)
+        plan = self._planned(state.plan, budget, pruner.graph, relevance)
+        with seeded(self.seed + number, self.device):  # anew: whoever resumes in the middle of collecting draws less
             proven = plan.apply(self.model, self.verify)
             network = filled(proven, carried_on(state.plan, plan, state.network))
             if self.repair != 'none':
@@ -190,8 +191,8 @@ class Loop:
         limit = self.budget.limit(whole)
         if plan.removed and left[unit] * whole <= limit * (1 + 1e-12):
             return None
-        target = whole * (1 - self.step * (round((1 - left[unit]) / self.step) + 1))
-        return self.budget if target <= limit else Budget(**{unit: int(target)})
+        share = 1.0 - self.step * (round((1 - left[unit]) / self.step) + 1)
+        return self.budget if share * whole <= limit else Budget(**{unit: share})
 
     def _settings(self) -> dict[str, Any]:
         '''What has to be equal for a run to go on.'''

@@ -225,6 +225,9 @@ class Pruner:
         Every step starts from random states of its own (of torch, NumPy and Python, restored after), so that loaders
         that shuffle, ``finetune`` and ``evaluate`` draw the same numbers in a run that was interrupted.
 
+        Under ``torch.distributed``, all processes call this, each with the loader of its shard; references of all serve
+        the repair, and what ``evaluate`` returns in the first process counts. A ``finetune`` has to train all alike.
+
         Parameters
         ----------
         loader: iterable

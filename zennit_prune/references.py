@@ -112,10 +112,10 @@ def joined(chunks: Iterable[Any], size: int = BATCH) -> Iterator[Any]:
 
 
 def _shapes(inputs: Any) -> list[Any]:
-    '''What has to agree if inputs are to be joined; a tensor without samples has to be the same.'''
+    '''What has to agree if inputs are to be joined; what does not go by samples has to be the same.'''
     size = batch_size(inputs)
-    return [(tensor.shape[1:], tensor.dtype) if tensor.dim() and len(tensor) == size else id(tensor)
-            for tensor in tensors_in(inputs)]
+    return [tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == size
+            else id(tensor) for tensor in tensors_in(inputs)]
 
 
 def _cat(chunks: list[Any]) -> Any:
