@@ -139,4 +139,4 @@ def warn_of_missing_classes(model: nn.Module, inputs: Iterable[tuple[Any, Any]])
     if 2 * len(seen) < classes:
         warnings.warn(f'the references show {len(seen)} of the {classes} classes that the network tells apart: '
                       'refitted on them, it forgets the others. Add references of all classes that matter, or repair '
-                      "with 'batchnorm' or 'none'.", PruneWarning, stacklevel=4)
+                      "with 'batchnorm' or 'none'.", PruneWarning, stacklevel=5)
