@@ -209,6 +209,21 @@ def snapshot(model: nn.Module) -> list[Any]:
     return seen
 
 
+def contents(model: nn.Module) -> list[Any]:
+    '''The same but for which objects hold the parameters: rules of some releases of Zennit swap them.'''
+    seen: list[Any] = [torch.get_rng_state()]
+    for name, module in model.named_modules():
+        seen.append((name, id(module), module.training, sorted(module.__dict__), list(module._modules)))
+        seen += [
+            None if tensor is None else tensor.detach().clone()
+            for tensors in (module._parameters, module._buffers)
+            for tensor in tensors.values()
+        ]
+        seen += [list(hooks.items()) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        seen.append(getattr(module, 'eps', None))
+    return seen
+
+
 def same(before: list[Any], after: list[Any]) -> bool:
     '''Whether two snapshots are bit-identical.'''
     return len(before) == len(after) and all(

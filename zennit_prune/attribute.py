@@ -22,7 +22,7 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from .calls import CallCounter
-from .canonize import GraphCanonizer, rules_of, unregister
+from .canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 from .errors import PruneError
 from .networks import copied, map_tensors, output_tensors, tensors_in
 from .trace import Place
@@ -82,7 +82,7 @@ def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCa
     '''Give every call of a reused module a rule of its own: those of Zennit keep the last call's tensors only.'''
     for name, module in network.named_modules():
         rules = [rule for rule in rules_of(module) if isinstance(rule, BasicHook)]
-        if canonizer.calls.get(name, 1) < 2 or not rules:
+        if canonizer.calls.get(name, 1) < 2 or not rules or lends_its_rules(module):
             continue
         unregister(module, rules)
         calls = _CallsOf(network, module)
@@ -249,6 +249,7 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
     PruneError
         If it does not run, with the shapes it was given.
     '''
+    inputs = map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, inputs)  # may be written to
     args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     try:

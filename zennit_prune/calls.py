@@ -21,6 +21,7 @@ def _seen_through(function: Any) -> Any:
     return seen
 
 
+TENSORS = {'input': 0, 'weight': 1, 'bias': 2}  # keywords in the order of positions, however they were given
 MULTI_HEAD_ATTENTION = nn.functional.multi_head_attention_forward
 SEEN_THROUGH = {MULTI_HEAD_ATTENTION: _seen_through(MULTI_HEAD_ATTENTION)}
 
@@ -115,17 +116,20 @@ class CallCounter(TorchFunctionMode):
             self.failed = self.failed or frame.module
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in SEEN_THROUGH:
             with self._again():
-                return SEEN_THROUGH[func](*args, **(kwargs or {}))
+                return SEEN_THROUGH[func](*args, **kwargs)
         name = getattr(func, '__name__', '')
         if name == '__get__' or name == '__set__':
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        if len(kwargs) > 1:
+            kwargs = dict(sorted(kwargs.items(), key=lambda item: TENSORS.get(item[0], len(TENSORS))))
         frame, outer = self._stack[-1], (self.function, self.ordinal)
         self.function, self.ordinal = name, frame.counts[name]
         frame.counts[name] += 1
         try:
-            return self.intercept(func, args, kwargs or {})
+            return self.intercept(func, args, kwargs)
         finally:
             self.function, self.ordinal = outer
 

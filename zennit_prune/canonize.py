@@ -6,6 +6,7 @@ own rules apply; ``functions.py`` has the table.
 '''
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from zennit.rules import Pass
 from zennit.types import Activation, AvgPool, BatchNorm, Linear, MaxPool
 
 from .calls import CallCounter, Site
-from .equivalents import Equivalent
+from .equivalents import Equivalent, Layer
 from .functions import equivalents
 from .merge import MergedBatchNorm, Pair, computes_plainly, mergeable, pairs
 from .networks import unwrapped
@@ -88,9 +89,10 @@ class GraphCanonizer(Canonizer):
         functions = {site: equivalent for site, equivalent in self.functions.items()
                      if not has_its_own_rule(modules.get(site.module))}
         if functions:
+            first = next((site for site, found in self.functions.items() if isinstance(found, Layer)), None)
             instances.append(FunctionalModules())
-            instances[-1].register(root_module, functions)
-        return instances
+            instances[-1].register(root_module, functions, first)
+        return instances[::-1]  # a layer that took two BatchNorms has to give back the last one first
 
     def register(self) -> None:
         '''Nothing to do: :meth:`apply` makes the instances.'''
@@ -122,41 +124,54 @@ def rules_of(module: nn.Module) -> list[Hook]:
     return list({id(hook): hook for hook in hooks if isinstance(hook, Hook)}.values())
 
 
+def lends_its_rules(module: nn.Module | None) -> bool:
+    '''Whether a layer uses another weight than its parameter, so that its rules belong where it does.'''
+    return isinstance(module, Linear) and not computes_plainly(module)
+
+
 def unregister(module: nn.Module, rules: list[Hook]) -> None:
     '''Take rules off a module before it runs.'''
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if any(getattr(hook, '__self__', None) is rule for rule in rules):
+            if any(getattr(hook, 'rule', getattr(hook, '__self__', None)) is rule for rule in rules):
                 del hooks[key]
 
 
 class FunctionalModules(Canonizer):
     '''Run functions through modules of their own, to which the composite's rules apply.
 
-    The modules are children of those that call the functions, so that the composite sees them; while the root's
-    ``forward`` runs, a ``TorchFunctionMode`` sends the calls there.
+    The modules are children of those that call the functions while the composite looks for modules; they are taken out
+    again before the network runs, since it may iterate over children. While the root's ``forward`` runs, a
+    ``TorchFunctionMode`` sends the calls to them.
     '''
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
         raise NotImplementedError('made by GraphCanonizer')
 
-    def register(self, root_module: nn.Module, functions: Mapping[Site, Equivalent]) -> None:
+    def register(self, root_module: nn.Module, functions: Mapping[Site, Equivalent], first: Site | None) -> None:
+        '''Make the modules of ``functions``; ``first`` is the network's first layer, which composites look for.'''
         self._root = root_module
         self._children: list[tuple[nn.Module, str]] = []
         self._functions: dict[Site, tuple[Equivalent, list[Any]]] = {}
+        self._lent: list[Hook] = []  # a hook lives as long as someone holds it
         named = dict(root_module.named_modules())
         for site, equivalent in functions.items():
-            host = _host(named, site.module)
+            is_first = site == first and not lends_its_rules(named.get(site.module))
+            host = _host(named, '' if is_first else site.module)
             if host is not None:
                 self._functions[site] = equivalent, equivalent.modules()
                 for module in self._functions[site][1]:
                     name = f'canonizer_{site.function.strip("_")}_{len(self._children)}'
+                    others = list(host._modules) if is_first else []
                     host.add_module(name, module)
+                    for other in others:  # to the end
+                        host._modules[other] = host._modules.pop(other)
                     self._children.append((host, name))
         self._had_forward = root_module.__dict__.get('forward')
         forward = root_module.forward
 
         def canonized_forward(*args: Any, **kwargs: Any) -> Any:
+            self._take_out_children()
             with _Diversion(root_module, self._with_rules()):
                 return forward(*args, **kwargs)
 
@@ -164,18 +179,38 @@ class FunctionalModules(Canonizer):
 
     def _with_rules(self) -> dict[Site, tuple[Equivalent, list[Any]]]:
         '''The functions that the composite has rules for, once modules whose own rules do not fit are rid of them.'''
+        self._lend_rules()
         ruled = {site: found for site, found in self._functions.items() if any(map(rules_of, found[1]))}
         named = dict(self._root.named_modules())
-        for name in {site.module for site in ruled}:
-            module = named[name]
-            rules = rules_of(module)
-            if isinstance(module, Linear) or (_takes_several(module) and all(isinstance(rule, Pass) for rule in rules)):
-                unregister(module, rules)
+        for name in {site.module for site in ruled}.intersection(named):
+            rules = rules_of(named[name])
+            if _takes_several(named[name]) and all(isinstance(rule, Pass) for rule in rules):
+                unregister(named[name], rules)
         return ruled
 
-    def remove(self) -> None:
+    def _lend_rules(self) -> None:
+        '''A layer that computes its weights has its rule applied where they are used.'''
+        named = dict(self._root.named_modules())
+        users: defaultdict[str, list[Any]] = defaultdict(list)
+        for site, (equivalent, modules) in self._functions.items():
+            if isinstance(equivalent, Layer) and lends_its_rules(named.get(site.module)):
+                users[site.module] += modules
+        for name, modules in users.items():
+            rules = rules_of(named[name])
+            unregister(named[name], rules)
+            for position, module in enumerate(modules if rules else ()):
+                unregister(module, rules_of(module))
+                lent = [rule.copy() if position else rule for rule in rules]
+                self._lent += lent
+                for rule in lent:
+                    rule.register(module)
+
+    def _take_out_children(self) -> None:
         for host, name in self._children:
-            delattr(host, name)
+            host._modules.pop(name, None)
+
+    def remove(self) -> None:
+        self._take_out_children()
         if self._root.__dict__.get('forward') is not self._forward:
             return  # another canonizer has put back what was there before this one
         if self._had_forward is None:
@@ -206,7 +241,7 @@ class _Diversion(CallCounter):
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         found = self._functions.get(self.site)
-        if found is None or 'out' in kwargs or any(frame.module in self._owners for frame in self._stack):
+        if found is None or kwargs.get('out') is not None or any(frame.module in self._owners for frame in self._stack):
             return func(*args, **kwargs)
         equivalent, modules = found
         return equivalent(modules, func, args, kwargs)

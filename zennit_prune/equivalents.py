@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from zennit.layer import Sum
 from zennit.types import Linear
 
 from .networks import map_tensors, tensors_in
@@ -69,11 +70,14 @@ class Equivalent:
         To which of the tensors that the function is given relevance flows; the others are held constant.
     in_place: int or None
         The tensor that the function writes into.
+    takes: bool
+        Whether rules take relevance by design, as for a bias or for the constant term of a softmax.
     '''
 
     kinds: tuple[type[nn.Module], ...]
     signals: tuple[int, ...]
     in_place: int | None = None
+    takes: ClassVar[bool] = False
 
     def modules(self) -> list[Any]:
         '''New modules, one of each kind.'''
@@ -97,7 +101,7 @@ class Equivalent:
         return result if self.in_place is None else tensors[self.in_place].copy_(result)
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
-        '''Each module computes the function of one signal; they share the relevance equally.
+        '''Each module computes the function of one signal; those that are no constants share relevance equally.
 
         Parameters
         ----------
@@ -108,8 +112,9 @@ class Equivalent:
         call: callable
             Calls the function with other tensors at some positions, and constants elsewhere.
         '''
+        signals = list(zip(modules, self.signals))
         results = []
-        for module, signal in zip(modules, self.signals):
+        for module, signal in [pair for pair in signals if tensors[pair[1]].requires_grad] or signals[:1]:
             module.function = lambda x, signal=signal: call({signal: x})
             results.append(module(tensors[signal]))
         return results[0] if len(results) == 1 else torch.stack(results).mean(0)
@@ -126,6 +131,8 @@ class Broadcast(Equivalent):
 class Softmax(Equivalent):
     '''Of scores that may be masked with minus infinity, which times a relevance of zero would not be a number.'''
 
+    takes = True
+
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         finite = [tensor.clamp(min=torch.finfo(tensor.dtype).min) for tensor in tensors]
         return super().run(modules, finite, call)
@@ -139,13 +146,20 @@ class Addition(Equivalent):
         return modules[0](torch.stack(torch.broadcast_tensors(*tensors), -1))
 
 
+class Shift(Addition):
+    '''An addition of a constant that takes its share.'''
+
+    takes = True
+
+
 class Difference(Addition):
     '''An addition of what each operand contributes, with its sign and factor.'''
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
-        left, right = torch.broadcast_tensors(*tensors)
-        contributions = [Carried.apply(left, call({0: left, 1: torch.zeros_like(right)})),
-                         Carried.apply(right, call({0: torch.zeros_like(left), 1: right}))]
+        operands = dict(zip(self.signals, torch.broadcast_tensors(*(tensors[signal] for signal in self.signals))))
+        nothing = {signal: torch.zeros_like(operand) for signal, operand in operands.items()}
+        contributions = [Carried.apply(operand, call({**nothing, signal: operand}))
+                         for signal, operand in operands.items()]
         return super().run(modules, contributions, call)
 
 
@@ -165,6 +179,7 @@ class Carried(torch.autograd.Function):
 class Layer(Equivalent):
     '''A linear layer; ``weights`` says which tensors are its weight and its bias.'''
 
+    takes = True
     weights: tuple[int, ...] = ()
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
@@ -183,6 +198,8 @@ class Layer(Equivalent):
 class Attention(Equivalent):
     '''``scaled_dot_product_attention`` in evaluation mode, in its parts: product, softmax, product.'''
 
+    takes = True
+
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
         return self._attend(modules, *args, **kwargs)
 
@@ -198,12 +215,19 @@ class Attention(Equivalent):
         mask = 0 if attn_mask is None else attn_mask.detach()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-        scores = _product(modules[:2], lambda q, k: q @ k.transpose(-2, -1) * scale, query, key)
+        product = Equivalent((Sum, Sum), (0, 1))
+        scores = product(modules[:2], lambda q, k: q @ k.transpose(-2, -1) * scale, (query, key), {})
         modules[2].function = lambda x: (x + mask).softmax(-1)
-        return _product(modules[3:], torch.matmul, modules[2](scores), value)
+        return product(modules[3:], torch.matmul, (modules[2](scores), value), {})
 
 
-def _product(modules: Sequence[Any], function: Function, *factors: torch.Tensor) -> torch.Tensor:
-    '''A product of two factors, each of which gets half of the relevance, or all where the other is a constant.'''
-    signals = tuple(position for position, factor in enumerate(factors) if factor.requires_grad)
-    return Equivalent((), signals or (0,))(modules, function, factors, {})
+class Gated(Equivalent):
+    '''``glu``: one half of a tensor is the gate of the other.'''
+
+    def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
+        return self._gate(modules[0], *args, **kwargs)
+
+    def _gate(self, module: Any, input: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        signal, gate = input.chunk(2, dim)
+        module.function = gate.detach().sigmoid().mul
+        return module(signal)

@@ -58,7 +58,8 @@ def mergeable(linear: Any, batch_norm: Any, before: bool) -> bool:
     transposed = isinstance(linear, ConvolutionTranspose)
     exact = not (transposed and linear.groups > 1)
     if before:  # the shift of a BatchNorm does not reach the border that a convolution pads with zeros
-        exact = not transposed and set(getattr(linear, 'padding', (0,))) == {0}
+        padding = getattr(linear, 'padding', 'valid')
+        exact = not transposed and (padding == 'valid' or set(padding) == {0})
     return exact and computes_plainly(linear) and not _is_identity(batch_norm)
 
 

@@ -2,8 +2,9 @@
 
 LRP conserves relevance: what an operation receives it passes on in full. Where an operation has no rule that does so,
 relevance multiplies or vanishes, and channels are ranked by where they sit instead of by what they do. What the rules
-of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and is
-told apart: it is counted at the layers, the unsound rest at the operations between them.
+of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and so
+is the constant term of a softmax. It is told apart: it is counted at the layers, the unsound rest at the operations
+between them.
 '''
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
 from .attribute import attributing, call_network, differentiable, main_output, propagate
 from .calls import CallCounter, Frame, Site
 from .canonize import GraphCanonizer, rules_of
-from .equivalents import Layer
+from .equivalents import Equivalent
 from .errors import PruneError
 from .initial import initial_relevance
 from .networks import map_tensors, tensors_in
@@ -30,8 +31,10 @@ from .tables import table
 from .trace import Recording, Run
 
 TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
+ROUNDING = 1e-3  # of the mass, which the tolerance grows with: of large shares that cancel, little is left
 FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
+CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
 
@@ -43,7 +46,7 @@ class Stage(NamedTuple):
     name: str
         The module that returns it, or the function and its module; the first is ``'output'``, the last ``'input'``.
     sum: float
-        The sum of relevance there: ``1 - taken + made``.
+        The sum of relevance there: that at the output, which is 1 unless the start cancels, ``- taken + made``.
     mass: float
         The sum of its absolute values: a sum of 1 can hide a large mass.
     taken: float
@@ -134,12 +137,12 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     '''
     run = recording.runs['eval']
     canonizer = GraphCanonizer.from_recording(recording)
-    layers = {site for site, equivalent in canonizer.functions.items() if isinstance(equivalent, Layer)}
+    layers = {call.site for call in run.functions if _takes(call, canonizer.functions.get(call.site))}
     with attributing(model, composite, canonizer,
                      lambda network: Bookkeeper(network, run.functions, layers)) as attribution:
-        book = _book(attribution.network, attribution.reader, x, target, initial)
+        book, started = _book(attribution.network, attribution.reader, x, target, initial)
     positions = {key: position for position, key in enumerate(book)}
-    stages = [Stage('output', 1.0, 1.0, 0.0, 0.0)]
+    stages = [Stage('output', *started, 0.0, 0.0)]
     for name, keys in _bottlenecks(run):
         key = next((key for key in keys if key in book), None)
         if key is not None:
@@ -151,8 +154,20 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
 
 
-def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any) -> dict[Any, Account]:
-    '''The accounts of one pass, by what they are of, in the order of the forward pass; the input is the first.'''
+def _takes(call: FunctionCall, equivalent: Equivalent | None) -> bool:
+    '''Whether a call may take relevance: as a layer does, or for constants (class tokens) put beside its input.'''
+    if equivalent is not None:
+        return equivalent.takes
+    constants = len(call.active) < len(call.arguments)
+    return constants and all(operation.name in CHOOSING for operation in call.operations if any(operation.active))
+
+
+def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
+          ) -> tuple[dict[Any, Account], tuple[float, float]]:
+    '''The accounts of one pass, by what they are of, in the order of the forward pass; the input is the first.
+
+    Beside them, the sum and the mass that the pass started with.
+    '''
     inputs = differentiable(x, network)
     leaves = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
     if leaves:  # else tokens
@@ -170,7 +185,7 @@ class Bookkeeper(CallCounter):
     def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], layers: set[Site]):
         super().__init__(network)
         self._network, self._layers = network, layers
-        self._in_place = {call.site: call.in_place for call in calls}
+        self._called = {call.site: call for call in calls}
         self._accounts: dict[Any, Account] = {}
         self._sums: defaultdict[tuple[Any, str], list[torch.Tensor]] = defaultdict(list)
         forward = network.forward
@@ -197,25 +212,35 @@ class Bookkeeper(CallCounter):
     def _watch(self, key: Any, side: str, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
             sums = self._sums[key, side]
-            tensor.register_hook(lambda grad: sums.append(torch.stack([grad.sum(), grad.abs().sum()]).double().cpu()))
 
-    def _aliased(self, key: Any, tensors: Any, in_place: int | None = None) -> Any:
+            def add(grad: torch.Tensor | None) -> None:
+                if grad is None:  # of a function that passes nothing on
+                    return
+                sums.append(torch.stack([grad.real.sum(), grad.abs().sum()]).double().cpu())
+
+            tensor.register_hook(add)
+
+    def _aliased(self, key: Any, tensors: Any, active: Sequence[int] | None = None, in_place: int | None = None) -> Any:
         '''The same tensors by names of their own: what flows back through them comes from one reader alone.'''
-        position = iter(range(len(tensors_in(tensors))))
+        found = tensors_in(tensors)
+        watched = [position for position in active or () if found[position].requires_grad] or range(len(found))
+        numbers = iter(range(len(found)))
 
         def alias(tensor: torch.Tensor) -> torch.Tensor:
-            written = next(position) == in_place
-            tensor = tensor if written or not tensor.requires_grad else tensor.view_as(tensor)
-            self._watch(key, 'passed', tensor)
+            position = next(numbers)
+            tensor = tensor if position == in_place or not tensor.requires_grad else tensor.view_as(tensor)
+            if position in watched:  # parameters are not, but those that token numbers choose from
+                self._watch(key, 'passed', tensor)
             return tensor
 
         return map_tensors(alias, tensors)
 
     def intercept(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         key = self.site
-        if key not in self._in_place or any(frame.module in self._owners for frame in self._stack):
+        call = self._called.get(key)
+        if call is None or any(frame.module in self._owners for frame in self._stack):
             return func(*args, **kwargs)
-        args, kwargs = self._aliased(key, (args, kwargs), self._in_place[key])
+        args, kwargs = self._aliased(key, (args, kwargs), call.active, call.in_place)
         result = func(*args, **kwargs)
         self.open(key, Account(key.function.strip('_'), key.module, key in self._layers),
                   tensors_in(result))
@@ -233,20 +258,23 @@ class Bookkeeper(CallCounter):
             between = isinstance(self._owners[frame.module], (Activation, AvgPool, BatchNorm, MaxPool, Sum))
             self.open((frame.module, frame.call), Account('', frame.module, not between), tensors_in(output))
 
-    def close(self, start: torch.Tensor) -> dict[Any, Account]:
-        '''The accounts over the relevance that was started with.'''
-        scale = torch.tensor([float(start.sum()), float(start.abs().sum())], dtype=torch.float64)
-        if abs(scale[0]) < 1e-3 * scale[1]:  # contrastive, say: there is no sum to speak of
-            scale[0] = scale[1]
+    def close(self, start: torch.Tensor) -> tuple[dict[Any, Account], tuple[float, float]]:
+        '''The accounts over the relevance that was started with, and that itself.'''
+        total, mass = float(start.double().sum()), float(start.double().abs().sum())
+        if not 0 < mass < torch.inf:
+            raise PruneError(f'the initial relevance has a mass of {mass:.3g}: start from an output that the network '
+                             'decides, e.g. the predicted class.')
+        cancels = abs(total) < 1e-3 * mass  # contrastive, say: there is no sum to speak of
+        scale = torch.tensor([mass if cancels else total, mass], dtype=torch.float64)
         for (key, side), sums in self._sums.items():
-            total, mass = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
-            setattr(self._accounts[key], side, total)
-            setattr(self._accounts[key], f'{side}_mass', mass)
+            amounts = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
+            for name, amount in zip((side, f'{side}_mass'), amounts):
+                setattr(self._accounts[key], name, amount)
         for account in reversed(self._accounts.values()):
             if not account.passed_mass < torch.inf:
                 raise PruneError(f'relevance is not finite any more behind {account}: a rule there divides by zero or '
                                  'overflows. Use a rule with a larger epsilon, or attribute in float32 or float64.')
-        return self._accounts
+        return self._accounts, (total / float(scale[0]), 1.0)
 
 
 def _place(function: str, module: str) -> str:
@@ -272,7 +300,7 @@ def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     operations = [operation for operation in run.operations if any(operation.active)]
     last = {value: index for index, operation in enumerate(operations)
             for value, active in zip(operation.reads, operation.active or [True] * len(operation.reads)) if active}
-    live: set[int] = set()
+    live = set(last).difference(value for operation in operations for value in operation.writes)  # the inputs
     found: list[tuple[bool, str, list[Any]]] = []
     for index, operation in enumerate(operations):
         live = {value for value in live if last[value] > index} | {
@@ -284,12 +312,12 @@ def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
     for index in range(len(found) - 1, -1, -1):
         if index + 1 == len(found) or found[index + 1][0]:
             yield found[index][1:]
-    yield 'input', ['input']
+    yield 'input', ['input']  # without an account where there are token numbers, to which no relevance comes
 
 
 def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[str]:
     worst = max(stages, key=lambda stage: abs(stage.made))
-    if not abs(worst.made) <= TOLERANCE:
+    if not abs(worst.made) <= TOLERANCE * max(1, ROUNDING * max(stage.mass for stage in stages)):
         culprits = [account for account in accounts
                     if not account.is_layer and abs(account.made) > 0.01 * abs(account.received) + 1e-3]
         yield (f'Relevance is unsound: {abs(worst.made):.3g} times the initial one is '
