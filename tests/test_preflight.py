@@ -151,15 +151,34 @@ def test_what_layers_take_is_told_apart() -> None:
     assert found.stages[-1].taken == pytest.approx(1 - float(relevance.sum()) / 3, abs=1e-5)  # pools have stabilizers
 
 
-def test_constants_beside_the_input_take_their_share() -> None:
+CONSTANTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'cat': lambda x: torch.cat([torch.ones_like(x[:, :1]).detach(), x[:, 1:]], 1),
+    'token': lambda x: torch.cat([torch.ones(len(x), 1, 8, 8).to(x), x[:, 1:]], 1),
+    'where': lambda x: torch.where(x > 0.7, x, torch.tensor(0.7).to(x)),
+    'masked_fill': lambda x: x.masked_fill(torch.ones(8, 8).tril().bool(), 1.0),
+    'pad': lambda x: F.pad(x[..., 1:], (1, 0), value=1.0),
+}
+
+
+@pytest.mark.parametrize('name', CONSTANTS)
+def test_constants_beside_the_input_take_their_share(name: str) -> None:
     '''Class tokens, say.'''
-    token = torch.ones(1, 1, 8, 8)
-    for step in (
-        lambda x: torch.cat([token.to(x).expand(len(x), -1, -1, -1), x[:, 1:]], 1),
-        lambda x: torch.where(x > 0.7, x, token.to(x)),
-    ):
-        found = checked(stepping(step).double(), conserving(), images(3, dtype=torch.float64))
-        assert found.sound and abs(found.stages[-1].taken) > 0.01
+    found = checked(stepping(CONSTANTS[name]).double(), conserving(), images(3, dtype=torch.float64))
+    assert found.sound and abs(found.stages[-1].taken) > 1e-3
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_named(kind: Any) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = kind(3, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.rnn(x.flatten(2).mT)[0].mean(1))
+
+    found = checked(seeded(Recurrent()).double(), conserving(), images(3, dtype=torch.float64))
+    assert not found.sound and "in 'rnn'" in found.problems[0]
 
 
 def test_stages_are_what_is_read_at_modules() -> None:
@@ -192,7 +211,7 @@ def test_stages_are_what_is_read_at_modules() -> None:
 def test_fading_relevance_is_named() -> None:
     model = chain()
     with torch.no_grad():
-        model[2].bias.fill_(100.0)
+        model[2].bias.fill_(10000.0)
     rules = LayerMapComposite([*layer_map_base(), (Linear, ZPlus())])
     found = checked(model, rules)
     assert not found.sound and 'fades' in found.problems[-1] and "'2'" in found.problems[-1]

@@ -9,7 +9,7 @@ between them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,9 +137,8 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     '''
     run = recording.runs['eval']
     canonizer = GraphCanonizer.from_recording(recording)
-    layers = {call.site for call in run.functions if _takes(call, canonizer.functions.get(call.site))}
     with attributing(model, composite, canonizer,
-                     lambda network: Bookkeeper(network, run.functions, layers)) as attribution:
+                     lambda network: Bookkeeper(network, run.functions, canonizer.functions)) as attribution:
         book, started = _book(attribution.network, attribution.reader, x, target, initial)
     positions = {key: position for position, key in enumerate(book)}
     stages = [Stage('output', *started, 0.0, 0.0)]
@@ -154,12 +153,12 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
 
 
-def _takes(call: FunctionCall, equivalent: Equivalent | None) -> bool:
-    '''Whether a call may take relevance: as a layer does, or for constants (class tokens) put beside its input.'''
+def _takes(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
+    '''Whether a call may take relevance: as a layer does, or for constants (class tokens, pads) beside its input.'''
     if equivalent is not None:
         return equivalent.takes
-    constants = len(call.active) < len(call.arguments)
-    return constants and all(operation.name in CHOOSING for operation in call.operations if any(operation.active))
+    names = {operation.name for operation in call.operations if any(operation.active)}
+    return names == {'constant_pad_nd'} or (names <= CHOOSING and not all(tensor.requires_grad for tensor in tensors))
 
 
 def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
@@ -182,9 +181,9 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
 class Bookkeeper(CallCounter):
     '''While a network runs, hook what enters and leaves its functions and the modules that have rules.'''
 
-    def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], layers: set[Site]):
+    def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], equivalents: Mapping[Site, Equivalent]):
         super().__init__(network)
-        self._network, self._layers = network, layers
+        self._network, self._equivalents = network, equivalents
         self._called = {call.site: call for call in calls}
         self._accounts: dict[Any, Account] = {}
         self._sums: defaultdict[tuple[Any, str], list[torch.Tensor]] = defaultdict(list)
@@ -240,9 +239,10 @@ class Bookkeeper(CallCounter):
         call = self._called.get(key)
         if call is None or any(frame.module in self._owners for frame in self._stack):
             return func(*args, **kwargs)
+        takes = _takes(call, self._equivalents.get(key), tensors_in((args, kwargs)))
         args, kwargs = self._aliased(key, (args, kwargs), call.active, call.in_place)
         result = func(*args, **kwargs)
-        self.open(key, Account(key.function.strip('_'), key.module, key in self._layers),
+        self.open(key, Account(key.function.strip('_'), key.module, takes),
                   tensors_in(result))
         return result
 
