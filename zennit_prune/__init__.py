@@ -1,11 +1,12 @@
 '''Prune networks by explaining them: remove the channels of least relevance, exactly.'''
 from .canonize import GraphCanonizer
 from .collect import Collector
-from .cost import Budget, Cost, cost, latency
+from .cost import Budget, Cost, cost
 from .errors import PruneError, PruneWarning, VerificationError
 from .graph import ChannelGraph, trace
 from .groups import ChannelGroup, Member
 from .heatmap import heatmap, heatmap_image
+from .latency import LatencyTable, latency
 from .plan import Plan, verify
 from .pruner import Pruner, prune
 from .relevance import Relevance
@@ -14,6 +15,6 @@ from .storage import load, save
 
 __version__ = '0.1.0'
 
-__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan',
-           'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'VerificationError', 'cost', 'heatmap',
-           'heatmap_image', 'latency', 'load', 'prune', 'save', 'trace', 'verify']
+__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable', 'Member',
+           'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'VerificationError', 'cost',
+           'heatmap', 'heatmap_image', 'latency', 'load', 'prune', 'save', 'trace', 'verify']
