@@ -2,6 +2,7 @@
 from .canonize import GraphCanonizer
 from .collect import Collector
 from .cost import Budget, Cost, cost
+from .curves import Sweep
 from .errors import PruneError, PruneWarning, VerificationError
 from .graph import ChannelGraph, trace
 from .groups import ChannelGroup, Member
@@ -12,9 +13,10 @@ from .pruner import Pruner, prune
 from .relevance import Relevance
 from .reliability import Reliability
 from .storage import load, save
+from .sweep import sweep
 
 __version__ = '0.1.0'
 
 __all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable', 'Member',
-           'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'VerificationError', 'cost',
-           'heatmap', 'heatmap_image', 'latency', 'load', 'prune', 'save', 'trace', 'verify']
+           'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'Sweep', 'VerificationError',
+           'cost', 'heatmap', 'heatmap_image', 'latency', 'load', 'prune', 'save', 'sweep', 'trace', 'verify']
