@@ -22,6 +22,7 @@ from .graph import ChannelGraph, trace
 from .heatmap import heatmap
 from .initial import Initial
 from .iterate import Loop
+from .latency import LatencyModel, LatencyTable, timed
 from .loaders import batches
 from .measures import MEASURES
 from .networks import map_tensors, unwrapped
@@ -30,6 +31,7 @@ from .preflight import Preflight, preflight
 from .relevance import Relevance
 from .result import Result, Step
 from .streaming import collect
+from .timing import device_name, device_of
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 
@@ -63,6 +65,7 @@ class Pruner:
         self.composite = recommended_composite() if composite is None else composite
         self.ignore, self.layernorm = ignore, layernorm
         self.graph = trace(self.model, example, ignore, layernorm)
+        self._latencies: dict[str, LatencyTable] = {}
 
     def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
                   **options: Any) -> Collector:
@@ -153,7 +156,8 @@ class Pruner:
         return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
-             round_to: int | None = None, per_cost: bool = True) -> Plan:
+             round_to: int | None = None, per_cost: bool = True, latencies: LatencyTable | None = None,
+             progress: bool = True) -> Plan:
         '''Choose the channels to remove: lowest relevance per cost saved first, until the budget holds.
 
         Parameters
@@ -161,9 +165,14 @@ class Pruner:
         relevance: Relevance
             The scores; groups without are kept whole.
         budget: Budget
-            What is to be left of the network.
+            What is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
+            networks are measured side by side, and the plan says so (``plan.timing``).
         min_channels, floor, round_to, per_cost:
             See :func:`zennit_prune.allocate.allocate`.
+        latencies: LatencyTable, optional
+            For latency budgets, e.g. loaded from a file, of this device or another; else that of :meth:`latencies`.
+        progress: bool
+            Show a progress bar on standard error while latencies are measured.
 
         Raises
         ------
@@ -179,8 +188,32 @@ class Pruner:
                 raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} '
                                  'channels.')
             scores[group.name] = values.numpy()
-        removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
-        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None)
+        costs = CostModel(self.graph)
+        if budget.unit == 'latency':
+            costs = LatencyModel(self.graph, self.model, latencies or self.latencies(progress=progress))
+        removed = allocate(self.graph, costs, scores, budget, min_channels, floor, round_to, per_cost)
+        timing = None
+        if isinstance(costs, LatencyModel):
+            timing = timed(costs, self.model, removed, budget.limit(costs.latencies.original))
+        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None, timing)
+
+    def latencies(self, seconds: float | None = None, progress: bool = True) -> LatencyTable:
+        '''What the operations of the network take where it is now, at a ladder of widths; for latency budgets.
+
+        Measured once on each device and kept, or again where ``seconds`` are given. The batch is the example's.
+
+        Parameters
+        ----------
+        seconds: float, optional
+            About how long to measure, 30 by default. Large networks take longer: everything is measured three times.
+        progress: bool
+            Show a progress bar on standard error.
+        '''
+        device = device_name(device_of(self.model))
+        if seconds is not None or device not in self._latencies:
+            costs = LatencyModel(self.graph, self.model, None, 30.0 if seconds is None else seconds, progress)
+            self._latencies[device] = costs.latencies
+        return self._latencies[device]
 
     def prune(self, loader: Iterable[Any], budget: Budget, criterion: Criterion = 'relevance', repair: str = 'refit',
               verify: bool = True, progress: bool = True, **options: Any) -> Result:
@@ -319,3 +352,5 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     example = map_tensors(lambda tensor: tensor.to(device), first[0])
     pruner = Pruner(model, composite, example, ignore)
     return pruner.prune(chain([first], stream), budget, repair=repair, progress=progress).model
+    relevance = pruner.collect(chain([first], stream), progress=progress)
+    return pruner.plan(relevance, budget, progress=progress).apply(pruner.model)
