@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
+ZENNIT_FACING := $(addprefix tests/test_,$(addsuffix .py,attributors canonize closed_forms collect criteria functions \
+	heatmap layers preflight))
 
 .PHONY: demo test test-other-zennit test-slow lint benchmark clean
 
@@ -17,8 +19,7 @@ test: $(VENV)/test.installed
 test-other-zennit: $(VENV)/test.installed
 	other=$$($(RUN) -c "from importlib.metadata import version; print('1.0.0' if version('zennit') < '1' else '0.5.1')") && \
 	$(RUN) -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target $(VENV)/zennit-$$other zennit==$$other && \
-	PYTHONPATH=$(VENV)/zennit-$$other $(RUN) -m pytest -n $(WORKERS) tests/test_collect.py tests/test_criteria.py tests/test_canonize.py tests/test_heatmap.py \
-		tests/test_functions.py tests/test_layers.py tests/test_closed_forms.py tests/test_conservation.py tests/test_preflight.py
+	PYTHONPATH=$(VENV)/zennit-$$other $(RUN) -m pytest -n $(WORKERS) $(ZENNIT_FACING)
 
 test-slow: $(VENV)/test.installed
 	$(RUN) -m pytest -n $(WORKERS) -m slow

@@ -97,8 +97,35 @@ STEPS: dict[str, Callable[[int, Path], zp.Relevance]] = {
     'interrupted files': lambda rank, folder: files(folder),
     'resumed': lambda rank, folder: pruner().collect(uneven(rank), checkpoint=folder / 'collect', progress=False),
     'resumed files': lambda rank, folder: files(folder),
+    'pruned': lambda rank, _: weights(pruner().prune(uneven(rank), HALF, repair='batchnorm', progress=False)),
+    'iterated': lambda rank, folder: iterated(rank, folder),
     'progress': lambda rank, _: pruner().collect(uneven(rank)),
 }
+
+
+HALF = zp.Budget(flops=0.5)
+
+
+def weights(result: zp.Result) -> zp.Relevance:
+    '''A network in the guise of scores.'''
+    tensors = {name: tensor.flatten() for name, tensor in result.model.state_dict().items()}
+    return zp.Relevance(tensors, info={'evaluations': [step.evaluation for step in result.history]})
+
+
+def iterated(rank: int, folder: Path) -> zp.Relevance:
+    '''Interrupted on both ranks, and resumed; every rank evaluates something else.'''
+    def stop(step: zp.Step) -> None:
+        if step.number == 1:
+            raise OSError('the disk is gone')
+
+    evaluate = (lambda network: 0.9 - rank / 2)  # noqa: E731
+    for callback in (stop, None):
+        try:
+            result = pruner().iterate(uneven(rank), HALF, 0.2, repair='batchnorm', callback=callback, floor=0.5,
+                                      evaluate=evaluate, checkpoint=folder / 'run', progress=False)  # fmt: skip
+        except OSError:
+            distributed.barrier()
+    return weights(result)
 
 
 def files(folder: Path) -> Any:
@@ -219,6 +246,19 @@ def test_shards_add_up(two: Two, step: str) -> None:
         assert apart(found[0][name], expected[name]) <= 1e-6
     plans = [pruner().plan(each, zp.Budget(flops=0.6)) for each in found]
     assert plans[0].removed == plans[1].removed and plans[0].removed
+
+
+@pytest.mark.parametrize('step', ['pruned', 'iterated'])
+def test_all_processes_get_the_same_network(two: Two, step: str) -> None:
+    '''It is repaired on the references of all, and ends where the first process says.'''
+    found = two.relevance(step)
+    assert found[0].info == found[1].info and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    loader = [*uneven(0), *uneven(1)]
+    options: dict[str, Any] = {'repair': 'batchnorm', 'progress': False}
+    expected = pruner().prune(loader, HALF, **options) if step == 'pruned' else pruner().iterate(
+        loader, HALF, 0.2, evaluate=lambda network: 0.9, **options)  # fmt: skip
+    assert all(apart(found[0][name], values) <= 1e-5 for name, values in weights(expected).items() if values.any())
+    assert weights(expected).info == found[0].info and not (two.folder / 'run').exists()
 
 
 def test_scores_equal_those_of_one_process_that_sees_the_same_batches(two: Two) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 import zennit_prune as zp
 from zennit_prune.criteria import CRITERIA
@@ -69,6 +70,32 @@ def test_relevance_beats_chance(loaders: ModuleType) -> None:
     chance = max(accuracy(pruner.plan(pruner.collect((), 'random', seed=seed), zp.Budget(flops=0.8)))
                  for seed in range(5))
     assert accuracy(pruner.plan(relevance, zp.Budget(flops=0.8))) > chance
+
+
+def test_step_by_step_with_training_down_to_a_floor(loaders: ModuleType) -> None:
+    network, preprocess = loaders.load('resnet20_cifar10')
+    images, labels = references(loaders, 'resnet20_cifar10')
+    x, (test, truth) = preprocess(images), (part[:500] for part in loaders.cifar10('test_5k'))
+    test = preprocess(test)
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model(test).argmax(1) == truth).float().mean())
+
+    def learned(model: nn.Module) -> nn.Module:
+        return zp.finetune(model, x, 2, teacher=network, progress=False)
+
+    pruner = zp.Pruner(network, None, x[:1])
+    plain, trained = (
+        pruner.iterate((x, labels), zp.Budget(flops=0.6), 0.1, finetune=tune, repair='batchnorm', evaluate=accuracy,
+                       progress=False) for tune in (None, learned)
+    )  # fmt: skip
+    assert accuracy(trained.model) == trained.history[-1].evaluation > max(0.6, plain.history[-1].evaluation - 0.02)
+    assert len(plain.history) == 5 and all(step.stability > 0.7 for step in plain.history[1:])
+    with pytest.warns(zp.PruneWarning, match='below floor=0.9'):
+        good = pruner.iterate((x, labels), zp.Budget(flops=0.3), 0.1, repair='batchnorm', evaluate=accuracy, floor=0.9,
+                              progress=False)
+    assert accuracy(good.model) == good.history[-1].evaluation >= 0.9
 
 
 @pytest.mark.parametrize('criterion', [*MEASURES, *CRITERIA])

@@ -1,19 +1,27 @@
 '''Prune networks by explaining them: remove the channels of least relevance, exactly.'''
+from . import presets
 from .canonize import GraphCanonizer
 from .collect import Collector
-from .cost import Budget, Cost, cost, latency
+from .cost import Budget, Cost, cost
+from .curves import Sweep
 from .errors import PruneError, PruneWarning, VerificationError
+from .finetune import finetune
 from .graph import ChannelGraph, trace
 from .groups import ChannelGroup, Member
 from .heatmap import heatmap, heatmap_image
+from .latency import LatencyTable, latency
 from .plan import Plan, verify
 from .pruner import Pruner, prune
 from .relevance import Relevance
 from .reliability import Reliability
+from .repair import repair
+from .result import Result, Step
 from .storage import load, save
+from .sweep import sweep
 
 __version__ = '0.1.0'
 
-__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'Member', 'Plan',
-           'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'VerificationError', 'cost', 'heatmap',
-           'heatmap_image', 'latency', 'load', 'prune', 'save', 'trace', 'verify']
+__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable', 'Member',
+           'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'Result', 'Step', 'Sweep',
+           'VerificationError', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets', 'prune',
+           'repair', 'save', 'sweep', 'trace', 'verify']

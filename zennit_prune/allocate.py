@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from .cost import Budget, CostModel
+from .cost import Budget, CostModel, written
 from .errors import PruneError
 from .graph import ChannelGraph
 
@@ -17,6 +17,9 @@ Scores = Mapping[str, npt.NDArray[np.float64]]
 def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int = 1,
              floor: float = 0.0, round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
     '''Remove the channels of lowest score, or of lowest score per cost saved, until the budget holds.
+
+    The cost left is within the budget, and no channel that is removed (with ``round_to``, no such step) fits in any
+    more.
 
     Parameters
     ----------
@@ -76,13 +79,14 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     whole = costs(budget.unit, removed(0))
     limit = budget.limit(whole) * (1 + 1e-12)
     if whole <= limit:
-        raise PruneError(f'{budget!r} leaves the network as it is: it has {whole:,.0f} {budget.unit}. Ask for less.')
+        raise PruneError(f'{budget!r} leaves the network as it is: it has {written(budget.unit, whole)}. Ask for less.')
     least_cost = costs(budget.unit, removed(len(owner)))
     if least_cost > limit:
+        share, amount = math.ceil(least_cost / whole * 1e4) / 1e4, written(budget.unit, least_cost).split()[0]
         raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels}, floor={floor} and '
-                         f'round_to={round_to} the nearest is {least_cost / whole:.4f} of the original '
-                         f'({math.ceil(least_cost):,} of {whole:,.0f} {budget.unit}). Allow more, lower these limits, '
-                         'or see graph.locked for what must stay.')
+                         f'round_to={round_to} the nearest is {share:.4f} of the original ({amount} of '
+                         f'{written(budget.unit, whole)}). Allow more, lower these limits, or see graph.locked for '
+                         'what must stay.')
     low, high = 0, len(owner)
     while high - low > 1:
         middle = (low + high) // 2
@@ -94,14 +98,17 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
 
 def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.float64], owner: npt.NDArray[np.int64],
               step: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    '''The last step may have saved more than was needed: put back what still fits, the most valuable first.'''
-    for position in range(len(owner) - 1, max(len(owner) - 1 - 4 * len(counts), -1), -1):
-        trial = counts.copy()
-        trial[owner[position]] -= step[position]
-        later = owner[position + 1:] == owner[position]
-        taken_back = counts[owner[position]] == step[:position + 1][owner[:position + 1] == owner[position]].sum()
-        if (taken_back or not later.any()) and costs(unit, trial) <= limit:
-            counts = trial
+    '''The last step may have saved more than was needed: put back what still fits, the most valuable first.
+
+    What does not fit now will not fit later, for every step that is put back only adds to the cost.
+    '''
+    full: set[int] = set()
+    for number, taken in zip(owner[::-1].tolist(), step[::-1].tolist()):
+        if number not in full:
+            counts[number] -= taken
+            if costs(unit, counts) > limit:
+                counts[number] += taken
+                full.add(number)
     return counts
 
 

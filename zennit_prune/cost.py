@@ -1,8 +1,7 @@
-'''What a network costs: parameters, floating-point operations, bytes, seconds; and budgets in these units.'''
+'''What a network costs: parameters, floating-point operations, bytes; and budgets.'''
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import PruneError
 from .graph import ChannelGraph
 from .labels import Labels, first
-from .networks import map_tensors, structural_copy, unique_tensors, unwrapped
+from .networks import structural_copy, unique_tensors, unwrapped
 from .trace import prepare_example
-from .verify import evaluating
 
-UNITS = ('flops', 'params', 'bytes', 'channels')
+BUDGETS = ('flops', 'params', 'bytes', 'channels', 'latency', 'latency_fraction')
 
 
 @dataclass(frozen=True)
@@ -80,48 +78,6 @@ def cost(model: nn.Module, example: Any) -> Cost:
                 bytes=sum(tensor.numel() * tensor.element_size() for tensor in unique_tensors(model).values()))
 
 
-def latency(model: nn.Module, example: Any, device: torch.device | str | None = None, repeats: int = 20) -> float:
-    '''Measure the median time of a forward pass.
-
-    Parameters
-    ----------
-    model: torch.nn.Module
-        Any network; its training flag, device and gradients are left as they are.
-    example: torch.Tensor, tuple or dict
-        The input to time with; its batch size counts.
-    device: torch.device or str, optional
-        Where to measure, if not where the network is: a copy is moved there.
-    repeats: int
-        How often to measure, after three runs that are not.
-
-    Returns
-    -------
-    float
-        Seconds.
-    '''
-    model = unwrapped(model)
-    if repeats < 1:
-        raise PruneError(f'repeats={repeats!r}: measure at least once.')
-    given = prepare_example(model, example)
-    if device is not None:
-        model = structural_copy(model, 'real').to(device)
-    given.device = 'real'
-    args, kwargs = given.arguments()
-    if device is not None:
-        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-    on_cuda = any(tensor.is_cuda for tensor in model.parameters())
-    seconds = []
-    with torch.no_grad(), evaluating(model):
-        for repeat in range(repeats + 3):
-            start = time.perf_counter()
-            model(*args, **kwargs)
-            if on_cuda:
-                torch.cuda.synchronize()
-            if repeat >= 3:
-                seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
-
-
 class Budget:
     '''How much is to be left of a network, in one unit.
 
@@ -130,6 +86,19 @@ class Budget:
     flops, params, bytes, channels: float or int
         Exactly one. A real number in (0, 1) is a fraction of the original; an integer above 1 is absolute, FLOPs per
         sample. ``channels`` counts the removable channels, the positions of all groups.
+    latency: float
+        Or this: seconds of a forward pass with the example, see :mod:`zennit_prune.latency`.
+    latency_fraction: float
+        Or this: the same as a fraction of the original's.
+
+    Attributes
+    ----------
+    name, value:
+        What was given.
+    unit: str
+        What is counted, a fraction or not.
+    is_fraction: bool
+        Whether ``value`` is a fraction of the original.
 
     Raises
     ------
@@ -138,25 +107,38 @@ class Budget:
     '''
 
     def __init__(self, **amount: float):
-        units = ', '.join(f'{unit}=' for unit in UNITS)
-        if len(amount) != 1 or next(iter(amount)) not in UNITS:
-            raise PruneError(f'a budget has exactly one of {units} (given: {amount or "nothing"}), e.g. '
-                             'Budget(flops=0.5).')
-        (self.unit, self.value), = amount.items()
-        value = self.value
-        fraction = isinstance(value, (float, np.floating)) and 0 < value < 1
-        absolute = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 1
-        if not fraction and not absolute:
-            raise PruneError(f'Budget({self.unit}={value!r}) says nothing: what is to be left is a fraction between 0 '
-                             f'and 1, as in Budget({self.unit}=0.5), or a whole number above 1.')
-        self.is_fraction = fraction
+        if len(amount) != 1 or next(iter(amount)) not in BUDGETS:
+            raise PruneError(f'a budget has exactly one of {", ".join(f"{name}=" for name in BUDGETS)} (given: '
+                             f'{amount or "nothing"}), e.g. Budget(flops=0.5).')
+        (self.name, value), = amount.items()
+        self.unit = self.name.removesuffix('_fraction')
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        real = isinstance(value, (float, np.floating))
+        self.is_fraction = self.name != 'latency' and real and 0 < value < 1
+        allowed = f'a fraction between 0 and 1, as in Budget({self.name}=0.5)'
+        if self.name == 'latency':
+            valid, allowed = (whole or real) and 0 < value < math.inf, 'a number of seconds, above 0'
+        elif self.name == 'latency_fraction':
+            valid = self.is_fraction
+        else:
+            valid, allowed = self.is_fraction or (whole and value > 1), f'{allowed}, or a whole number above 1'
+        if not valid:
+            raise PruneError(f'Budget({self.name}={value!r}) says nothing: what is to be left is {allowed}.')
+        self.value = value.item() if isinstance(value, np.generic) else value
 
     def limit(self, whole: float) -> float:
         '''The amount that may be left of ``whole``.'''
         return float(self.value) * whole if self.is_fraction else float(self.value)
 
     def __repr__(self) -> str:
-        return f'Budget({self.unit}={self.value!r})'
+        return f'Budget({self.name}={self.value!r})'
+
+
+def written(unit: str, amount: float) -> str:
+    '''An amount to read, rounded up so that it can be asked for.'''
+    if unit == 'latency':
+        return f'{math.ceil(amount * 1e6 * (1 - 1e-12)) / 1e3:,.3f} ms'
+    return f'{math.ceil(amount * (1 - 1e-12)):,} {unit}'
 
 
 class CostModel:
@@ -172,7 +154,7 @@ class CostModel:
     '''
 
     def __init__(self, graph: ChannelGraph):
-        self._graph = graph
+        self.graph = graph
         self.sizes = np.array([group.size for group in graph.groups], float)
         self._axes: dict[bytes, int] = {}
         self._lengths: list[float] = [1.0]
@@ -196,9 +178,9 @@ class CostModel:
 
     def _axis(self, labels: Labels, dim: int | None = None) -> int:
         '''The number of a dimension with these labels; 0 where it never shrinks.'''
-        groups = self._order[self._graph.solution.channel[labels]]
+        groups = self._order[self.graph.solution.channel[labels]]
         if dim is not None:
-            channels = self._graph.solution.channel[labels]
+            channels = self.graph.solution.channel[labels]
             if labels.shape[dim] > 1 and not (channels != first(channels, dim)).any():
                 return 0
             groups = np.moveaxis(groups, dim, 0).reshape(groups.shape[dim], -1)[:, 0]
@@ -223,10 +205,13 @@ class CostModel:
         '''The cost in ``unit`` when each group loses so many channels.'''
         if unit == 'channels':
             return float((self.sizes - removed).sum())
-        lengths = np.array(self._lengths)
-        left = (lengths - np.array(self._multiplicity) @ removed) / lengths
         amounts, axes = self._terms[unit]
-        return float(amounts @ left[axes].prod(1))
+        return float(amounts @ self._left(removed)[axes].prod(1))
+
+    def _left(self, removed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        '''The share that is left of each dimension.'''
+        lengths = np.array(self._lengths)
+        return (lengths - np.array(self._multiplicity) @ removed) / lengths
 
     def savings(self, unit: str) -> npt.NDArray[np.float64]:
         '''What the first channel of each group saves.'''

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from tqdm.auto import trange
 from zennit.composites import EpsilonPlus
 
-from .cost import Budget, cost, latency
+from .cost import Budget, cost
 from .errors import PruneError
 from .heatmap import heatmap, heatmap_image
+from .latency import latency
 from .plan import Plan
 from .pruner import Pruner
 from .storage import load, save

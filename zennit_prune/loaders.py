@@ -25,14 +25,7 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
         What a progress bar on standard error says.
     '''
     left = _own_samples(loader)
-    if isinstance(loader, torch.Tensor):
-        loader = loader.split(32)
-    elif isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, torch.Tensor) for part in loader):
-        if len(loader[0]) != len(loader[1]):
-            raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
-        loader = list(zip(loader[0].split(32), loader[1].split(32)))
-    elif not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
-        raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.')
+    loader = as_loader(loader)
     try:
         total = len(loader)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a DataLoader of an IterableDataset
@@ -47,6 +40,19 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
             if not batch_size(inputs):
                 return
         yield inputs, target
+
+
+def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
+    '''What yields batches as it is; a tensor, or a pair of tensors, as a list of batches of 32.'''
+    if isinstance(loader, torch.Tensor):
+        return list(loader.split(32))
+    if isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, torch.Tensor) for part in loader):
+        if len(loader[0]) != len(loader[1]):
+            raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
+        return list(zip(loader[0].split(32), loader[1].split(32)))
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
+        raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.')
+    return loader
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from .errors import PruneError
 from .files import write_text
 from .graph import ChannelGraph
 from .groups import ChannelGroup
+from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
 from .reliability import Reliability
@@ -41,6 +42,8 @@ class Plan:
         Positions within each group.
     reliability: Reliability, optional
         How far the scores that the plan was made from depend on the samples; for the table, and kept by edits.
+    timing: Timing, optional
+        What a plan for a latency budget was measured to take; for the table, gone with an edit, and not saved.
 
     Attributes
     ----------
@@ -54,8 +57,8 @@ class Plan:
     '''
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
-                 reliability: Reliability | None = None):
-        self.graph, self.reliability = graph, reliability
+                 reliability: Reliability | None = None, timing: Timing | None = None):
+        self.graph, self.reliability, self.timing = graph, reliability, timing
         if removed is not None and not isinstance(removed, Mapping):
             raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
         found: dict[str, tuple[int, ...]] = {}
@@ -270,7 +273,7 @@ class Plan:
             before, after = costs(unit, 0 * counts), costs(unit, counts)
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
         header = ('group', 'channels', 'left', 'share', *['stability'] * bool(stability))
-        notes = [] if self.reliability is None else [str(self.reliability)]
+        notes = [str(note) for note in (self.timing, self.reliability) if note is not None]
         return '\n'.join([table(header, rows), '', *totals, *notes])
 
     def __repr__(self) -> str:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,13 +21,17 @@ from .errors import PruneError
 from .graph import ChannelGraph, trace
 from .heatmap import heatmap
 from .initial import Initial
+from .iterate import Loop
+from .latency import LatencyModel, LatencyTable, timed
 from .loaders import batches
 from .measures import MEASURES
 from .networks import map_tensors, unwrapped
 from .plan import Plan
 from .preflight import Preflight, preflight
 from .relevance import Relevance
+from .result import Result, Step
 from .streaming import collect
+from .timing import device_name, device_of
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 
@@ -59,7 +63,9 @@ class Pruner:
                              'None.')
         self.model = unwrapped(model)
         self.composite = recommended_composite() if composite is None else composite
+        self.ignore, self.layernorm = ignore, layernorm
         self.graph = trace(self.model, example, ignore, layernorm)
+        self._latencies: dict[str, LatencyTable] = {}
 
     def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
                   **options: Any) -> Collector:
@@ -150,7 +156,8 @@ class Pruner:
         return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
-             round_to: int | None = None, per_cost: bool = True) -> Plan:
+             round_to: int | None = None, per_cost: bool = True, latencies: LatencyTable | None = None,
+             progress: bool = True) -> Plan:
         '''Choose the channels to remove: lowest relevance per cost saved first, until the budget holds.
 
         Parameters
@@ -158,9 +165,14 @@ class Pruner:
         relevance: Relevance
             The scores; groups without are kept whole.
         budget: Budget
-            What is to be left of the network.
+            What is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
+            networks are measured side by side, and the plan says so (``plan.timing``).
         min_channels, floor, round_to, per_cost:
             See :func:`zennit_prune.allocate.allocate`.
+        latencies: LatencyTable, optional
+            For latency budgets, e.g. loaded from a file, of this device or another; else that of :meth:`latencies`.
+        progress: bool
+            Show a progress bar on standard error while latencies are measured.
 
         Raises
         ------
@@ -176,8 +188,123 @@ class Pruner:
                 raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} '
                                  'channels.')
             scores[group.name] = values.numpy()
-        removed = allocate(self.graph, CostModel(self.graph), scores, budget, min_channels, floor, round_to, per_cost)
-        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None)
+        costs = CostModel(self.graph)
+        if budget.unit == 'latency':
+            costs = LatencyModel(self.graph, self.model, latencies or self.latencies(progress=progress))
+        removed = allocate(self.graph, costs, scores, budget, min_channels, floor, round_to, per_cost)
+        timing = None
+        if isinstance(costs, LatencyModel):
+            timing = timed(costs, self.model, removed, budget.limit(costs.latencies.original))
+        return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None, timing)
+
+    def latencies(self, seconds: float | None = None, progress: bool = True) -> LatencyTable:
+        '''What the operations of the network take where it is now, at a ladder of widths; for latency budgets.
+
+        Measured once on each device and kept, or again where ``seconds`` are given. The batch is the example's.
+
+        Parameters
+        ----------
+        seconds: float, optional
+            About how long to measure, 30 by default. Large networks take longer: everything is measured three times.
+        progress: bool
+            Show a progress bar on standard error.
+        '''
+        device = device_name(device_of(self.model))
+        if seconds is not None or device not in self._latencies:
+            costs = LatencyModel(self.graph, self.model, None, 30.0 if seconds is None else seconds, progress)
+            self._latencies[device] = costs.latencies
+        return self._latencies[device]
+
+    def prune(self, loader: Iterable[Any], budget: Budget, criterion: Criterion = 'relevance', repair: str = 'refit',
+              verify: bool = True, progress: bool = True, **options: Any) -> Result:
+        '''All steps at once: collect, plan, apply, repair.
+
+        Parameters
+        ----------
+        loader: iterable
+            As for :meth:`collect`. It is read once: what the repair needs is kept as it goes by, all inputs of up to
+            1,024 samples, of more a random choice. A generator loses no batch.
+        budget: Budget
+            What is to be left.
+        criterion: str or callable
+            See :meth:`collect`.
+        repair: str
+            ``'refit'``, ``'batchnorm'``, ``'bias'`` or ``'none'``, see :func:`zennit_prune.repair`. What was refitted
+            is good at what the references show: a warning says if they show few of the classes.
+        verify: bool
+            See :meth:`Plan.apply`.
+        progress: bool
+            Show progress bars on standard error.
+        **options:
+            Further ones of :meth:`collect` and :meth:`plan`.
+
+        Returns
+        -------
+        Result
+            ``.model``, ``.plan``, ``.relevance``, ``.history``.
+        '''
+        seed = options.pop('seed', 0)
+        return Loop(self, budget, 1.0, criterion, repair, seed=seed, verify=verify, progress=progress,
+                    options=options).run(loader)
+
+    def iterate(self, loader: Iterable[Any], budget: Budget, step: float = 0.05, criterion: Criterion = 'relevance',
+                repair: str = 'refit', finetune: Callable[[nn.Module], nn.Module | None] | None = None,
+                callback: Callable[[Step], object] | None = None,
+                evaluate: Callable[[nn.Module], float] | None = None, floor: float | None = None,
+                checkpoint: str | os.PathLike[str] | None = None, seed: int = 0, verify: bool = True,
+                progress: bool = True, **options: Any) -> Result:
+        '''Prune step by step, scoring the network anew as it is after each.
+
+        Every step starts from random states of its own (of torch, NumPy and Python, restored after), so that loaders
+        that shuffle, ``finetune`` and ``evaluate`` draw the same numbers in a run that was interrupted.
+
+        Under ``torch.distributed``, all processes call this, each with the loader of its shard; references of all serve
+        the repair, and what ``evaluate`` returns in the first process counts. A ``finetune`` has to train all alike.
+
+        Parameters
+        ----------
+        loader: iterable
+            As for :meth:`collect`. It is read at every step; a generator is held in memory.
+        budget: Budget
+            What is to be left in the end.
+        step: float
+            How much of the original's cost a step takes, in the unit of the budget.
+        criterion, repair, verify, progress:
+            See :meth:`prune`. The repair of every step aims at what the original network computes.
+        finetune: callable, optional
+            Called with the network after each repair; trains it in place, or returns it trained. See
+            :func:`zennit_prune.finetune`.
+        callback: callable, optional
+            Called with each new :class:`zennit_prune.Step`, the original's first.
+        evaluate: callable, optional
+            From a network (a copy, in evaluation mode) to a number, the higher the better.
+        floor: float, optional
+            Stop before ``evaluate`` falls below it: the last network that does not is returned, with a warning.
+        checkpoint: path-like, optional
+            A folder to go on from after an interruption: the same call ends with the same bits. Removed when the run is
+            complete.
+        seed: int
+            For whatever is drawn.
+        **options:
+            Further ones of :meth:`collect` and :meth:`plan`; of the latter, all but ``floor``.
+
+        Returns
+        -------
+        Result
+            ``.plan`` leads from the original to ``.model``; ``.history`` has the original and every step.
+
+        Raises
+        ------
+        PruneError
+            Whatever keeps a step from being exact; a budget out of reach; a checkpoint of another run.
+        '''
+        held = list(loader) if isinstance(loader, Iterator) else loader
+        return Loop(self, budget, step, criterion, repair, finetune, callback, evaluate, floor, seed, verify, progress,
+                    options).run(held, checkpoint)
+
+    def on(self, network: nn.Module) -> Pruner:
+        '''The same composite, example and options for a pruned version of the network.'''
+        return Pruner(network, self.composite, self.graph.recording.example, self.ignore, self.layernorm)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
@@ -186,8 +313,8 @@ class Pruner:
 
 
 def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
-          ignore: Sequence[str] = (), progress: bool = True) -> nn.Module:
-    '''Remove the channels of least relevance in one call: trace, collect, plan, apply and verify.
+          ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit') -> nn.Module:
+    '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
     ----------
@@ -202,7 +329,9 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     ignore: sequence of str
         Patterns of module names whose output channels are kept.
     progress: bool
-        Show a progress bar on standard error.
+        Show progress bars on standard error.
+    repair: str
+        ``'none'`` leaves the weights that stay as they are; see :meth:`Pruner.prune`.
 
     Returns
     -------
@@ -222,5 +351,6 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     device = next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
     example = map_tensors(lambda tensor: tensor.to(device), first[0])
     pruner = Pruner(model, composite, example, ignore)
+    return pruner.prune(chain([first], stream), budget, repair=repair, progress=progress).model
     relevance = pruner.collect(chain([first], stream), progress=progress)
-    return pruner.plan(relevance, budget).apply(pruner.model)
+    return pruner.plan(relevance, budget, progress=progress).apply(pruner.model)

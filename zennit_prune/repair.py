@@ -71,7 +71,7 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         return result
     flags = {module: module.training for module in result.modules()}
     try:
-        chunks = list(_chunks(data, result, mirrored=method == 'refit'))
+        chunks = list(input_chunks(data, result, mirrored=method == 'refit'))
         with torch.no_grad():
             if method == 'batchnorm':
                 _reestimate(result, [inputs for inputs, _ in chunks])
@@ -83,7 +83,7 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     return result
 
 
-def _chunks(data: Any, network: nn.Module, mirrored: bool) -> Iterator[tuple[Any, torch.Tensor]]:
+def input_chunks(data: Any, network: nn.Module, mirrored: bool) -> Iterator[tuple[Any, torch.Tensor]]:
     '''Inputs that run at once, and the fold of each; the mirror image of an input is in its fold.'''
     device = next((tensor.device for tensor in network.parameters()), torch.device('cpu'))
     start = 0

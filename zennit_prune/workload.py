@@ -1,0 +1,160 @@
+'''The calls that a network's time goes into, each of which can be made again on tensors of other widths.'''
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from string import ascii_lowercase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .graph import ChannelGraph
+from .networks import structural_copy
+from .recorded import Operation
+from .trace import run_network
+from .tracer import Tracer
+
+MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, is taken to shrink as a whole
+
+
+@dataclass(frozen=True)
+class Like:
+    '''What it takes to make a tensor like another: its shape, type, and dimensions from the slowest to the fastest.'''
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Like:
+        strides = tensor.stride()
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])))
+
+    def made(self, device: torch.device) -> torch.Tensor:
+        '''Such a tensor of ones: whatever is done to these over and over, they never become very small.'''
+        tensor = torch.ones([self.shape[dim] for dim in self.order], dtype=self.dtype, device=device)
+        return tensor.permute(sorted(range(len(self.order)), key=lambda dim: self.order[dim]))
+
+
+class Call:
+    '''One ATen call of a traced network.
+
+    Parameters
+    ----------
+    function: torch._ops.OpOverload
+        What is called.
+    arguments:
+        Nested arguments with :class:`Like` for tensors.
+    axes: mapping of (int, int) to int
+        For the dimensions of the arguments' tensors that shrink with channels, by number of the tensor and dimension:
+        the number of the axis. Dimensions of one axis shrink by the same share.
+
+    Attributes
+    ----------
+    sizes: list of int
+        For each axis, the number of steps in which it can shrink.
+    key: str
+        Equal for calls that take the same time.
+    '''
+
+    def __init__(self, function: Any, arguments: Any, axes: dict[tuple[int, int], int]):
+        self.function = function
+        leaves, self._spec = tree_flatten(arguments)
+        self._leaves: list[Any] = leaves
+        self._tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Like)]
+        lengths = {axis: self._like(tensor).shape[dim] for (tensor, dim), axis in axes.items()}
+        self._axes, self._lengths = list(lengths), list(lengths.values())
+        self._joint = len(lengths) > MOST_AXES
+        self._bound = {place: 0 if self._joint else self._axes.index(axis) for place, axis in axes.items()}
+        self.sizes = [min(self._like(tensor).shape[dim] for (tensor, dim), number in self._bound.items()
+                          if number == axis) for axis in range(1 if self._joint else len(lengths))]
+        self.key = ' '.join([str(function), *map(self._described, range(len(leaves)))])
+
+    def _like(self, tensor: int) -> Like:
+        return self._leaves[self._tensors[tensor]]
+
+    def _described(self, position: int) -> str:
+        leaf = self._leaves[position]
+        if not isinstance(leaf, Like):
+            return str(leaf)
+        tensor = self._tensors.index(position)
+        letters = [ascii_lowercase[self._bound[tensor, dim]] if (tensor, dim) in self._bound else ''
+                   for dim in range(len(leaf.shape))]
+        dense = '' if leaf.order == tuple(range(len(leaf.shape))) else f'@{",".join(map(str, leaf.order))}'
+        sizes = 'x'.join(f'{size}{letter}' for size, letter in zip(leaf.shape, letters))
+        return f'{str(leaf.dtype).removeprefix("torch.")}({sizes}){dense}'
+
+    def shares(self, left: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        '''How much is left of each axis, given the share that is left of every axis of the network.'''
+        shares = left[self._axes]
+        return np.average(shares, weights=self._lengths, keepdims=True) if self._joint else shares
+
+    def prepared(self, widths: Sequence[int], device: torch.device) -> Callable[[], Any]:
+        '''The call on tensors of its own, with so many of the steps of each axis left.'''
+        leaves = list(self._leaves)
+        for number, position in enumerate(self._tensors):
+            like = leaves[position]
+            shape = [size if (number, dim) not in self._bound else
+                     size * widths[self._bound[number, dim]] // self.sizes[self._bound[number, dim]]
+                     for dim, size in enumerate(like.shape)]
+            leaves[position] = replace(like, shape=tuple(shape)).made(device)
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        if self.key.startswith('aten.convolution') and not args[6]:  # a depthwise one has as many groups as channels
+            args = (*args[:8], args[0].shape[1] // args[1].shape[1])
+        return lambda: self.function(*args, **kwargs)
+
+
+class CallTracer(Tracer):
+    '''Keeps, beside every recorded operation, the call that it was.'''
+
+    counts_flops = False
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.made: list[tuple[Operation, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.operations)
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        likes = [Like.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if any(operation.reads for operation in self.operations[before:]):  # not a constant met for the first time
+            self.made.append((self.operations[-1], func, tree_unflatten(likes, spec)))
+        return result
+
+
+def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int], int]) -> list[Call]:
+    '''The calls of a network that compute something from its input and take less time with fewer channels.
+
+    Parameters
+    ----------
+    graph, model:
+        The network, traced.
+    axis_of: callable
+        The number of the axis of labels along a dimension; 0 where it never shrinks.
+    '''
+    example = replace(graph.recording.example.fitted(model), resize=False, device=graph.recording.example.device)
+    tracers: list[CallTracer] = []
+
+    def tracer(*arguments: Any) -> CallTracer:
+        tracers.append(CallTracer(*arguments))
+        return tracers[-1]
+
+    run_network(structural_copy(model, example.device), example, False, tracer, graph.recording.fields)
+    calls = []
+    for operation, function, arguments in tracers[0].made:
+        axes = {(tensor, dim): axis for tensor, fields in enumerate(operation.inputs) for field in fields
+                for dim in field.dims for axis in [axis_of(field.labels, dim)] if axis}
+        if axes and any(operation.active) and not _is_view(function):
+            calls.append(Call(function, arguments, axes))
+    return calls
+
+
+def _is_view(function: Any) -> bool:
+    '''Whether a function returns its argument under another shape, which takes no time.'''
+    infos = [argument.alias_info for argument in function._schema.arguments]
+    return any(info is not None and not info.is_write for info in infos)
