@@ -18,7 +18,8 @@ from .labels import Labels, first
 from .networks import structural_copy, unique_tensors, unwrapped
 from .trace import prepare_example
 
-BUDGETS = ('flops', 'params', 'bytes', 'channels', 'latency', 'latency_fraction')
+UNITS = ('flops', 'params', 'bytes', 'channels')
+BUDGETS = (*UNITS, 'latency', 'latency_fraction')
 
 
 @dataclass(frozen=True)
