@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 FOLDS = 4
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+RIDGES = (1e-10, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
 
 
 @dataclass
@@ -37,10 +37,15 @@ class Moments:
 
     def __init__(self, intercept: bool = True):
         self.intercept = intercept
+        self._shift: torch.Tensor | float = 0.0
         self._folds: dict[int, list[torch.Tensor]] = {}
 
     def add(self, fold: int, features: torch.Tensor, errors: torch.Tensor) -> None:
         '''Add samples: ``features`` (groups, features, samples) and ``errors`` (groups, outputs, samples).'''
+        if self.intercept:  # products of what is far from zero would drown its variance
+            if not self._folds:
+                self._shift = features.mean(2, keepdim=True)
+            features = features - self._shift
         count = torch.tensor(float(features.shape[2]), dtype=torch.float64, device=features.device)
         sums = [features @ features.mT, features @ errors.mT, features.sum(2), errors.sum(2), errors.square().sum(2)]
         terms = [*(term.double() for term in sums), count]
@@ -64,7 +69,10 @@ class Moments:
         else:  # a single image: nothing is held out
             ridge, errors[1.0] = 1.0, 0.0
         gain = 1 - errors[ridge] / nothing
-        return Change(*_Fit(total, self.intercept)(ridge), ridge, gain) if gain > 0 else None
+        if not gain > 0:
+            return None
+        weight, bias = _Fit(total, self.intercept)(ridge)
+        return Change(weight, bias - (weight * self._shift).sum(1), ridge, gain)
 
     def _total(self, folds: list[int]) -> list[torch.Tensor]:
         return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
