@@ -68,7 +68,8 @@ def by_hand(features: list[torch.Tensor], errors: list[torch.Tensor], intercept:
             size = (ridge * x.square().sum(2).mean()).sqrt()
             rows = size * torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
             zeros = torch.zeros(len(x), y.shape[1], x.shape[1], dtype=x.dtype)
-            weight = torch.linalg.lstsq(torch.cat([x, rows], 2).mT, torch.cat([y, zeros], 2).mT, driver='gelsd').solution
+            left, right = torch.cat([x, rows], 2).mT, torch.cat([y, zeros], 2).mT
+            weight = torch.linalg.lstsq(left, right, driver='gelsd').solution
         return weight, (y_mean - weight.mT @ x_mean)[..., 0]
 
     losses = {}
@@ -100,8 +101,8 @@ def test_solution_from_moments(groups: int, width: int, samples: int, intercept:
     weight, bias, ridge, gain = by_hand(features, errors, intercept, RIDGES)
     assert change.gain == pytest.approx(gain, rel=1e-4)
     assert change.ridge == ridge or width > samples  # small ridges are all the same there
-    assert torch.allclose(change.weight, weight, rtol=1e-3, atol=1e-3 if width > samples else 1e-6)
-    assert torch.allclose(change.bias, bias, rtol=1e-3, atol=1e-3 if width > samples else 1e-6)
+    assert torch.allclose(change.weight, weight, rtol=1e-3, atol=1e-2 if width > samples else 1e-6)
+    assert torch.allclose(change.bias, bias, rtol=1e-3, atol=1e-2 if width > samples else 1e-6)
     assert intercept or not change.bias.any()
 
 
@@ -169,3 +170,18 @@ def test_single_precision_far_from_zero() -> None:
     change = moments.solve()
     assert change is not None
     assert torch.allclose(change.weight.flatten(), torch.tensor([2.0, 0, 0], dtype=torch.float64), atol=1e-2)
+
+
+@pytest.mark.parametrize('intercept', [True, False])
+def test_basis_of_the_samples_gives_the_same(intercept: bool) -> None:
+    parts = [(1 + noise(2, 50, 7, seed=fold), noise(2, 3, 7, seed=10 + fold)) for fold in range(4)]
+    parts = [(x, x[:, :3] - x[:, 3:6] + 0.1 * y) for x, y in parts]
+    basis = torch.linalg.qr(torch.cat([x for x, _ in parts], 2))[0]
+    whole, few = Moments(intercept), Moments(intercept, 50)
+    for fold, (x, y) in enumerate(parts):
+        whole.add(fold, x, y)
+        few.add(fold, basis.mT @ x, y)
+    a, b = whole.solve(RIDGES[1:]), few.solve(RIDGES[1:])
+    assert a is not None and b is not None and a.ridge == b.ridge and a.gain == pytest.approx(b.gain, rel=1e-4)
+    assert torch.allclose(a.weight, basis @ b.weight, atol=1e-4)
+    assert torch.allclose(a.bias, b.bias, atol=1e-4)

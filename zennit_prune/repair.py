@@ -8,7 +8,7 @@ that training can go on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from .loaders import batch_size, batches, only
 from .networks import copied, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
 from .plan import Plan
 from .regression import FOLDS, RIDGES, Change, Moments
+from .replay import Deletion
 from .surgery import Kept
 from .targets import Repairable, Target, find_targets
 from .walk import Walk
@@ -70,16 +71,15 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     if method not in METHODS:
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
     small, model = unwrapped(small), plan._checked_model(model)
-    kept = plan.graph.kept(plan.removed)
-    _check_made_by(kept, small, model)
-    result = copied(small)
-    if method == 'none':
-        return result
+    _check_made_by(plan.graph.kept(plan.removed), small, model)
     device = next((tensor.device for tensor in small.parameters()), torch.device('cpu'))
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        result = copied(small)
+        if method == 'none':
+            return result
         network = _widened(small).eval()
         chunks = list(_chunks(data, device, mirrored=method == 'refit'))
-        if method == 'batchnorm' or not _refit(network, _widened(model).eval(), plan, kept, chunks, method, progress):
+        if method == 'batchnorm' or not _refit(network, _widened(model).eval(), plan, chunks, method, progress):
             _reestimate(network, [inputs for inputs, _ in chunks], needed=method != 'batchnorm')
         repaired = dict(tensors_by_module(network))
         for name, tensor in unique_tensors(result).items():
@@ -183,10 +183,11 @@ def _settle(network: nn.Module, chunks: Sequence[Any]) -> None:
         norm.bias.copy_(shift + scale * norm.running_mean)
 
 
-def _refit(small: nn.Module, model: nn.Module, plan: Plan, kept: Kept, chunks: Sequence[tuple[Any, torch.Tensor]],
-           method: str, progress: bool) -> bool:
+def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tuple[Any, torch.Tensor]], method: str,
+           progress: bool) -> bool:
     '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
     targets = find_targets(plan.graph.recording.runs['eval'], small)
+    deletion = Deletion(plan.graph.removed_labels(plan.removed))
     names = {id(parameter): name for name, parameter in small.named_parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
@@ -201,12 +202,12 @@ def _refit(small: nn.Module, model: nn.Module, plan: Plan, kept: Kept, chunks: S
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
             layers = [layer for layer in layers if layer.channel_dim == layers[0].channel_dim]
-            if layers:
-                found = True
-                stay = kept.get(names[id(layers[0].weight)], {}).get(0)
-                for view in views:
-                    view.narrow(layers[0].channel_dim, stay)
-            for pieces in _pieces(layers):
+            if not layers:
+                continue
+            found = True
+            for view in views:
+                view.narrow(deletion(target.fields)[1])
+            for pieces in _pieces(layers, sum(map(_samples, layers[0].calls))):
                 change = _change(pieces, views, RIDGES if method == 'refit' else ())
                 if change is not None:
                     _apply(change, pieces, views)
@@ -233,10 +234,12 @@ class View:
         self.value, self.wanted, self.folds = after.value, before.value, folds
         self.calls = [after.calls.pop(layer.site) for layer in target.layers]
 
-    def narrow(self, dim: int, stay: Any) -> None:
-        '''Leave only the channels that stay in what is wanted.'''
-        if stay is not None:
-            self.wanted = self.wanted.index_select(dim, torch.from_numpy(stay).to(self.wanted.device))
+    def narrow(self, kept: Mapping[int, Any]) -> None:
+        '''Leave only the channels that stay in what is wanted; given is whether each does, by dimension.'''
+        for dim, mask in kept.items():
+            if self.wanted.shape[dim] == len(mask):
+                stay = torch.from_numpy(mask.nonzero()[0]).to(self.wanted.device)
+                self.wanted = self.wanted.index_select(dim, stay)
 
 
 class Layer:
@@ -277,13 +280,17 @@ class Layer:
 Piece = tuple[Layer, slice]  # some input channels of each group of a layer
 
 
-def _pieces(layers: Sequence[Layer]) -> Iterator[list[Piece]]:
+def _samples(call: LayerCall) -> int:
+    return call.shape.numel() // call.shape[call.channel_dim]
+
+
+def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
     '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
     features = [layer.weight[0].numel() for layer in layers]
-    groups = max((layer.groups for layer in layers), default=1)
-    if all(layer.groups in (1, groups) for layer in layers) and groups * sum(features) ** 2 <= LARGEST ** 2:
-        if layers:
-            yield [(layer, slice(None)) for layer in layers]
+    groups = max(layer.groups for layer in layers)
+    if (all(layer.groups in (1, groups) for layer in layers)
+            and groups * min(sum(features), samples) ** 2 <= LARGEST ** 2):
+        yield [(layer, slice(None)) for layer in layers]
         return
     for layer, size in zip(layers, features):
         channels = layer.weight.shape[1]
@@ -293,24 +300,36 @@ def _pieces(layers: Sequence[Layer]) -> Iterator[list[Piece]]:
 
 
 def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...]) -> Change | None:
-    moments = Moments(any(layer.bias is not None for layer, _ in pieces))
     groups = max(layer.groups for layer, _ in pieces)
+    width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
+
+    def features(position: int) -> torch.Tensor:
+        read = [layer.calls[position].features(channels) for layer, channels in pieces]
+        return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
+
+    basis: torch.Tensor | None = None
+    if sum(map(_samples, pieces[0][0].calls)) < width:  # what no sample shows cannot be learnt
+        every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
+        basis = torch.linalg.qr(torch.cat(every, 2))[0]
+    moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
     for position, view in enumerate(views):
         call = pieces[0][0].calls[position]
         errors = view.wanted - view.value
         for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
             errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
         errors = call.outputs(errors, groups)
-        features = errors[:, :, :0]
-        if ridges:
-            read = [layer.calls[position].features(channels) for layer, channels in pieces]
-            features = torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
+        read = features(position) if ridges else errors[:, :, :0]
+        if basis is not None:
+            read = basis.mT @ read
         inputs = torch.arange(len(errors)) * len(view.folds) // len(errors)  # several rows may come from one input
         folds = view.folds[inputs].to(errors.device)
         for fold in folds.unique().tolist():
             chosen = folds == fold
-            moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (features, errors)))
-    return moments.solve(ridges)
+            moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (read, errors)))
+    change = moments.solve(ridges)
+    if change is not None and basis is not None:
+        change.weight = basis.double() @ change.weight
+    return change
 
 
 def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> None:

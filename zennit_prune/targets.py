@@ -12,6 +12,7 @@ from torch import nn
 from zennit.types import BatchNorm
 
 from .calls import Site
+from .labels import Field
 from .recorded import FunctionCall
 from .trace import Run
 
@@ -28,9 +29,10 @@ class Repairable:
 
 @dataclass
 class Target:
-    '''A value, by the call that makes it, and the layers that it depends on linearly.'''
+    '''A value, by the call that makes it, with its label fields, and the layers that it depends on linearly.'''
 
     site: Site
+    fields: list[Field]
     layers: list[Repairable] = field(default_factory=list)
 
 
@@ -64,7 +66,8 @@ def find_targets(run: Run, model: nn.Module) -> list[Target]:
             if _adds(reader) and not _overwrites(reader, call.arguments[0].value):
                 last = reader
             break
-        found.setdefault(last.site, Target(last.site)).layers.append(layer)
+        fields = next(iter(last.operations[-1].outputs), [])
+        found.setdefault(last.site, Target(last.site, fields)).layers.append(layer)
     order = {call.site: number for number, call in enumerate(run.functions)}
     return sorted(found.values(), key=lambda target: order[target.site])
 

@@ -66,14 +66,12 @@ class Walk(CallCounter):
         self._left = False
         self._go, self._there = Semaphore(0), Semaphore(0)
         self._thread_of_walk = Thread(target=self._run, args=(network, inputs), daemon=True)
-        self._thread_of_walk.start()
+        self._started = False
 
     def _run(self, network: nn.Module, inputs: Any) -> None:
-        self._go.acquire()
         try:
-            if not self._left:
-                with torch.no_grad(), self:
-                    call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
+            with torch.no_grad(), self:
+                call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
         except Left:
             pass
         except BaseException as error:
@@ -99,7 +97,11 @@ class Walk(CallCounter):
     def next(self) -> Stop | None:
         '''Go on to the next stop; None at the end.'''
         self._stop = None
-        self._go.release()
+        if self._started:
+            self._go.release()
+        else:
+            self._started = True
+            self._thread_of_walk.start()
         self._there.acquire()
         if self._error is not None:
             raise self._error
@@ -109,4 +111,5 @@ class Walk(CallCounter):
         '''End it wherever it is.'''
         self._left = True
         self._go.release()
-        self._thread_of_walk.join()
+        if self._started:
+            self._thread_of_walk.join()
