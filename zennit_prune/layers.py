@@ -27,20 +27,28 @@ class LayerCall:
         Those that it was given; the bias may be None.
     groups: int
         The groups of a convolution.
+    shape: torch.Size
+        That of what it returned.
     '''
 
     def __init__(self, function: str, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor, batch: int):
-        self.function, self.result, self.batch = function, result, batch
+        self.function, self.shape, self.batch = function, result.shape, batch
         names = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
         given = {**dict(zip(names, args)), **kwargs}
         self.input, self.weight, self.bias = given['input'], given['weight'], given.get('bias')
         self.options = {name: given[name] for name in names[3:] if name in given}
         self.groups = int(self.options.get('groups', 1))
+        self._version = self.input._version
+
+    @property
+    def intact(self) -> bool:
+        '''Whether nothing wrote into the input since.'''
+        return self.input._version == self._version
 
     @property
     def channel_dim(self) -> int:
         '''Where the output channels are.'''
-        return self.result.dim() - 1 if self.function == 'linear' else 1
+        return len(self.shape) - 1 if self.function == 'linear' else 1
 
     def response(self, weight: torch.Tensor) -> torch.Tensor:
         '''The output for another weight, without bias.'''
@@ -55,18 +63,18 @@ class LayerCall:
         x = self.input.unflatten(1, (self.groups, -1))[:, :, channels]
         rank = x.dim() - 3
         stride, dilation = (self._numbers(name, rank) for name in ('stride', 'dilation'))
-        kernel, sizes = self.weight.shape[2:], self.result.shape[2:]
+        kernel, sizes = self.weight.shape[2:], self.shape[2:]
         x = F.pad(x.flatten(1, 2), self._padding(kernel, dilation)).unflatten(1, x.shape[1:3])
         shifted = [x[(..., *(slice(offset * apart, offset * apart + (size - 1) * step + 1, step)
                              for offset, apart, size, step in zip(offsets, dilation, sizes, stride)))]
                    for offsets in product(*map(range, kernel))]
         return torch.stack(shifted, 3).flatten(4).flatten(2, 3)
 
-    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+    def outputs(self, tensor: torch.Tensor, groups: int) -> torch.Tensor:
         '''A tensor shaped as the output, as (inputs, groups, outputs, positions).'''
         if self.function == 'linear':
             return self._by_input(tensor)
-        return tensor.flatten(2).unflatten(1, (self.groups, -1))
+        return tensor.flatten(2).unflatten(1, (groups, -1))
 
     def _by_input(self, tensor: torch.Tensor) -> torch.Tensor:
         '''(..., features) as (inputs, 1, features, positions); inputs may come second, or several times in a row.'''
@@ -74,9 +82,10 @@ class LayerCall:
             tensor = tensor.transpose(0, 1)
         return tensor.reshape(len(tensor), -1, tensor.shape[-1]).mT.unsqueeze(1)
 
-    def _numbers(self, name: str, rank: int) -> tuple[int, ...]:
-        value = self.options.get(name, 1)
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    def _numbers(self, name: str, rank: int, default: int = 1) -> tuple[int, ...]:
+        value = self.options.get(name, default)
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return value * rank if len(value) == 1 else value
 
     def _padding(self, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
         padding = self.options.get('padding', 0)
@@ -86,6 +95,5 @@ class LayerCall:
         elif padding == 'valid':
             sides = [(0, 0)] * len(kernel)
         else:
-            each = padding if isinstance(padding, (tuple, list)) else (padding,) * len(kernel)
-            sides = [(size, size) for size in each]
+            sides = [(size, size) for size in self._numbers('padding', len(kernel), 0)]
         return [size for pair in reversed(sides) for size in pair]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 FOLDS = 4
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+RIDGES = (1e-10, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
 
 
 @dataclass
@@ -33,14 +33,21 @@ class Moments:
     ----------
     intercept: bool
         Whether the layer has a bias that can change.
+    width: int, optional
+        The number of features that the variance is spread over, where these are a basis of more.
     '''
 
-    def __init__(self, intercept: bool = True):
-        self.intercept = intercept
+    def __init__(self, intercept: bool = True, width: int | None = None):
+        self.intercept, self.width = intercept, width
+        self._shift: torch.Tensor | float = 0.0
         self._folds: dict[int, list[torch.Tensor]] = {}
 
     def add(self, fold: int, features: torch.Tensor, errors: torch.Tensor) -> None:
         '''Add samples: ``features`` (groups, features, samples) and ``errors`` (groups, outputs, samples).'''
+        if self.intercept:  # products of what is far from zero would drown its variance
+            if not self._folds:
+                self._shift = features.mean(2, keepdim=True)
+            features = features - self._shift
         count = torch.tensor(float(features.shape[2]), dtype=torch.float64, device=features.device)
         sums = [features @ features.mT, features @ errors.mT, features.sum(2), errors.sum(2), errors.square().sum(2)]
         terms = [*(term.double() for term in sums), count]
@@ -57,14 +64,17 @@ class Moments:
         errors = dict.fromkeys((*ridges, float('inf')), 0.0)
         if len(folds) > 1:
             for fold in folds:
-                fit = _Fit(self._total([other for other in folds if other != fold]), self.intercept)
+                fit = _Fit(self._total([other for other in folds if other != fold]), self.intercept, self.width)
                 for ridge in errors:
                     errors[ridge] += _error(self._folds[fold], *fit(ridge))
             ridge = min(errors, key=lambda ridge: errors[ridge])
         else:  # a single image: nothing is held out
             ridge, errors[1.0] = 1.0, 0.0
         gain = 1 - errors[ridge] / nothing
-        return Change(*_Fit(total, self.intercept)(ridge), ridge, gain) if gain > 0 else None
+        if not gain > 0:
+            return None
+        weight, bias = _Fit(total, self.intercept, self.width)(ridge)
+        return Change(weight, bias - (weight * self._shift).sum(1), ridge, gain)
 
     def _total(self, folds: list[int]) -> list[torch.Tensor]:
         return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
@@ -73,7 +83,7 @@ class Moments:
 class _Fit:
     '''The best change for any ridge.'''
 
-    def __init__(self, moments: list[torch.Tensor], intercept: bool):
+    def __init__(self, moments: list[torch.Tensor], intercept: bool, width: int | None):
         products, cross, feature, error, _, count = moments
         self.intercept = intercept
         self.feature, self.error = feature / count, error / count
@@ -81,7 +91,8 @@ class _Fit:
             products = products - count * self.feature.unsqueeze(2) * self.feature.unsqueeze(1)
             cross = cross - count * self.feature.unsqueeze(2) * self.error.unsqueeze(1)
         self.products, self.cross = products, cross
-        self.scale = products.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30) if products.numel() else 0.0
+        variances = products.diagonal(dim1=1, dim2=2)
+        self.scale = (variances.sum() / (len(variances) * (width or variances.shape[1] or 1))).clamp(min=1e-30)
 
     def __call__(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         weight = torch.zeros_like(self.cross)

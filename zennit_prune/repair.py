@@ -8,7 +8,8 @@ that training can go on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from .attribute import call_network
 from .errors import PruneError, PruneWarning
 from .layers import LayerCall
 from .loaders import batch_size, batches, only
-from .networks import copied, map_tensors, tensors_in, unique_tensors
+from .networks import copied, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
 from .plan import Plan
 from .regression import FOLDS, RIDGES, Change, Moments
+from .replay import Deletion
+from .surgery import Kept
 from .targets import Repairable, Target, find_targets
 from .walk import Walk
 
@@ -30,6 +33,7 @@ METHODS = ('refit', 'bias', 'batchnorm', 'none')
 CHUNK = 50  # inputs that run at once
 LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
 DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
+HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 
 
 def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str = 'refit',
@@ -66,34 +70,57 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     '''
     if method not in METHODS:
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
-    result = copied(small)
-    if method == 'none':
-        return result
-    flags = {module: module.training for module in result.modules()}
-    try:
-        chunks = list(input_chunks(data, result, mirrored=method == 'refit'))
-        with torch.no_grad():
-            if method == 'batchnorm':
-                _reestimate(result, [inputs for inputs, _ in chunks])
-            else:
-                _refit(result.eval(), copied(model).eval(), plan, chunks, method, progress)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    small, model = unwrapped(small), plan._checked_model(model)
+    _check_made_by(plan.graph.kept(plan.removed), small, model)
+    device = next((tensor.device for tensor in small.parameters()), torch.device('cpu'))
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        result = copied(small)
+        if method == 'none':
+            return result
+        network = _widened(small).eval()
+        chunks = list(_chunks(data, device, mirrored=method == 'refit'))
+        if method == 'batchnorm' or not _refit(network, _widened(model).eval(), plan, chunks, method, progress):
+            _reestimate(network, [inputs for inputs, _ in chunks], needed=method != 'batchnorm')
+        repaired = dict(tensors_by_module(network))
+        for name, tensor in unique_tensors(result).items():
+            tensor.copy_(repaired[name])
     return result
 
 
-def input_chunks(data: Any, network: nn.Module, mirrored: bool) -> Iterator[tuple[Any, torch.Tensor]]:
+def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
+    found = dict(tensors_by_module(small))
+    for name, tensor in unique_tensors(model).items():
+        stay = kept.get(name, {})
+        shape = tuple(len(stay[dim]) if dim in stay else size for dim, size in enumerate(tensor.shape))
+        if name not in found or found[name].shape != shape:
+            has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
+            raise PruneError(f'the pruned network is not what the plan makes of the original: {name!r} {has}, but '
+                             f'{shape} stays by the plan. Give what plan.apply(model) returned.')
+
+
+def _widened(network: nn.Module) -> nn.Module:
+    return copied(network)._apply(_wide)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def _chunks(data: Any, device: torch.device, mirrored: bool) -> Iterator[tuple[Any, torch.Tensor]]:
     '''Inputs that run at once, and the fold of each; the mirror image of an input is in its fold.'''
-    device = next((tensor.device for tensor in network.parameters()), torch.device('cpu'))
     start = 0
-    loader: Iterable[Any] = [data] if isinstance(data, dict) else data
+    loader: Iterable[Any] = [data] if isinstance(data, (dict, torch.Tensor)) else data
     for inputs, _ in batches(loader):
-        inputs = map_tensors(lambda tensor: tensor.detach().to(device), inputs)
+        inputs = map_tensors(lambda tensor: _wide(tensor.detach().to(device)), inputs)
+        for tensor in tensors_in(inputs):
+            if not torch.isfinite(tensor).all():
+                raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
+                                 'infinite): check the data.')
         size = batch_size(inputs)
-        for first in range(0, size, CHUNK):
-            part = only(inputs, size, slice(first, first + CHUNK))
-            folds = torch.arange(start + first, start + first + batch_size(part)) % FOLDS
+        pieces = -(-size // CHUNK)  # of equal size: BatchNorm cannot be estimated from a single input that is left
+        for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
+            part = only(inputs, size, slice(first, end))
+            folds = torch.arange(start + first, start + end) % FOLDS
             yield part, folds
             if mirrored and all(tensor.dim() == 4 for tensor in tensors_in(part)):
                 yield map_tensors(lambda tensor: tensor.flip(-1), part), folds
@@ -102,71 +129,117 @@ def input_chunks(data: Any, network: nn.Module, mirrored: bool) -> Iterator[tupl
         raise PruneError('there is no input to repair with: the data are empty.')
 
 
-def _reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
-    norms: list[Any] = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    if not any(norm.running_mean is not None for norm in norms):
-        warnings.warn('the network has no BatchNorm with statistics: nothing was repaired.', PruneWarning, stacklevel=3)
-    network.eval()
-    momenta = [norm.momentum for norm in norms]
+def _norms(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, BatchNorm)
+            and module.running_mean is not None]  # type: ignore[union-attr]
+
+
+def _reestimate(network: nn.Module, chunks: Sequence[Any], needed: bool) -> None:
+    '''Estimate all statistics of BatchNorm anew; where that is ``needed`` since nothing else can be done, say so.'''
+    norms = _norms(network)
+    found = 'its BatchNorm is estimated anew' if norms else 'it has no BatchNorm with statistics: nothing was repaired'
+    if needed or not norms:
+        reason = 'the network has no layer that can be refitted, and ' if needed else 'the network was left as it is: '
+        warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=3)
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
     for inputs in chunks:
-        call_network(network, inputs)
-    for norm, momentum in zip(norms, momenta):
+        call_network(network, map_tensors(torch.clone, inputs))
+    for norm, (momentum, mean, variance) in zip(norms, before):
         norm.momentum = momentum
+        if not norm.num_batches_tracked:  # of a head that runs in training only
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+
+
+def _settle(network: nn.Module, chunks: Sequence[Any]) -> None:
+    '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.'''
+    sums: dict[Any, list[Any]] = {}
+
+    def add(norm: nn.Module, args: Any, kwargs: Any) -> None:
+        read = tensors_in((args, kwargs))[0].transpose(0, 1).flatten(1).double()
+        terms = [read.shape[1], read.sum(1), read.square().sum(1)]
+        sums[norm] = [old + new for old, new in zip(sums.get(norm, [0, 0, 0]), terms)]
+
+    handles = [norm.register_forward_pre_hook(add, with_kwargs=True) for norm in _norms(network)
+               if norm.weight is not None]
+    for inputs in chunks:
+        call_network(network, map_tensors(torch.clone, inputs))
+    for handle in handles:
+        handle.remove()
+    for norm, (count, total, squares) in sums.items():
+        if count == 1:
+            continue
+        scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+        shift = norm.bias.double() - scale * norm.running_mean
+        mean = total / count
+        variance = (squares / count - mean.square()).maximum(DEAD * norm.running_var)  # training divides by it
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_(scale * (norm.running_var.double() + norm.eps).sqrt())
+        norm.bias.copy_(shift + scale * norm.running_mean)
 
 
 def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tuple[Any, torch.Tensor]], method: str,
-           progress: bool) -> None:
+           progress: bool) -> bool:
+    '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
     targets = find_targets(plan.graph.recording.runs['eval'], small)
-    kept = plan.graph.kept(plan.removed)
-    names = {id(tensor): name for name, tensor in unique_tensors(small).items()}
+    deletion = Deletion(plan.graph.removed_labels(plan.removed))
+    names = {id(parameter): name for name, parameter in small.named_parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
-    walks = [(Walk(model, inputs, sites), Walk(small, inputs, sites, wanted)) for inputs, _ in chunks]
-    refitted = 0
+    walks: list[tuple[Walk, Walk]] = []
+    found = changed = False
     try:
+        for inputs, _ in chunks:
+            walks.append((Walk(model, inputs, sites), Walk(small, inputs, sites, wanted)))
         for target in tqdm(targets, method, disable=not progress, leave=False):
-            views = [View(target, walk, chunk, kept, names) for walk, chunk in zip(walks, chunks)]
+            views = [View(target, pair, folds) for pair, (_, folds) in zip(walks, chunks)]
             layers = [Layer(small, layer, [view.calls[number] for view in views], names)
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
-            for pieces in _pieces(layers):
+            layers = [layer for layer in layers if layer.channel_dim == layers[0].channel_dim]
+            if not layers:
+                continue
+            found = True
+            for view in views:
+                view.narrow(deletion(target.fields)[1])
+            for pieces in _pieces(layers, sum(map(_samples, layers[0].calls))):
                 change = _change(pieces, views, RIDGES if method == 'refit' else ())
                 if change is not None:
                     _apply(change, pieces, views)
-                    refitted += 1
-            for layer in layers:
-                layer.settle()
+                    changed = True
     finally:
         for pair in walks:
             for walk in pair:
                 walk.leave()
-    if not targets:
-        warnings.warn('the network has no layer that can be refitted: its BatchNorm is estimated anew.', PruneWarning,
-                      stacklevel=3)
-        _reestimate(small, [inputs for inputs, _ in chunks])
+    if changed:
+        _settle(small, [inputs for inputs, _ in chunks])
+    return found
 
 
 class View:
     '''A target and its layers as one chunk of inputs shows them.'''
 
-    def __init__(self, target: Target, walks: tuple[Walk, Walk], chunk: tuple[Any, torch.Tensor], kept: Any,
-                 names: Any):
+    def __init__(self, target: Target, walks: tuple[Walk, Walk], folds: torch.Tensor):
         before, after = (walk.next() for walk in walks)
-        assert before is not None and after is not None and before.site == after.site == target.site
-        inputs, self.folds = chunk
-        self.value = after.value
-        self.calls = [LayerCall(layer.site.function, *after.calls.pop(layer.site), batch_size(inputs))
-                      for layer in target.layers]
-        first = self.calls[0]
-        stay = kept.get(names.get(id(first.weight), ''), {}).get(0)
-        wanted = before.value
-        if stay is not None:
-            wanted = wanted.index_select(first.channel_dim, torch.from_numpy(stay).to(wanted.device))
-        self.wanted = wanted
+        if before is None or after is None or not before.site == after.site == target.site \
+                or any(layer.site not in after.calls for layer in target.layers):
+            raise PruneError(f'the network does not run as it was traced: {target.site.function!r} in '
+                             f'{target.site.module or "the network itself"!r} was expected. What it does must not '
+                             'depend on its inputs: give inputs like the example.')
+        self.value, self.wanted, self.folds = after.value, before.value, folds
+        self.calls = [after.calls.pop(layer.site) for layer in target.layers]
+
+    def narrow(self, kept: Mapping[int, Any]) -> None:
+        '''Leave only the channels that stay in what is wanted; given is whether each does, by dimension.'''
+        for dim, mask in kept.items():
+            if self.wanted.shape[dim] == len(mask):
+                stay = torch.from_numpy(mask.nonzero()[0]).to(self.wanted.device)
+                self.wanted = self.wanted.index_select(dim, stay)
 
 
 class Layer:
@@ -175,60 +248,49 @@ class Layer:
     def __init__(self, network: nn.Module, layer: Repairable, calls: Sequence[LayerCall], names: dict[int, str]):
         self.calls = calls
         self.weight: Any = calls[0].weight
-        self.bias: Any = calls[0].bias
-        self.owned = id(self.weight) in names  # and not computed
+        self.owned = (id(self.weight) in names and self.weight.is_floating_point()  # not computed, and still read as
+                      and all(call.intact for call in calls))                       # it was
         norm: Any = None if layer.batch_norm is None else network.get_submodule(layer.batch_norm)
-        self.norm = norm
+        self.bias: Any = calls[0].bias if norm is None else norm.bias
+        if id(self.bias) not in names:
+            self.bias = None
         self.scale: Any = torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
-        if self.norm is not None:
-            self.bias = self.norm.bias
-            self.scale = torch.rsqrt(self.norm.running_var.double() + self.norm.eps)
-            if self.norm.weight is not None:
-                self.scale = self.scale * self.norm.weight.double()
+        if norm is not None:
+            self.scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+            if norm.weight is not None:
+                self.scale = self.scale * norm.weight.double()
         self.alive = self.scale.abs() > DEAD * self.scale.abs().max()
-        self.changed = False
 
     @property
     def groups(self) -> int:
         return self.calls[0].groups
 
-    def add(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        '''Change what the layer contributes to its target; returned is the part of the weight that can be.'''
-        shape = (-1, *[1] * (self.weight.dim() - 1))
-        weight = weight * self.alive.view(shape)
-        own = weight / torch.where(self.alive, self.scale, 1).view(shape)
-        self.weight += own.to(self.weight)
+    @property
+    def channel_dim(self) -> int:
+        return self.calls[0].channel_dim
+
+    def add(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        '''Change what the layer contributes to its target.'''
+        scale = torch.where(self.alive, self.scale, 1).view(-1, *[1] * (weight.dim() - 1))
+        self.weight += (weight / scale).to(self.weight)
         if bias is not None:
             self.bias += bias.to(self.bias)
-        if self.norm is not None:
-            for call in self.calls:  # what the BatchNorm reads
-                call.result += call.response(own.to(self.weight))
-        self.changed = True
-        return weight.to(self.weight)
-
-    def settle(self) -> None:
-        '''Give the BatchNorm the statistics of the new weights, without changing what it returns.'''
-        if not self.changed or self.norm is None or self.norm.weight is None or self.norm.bias is None:
-            return
-        outputs = [call.result.movedim(call.channel_dim, 0).flatten(1).double() for call in self.calls]
-        count = sum(output.shape[1] for output in outputs)
-        mean = torch.stack([output.sum(1) for output in outputs]).sum(0) / count
-        variance = torch.stack([(output - mean.unsqueeze(1)).square().sum(1) for output in outputs]).sum(0) / count
-        self.norm.weight.copy_(self.scale * (variance + self.norm.eps).sqrt())
-        self.norm.bias += (self.scale * (mean - self.norm.running_mean)).to(self.norm.bias)
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(variance)
 
 
 Piece = tuple[Layer, slice]  # some input channels of each group of a layer
 
 
-def _pieces(layers: Sequence[Layer]) -> Iterator[list[Piece]]:
+def _samples(call: LayerCall) -> int:
+    return call.shape.numel() // call.shape[call.channel_dim]
+
+
+def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
     '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
     features = [layer.weight[0].numel() for layer in layers]
-    if all(layer.groups == 1 for layer in layers) and sum(features) <= LARGEST:
-        if layers:
-            yield [(layer, slice(None)) for layer in layers]
+    groups = max(layer.groups for layer in layers)
+    if (all(layer.groups in (1, groups) for layer in layers)
+            and groups * min(sum(features), samples) ** 2 <= LARGEST ** 2):
+        yield [(layer, slice(None)) for layer in layers]
         return
     for layer, size in zip(layers, features):
         channels = layer.weight.shape[1]
@@ -238,17 +300,36 @@ def _pieces(layers: Sequence[Layer]) -> Iterator[list[Piece]]:
 
 
 def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...]) -> Change | None:
-    moments = Moments(any(layer.bias is not None for layer, _ in pieces))
+    groups = max(layer.groups for layer, _ in pieces)
+    width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
+
+    def features(position: int) -> torch.Tensor:
+        read = [layer.calls[position].features(channels) for layer, channels in pieces]
+        return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
+
+    basis: torch.Tensor | None = None
+    if sum(map(_samples, pieces[0][0].calls)) < width:  # what no sample shows cannot be learnt
+        every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
+        basis = torch.linalg.qr(torch.cat(every, 2))[0]
+    moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
     for position, view in enumerate(views):
-        features = torch.cat([layer.calls[position].features(channels) for layer, channels in pieces], 2)
-        errors = view.calls[0].outputs(view.wanted - view.value)
-        if not ridges:
-            features = features[:, :, :0]
-        folds = view.folds.to(errors.device).repeat_interleave(max(1, len(errors) // len(view.folds)))
-        for fold in view.folds.unique().tolist():
+        call = pieces[0][0].calls[position]
+        errors = view.wanted - view.value
+        for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
+            errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
+        errors = call.outputs(errors, groups)
+        read = features(position) if ridges else errors[:, :, :0]
+        if basis is not None:
+            read = basis.mT @ read
+        inputs = torch.arange(len(errors)) * len(view.folds) // len(errors)  # several rows may come from one input
+        folds = view.folds[inputs].to(errors.device)
+        for fold in folds.unique().tolist():
             chosen = folds == fold
-            moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (features, errors)))
-    return moments.solve(ridges)
+            moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (read, errors)))
+    change = moments.solve(ridges)
+    if change is not None and basis is not None:
+        change.weight = basis.double() @ change.weight
+    return change
 
 
 def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> None:
@@ -263,9 +344,9 @@ def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> No
             part += change.weight[:, start:end].mT.reshape(part.shape)
             start = end
         given, bias = (bias, None) if layer.bias is not None else (None, bias)
-        weight = layer.add(whole, given)
+        layer.add(whole, given)
         for view, call in zip(views, layer.calls):
-            delta = call.response(weight)
+            delta = call.response(whole.to(layer.weight))
             if given is not None:
                 delta += given.to(delta).view(-1, *[1] * (delta.dim() - 1 - call.channel_dim))
             view.value += delta

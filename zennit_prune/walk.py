@@ -14,6 +14,9 @@ from torch import nn
 
 from .attribute import call_network
 from .calls import CallCounter, Site
+from .layers import LayerCall
+from .loaders import batch_size
+from .networks import map_tensors
 
 
 class Stop(NamedTuple):
@@ -25,13 +28,13 @@ class Stop(NamedTuple):
         The call that made the value.
     value: torch.Tensor
         The value; what is written into it is what the network goes on with.
-    calls: dict of Site to tuple
-        What wanted calls were given so far (arguments, keyword arguments), and what they returned.
+    calls: dict of Site to LayerCall
+        The wanted calls so far.
     '''
 
     site: Site
     value: torch.Tensor
-    calls: dict[Site, tuple[Any, dict[str, Any], torch.Tensor]]
+    calls: dict[Site, LayerCall]
 
 
 class Left(BaseException):
@@ -50,26 +53,25 @@ class Walk(CallCounter):
     stops: collection of Site
         The calls after which it waits.
     wanted: collection of Site
-        The calls whose arguments are kept.
+        The calls of layers that are kept, with their inputs.
     '''
 
     def __init__(self, network: nn.Module, inputs: Any, stops: Collection[Site], wanted: Collection[Site] = ()):
         super().__init__(network)
         self._stops, self._wanted = stops, wanted
-        self._calls_seen: dict[Site, tuple[Any, dict[str, Any], torch.Tensor]] = {}
+        self._calls_seen: dict[Site, LayerCall] = {}
+        self._batch = batch_size(inputs)
         self._stop: Stop | None = None
         self._error: BaseException | None = None
         self._left = False
         self._go, self._there = Semaphore(0), Semaphore(0)
         self._thread_of_walk = Thread(target=self._run, args=(network, inputs), daemon=True)
-        self._thread_of_walk.start()
+        self._started = False
 
     def _run(self, network: nn.Module, inputs: Any) -> None:
-        self._go.acquire()
         try:
-            if not self._left:
-                with torch.no_grad(), self:
-                    call_network(network, inputs)
+            with torch.no_grad(), self:
+                call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
         except Left:
             pass
         except BaseException as error:
@@ -78,10 +80,12 @@ class Walk(CallCounter):
         self._there.release()
 
     def intercept(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._left:  # and a network that catches everything went on
+            raise Left
         site = self.site
         result = func(*args, **kwargs)
         if site in self._wanted:
-            self._calls_seen[site] = args, kwargs, result
+            self._calls_seen[site] = LayerCall(site.function, args, kwargs, result, self._batch)
         if site in self._stops:
             self._stop = Stop(site, result, self._calls_seen)
             self._there.release()
@@ -93,7 +97,11 @@ class Walk(CallCounter):
     def next(self) -> Stop | None:
         '''Go on to the next stop; None at the end.'''
         self._stop = None
-        self._go.release()
+        if self._started:
+            self._go.release()
+        else:
+            self._started = True
+            self._thread_of_walk.start()
         self._there.acquire()
         if self._error is not None:
             raise self._error
@@ -103,4 +111,5 @@ class Walk(CallCounter):
         '''End it wherever it is.'''
         self._left = True
         self._go.release()
-        self._thread_of_walk.join()
+        if self._started:
+            self._thread_of_walk.join()
