@@ -17,6 +17,7 @@ from .heatmap import heatmap, heatmap_image
 from .latency import latency
 from .plan import Plan
 from .pruner import Pruner
+from .repair import repair
 from .storage import load, save
 from .tables import table
 
@@ -132,8 +133,10 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
         raise PruneError('the saved network does not compute what was saved.')
     print(f'Removed, verified and saved: an ordinary {type(small).__name__}, so it can be trained on.\n')
 
+    repaired = repair(small, network, plan, data[chosen])
     trained = train(copy.deepcopy(small), data, truth, FURTHER)
-    print(_summary(folder, test_data, test_truth, network, small, trained))
+    print(_summary(folder, test_data, test_truth, network, {
+        '': small, '... repaired without labels': repaired, f'... or trained on for {FURTHER} epochs': trained}))
     rivals = []
     for seed in range(3):
         random = pruner.plan(pruner.collect((), 'random', seed=seed), HALF, per_cost=False).apply(network, verify=False)
@@ -149,8 +152,9 @@ def _percent(shares: Sequence[float]) -> str:
     return ', '.join(f'{share:.1%}' for share in shares)
 
 
-def _summary(folder: Path, data: torch.Tensor, truth: torch.Tensor, network: nn.Module, small: nn.Module,
-             trained: nn.Module) -> str:
+def _summary(folder: Path, data: torch.Tensor, truth: torch.Tensor, network: nn.Module,
+             pruned_networks: dict[str, nn.Module]) -> str:
+    small = pruned_networks['']
     before, after = cost(network, data[:1]), cost(small, data[:1])
     original, pruned = ((folder / name).stat().st_size for name in ('original.safetensors', 'small.safetensors'))
     seconds = [latency(model, data[:BATCH]) for model in (network, small)]
@@ -159,7 +163,7 @@ def _summary(folder: Path, data: torch.Tensor, truth: torch.Tensor, network: nn.
         ('bytes on disk', original, pruned))]
     times = [f'{1e3 * time:.2f} ms' for time in seconds]
     rows.append((f'latency, batch of {BATCH}', *times, f'{seconds[1] / seconds[0]:.0%}'))
-    scores = [accuracy(model, data, truth) for model in (network, small, trained)]
-    rows.append((f'accuracy on {len(data)} test images', f'{scores[0]:.1%}', f'{scores[1]:.1%}', ''))
-    rows.append((f'... trained on for {FURTHER} epochs', '', f'{scores[2]:.1%}', ''))
+    for label, model in pruned_networks.items():
+        whole = '' if label else f'{accuracy(network, data, truth):.1%}'
+        rows.append((label or f'accuracy on {len(data)} test images', whole, f'{accuracy(model, data, truth):.1%}', ''))
     return table(('', 'before', 'after', 'left'), rows)

@@ -54,7 +54,7 @@ class LayerCall:
         '''The output for another weight, without bias.'''
         return getattr(F, self.function)(self.input, weight, None, **self.options)
 
-    def features(self, channels: slice) -> torch.Tensor:
+    def features(self, channels: slice, skip: int = 1) -> torch.Tensor:
         '''What is multiplied with the weights of some input channels of each group, shape (inputs, groups, features,
         positions).
         '''
@@ -65,15 +65,18 @@ class LayerCall:
         stride, dilation = (self._numbers(name, rank) for name in ('stride', 'dilation'))
         kernel, sizes = self.weight.shape[2:], self.shape[2:]
         x = F.pad(x.flatten(1, 2), self._padding(kernel, dilation)).unflatten(1, x.shape[1:3])
-        shifted = [x[(..., *(slice(offset * apart, offset * apart + (size - 1) * step + 1, step)
+        first = skip // 2
+        shifted = [x[(..., *(slice(offset * apart + first * step, offset * apart + (size - 1) * step + 1, step * skip)
                              for offset, apart, size, step in zip(offsets, dilation, sizes, stride)))]
                    for offsets in product(*map(range, kernel))]
         return torch.stack(shifted, 3).flatten(4).flatten(2, 3)
 
-    def outputs(self, tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    def outputs(self, tensor: torch.Tensor, groups: int, skip: int = 1) -> torch.Tensor:
         '''A tensor shaped as the output, as (inputs, groups, outputs, positions).'''
         if self.function == 'linear':
             return self._by_input(tensor)
+        for dim in range(2, tensor.dim()):
+            tensor = tensor[(slice(None),) * dim + (slice(skip // 2, None, skip),)]
         return tensor.flatten(2).unflatten(1, (groups, -1))
 
     def _by_input(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .walk import Walk
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
 CHUNK = 50  # inputs that run at once
 LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
+PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
 DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
 HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 
@@ -284,6 +285,13 @@ def _samples(call: LayerCall) -> int:
     return call.shape.numel() // call.shape[call.channel_dim]
 
 
+def _skip(call: LayerCall, samples: int, width: int) -> int:
+    '''Take every so many positions in each direction of space: neighbours show much the same.'''
+    space = call.shape[2:] if call.function != 'linear' else ()
+    enough = max(PER_FEATURE * width, ENOUGH)
+    return int(min(*space, (samples / enough) ** (1 / len(space)))) if len(space) and samples > enough else 1
+
+
 def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
     '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
     features = [layer.weight[0].numel() for layer in layers]
@@ -303,12 +311,15 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
 
+    samples = sum(map(_samples, pieces[0][0].calls))
+    skip = _skip(pieces[0][0].calls[0], samples, width)
+
     def features(position: int) -> torch.Tensor:
-        read = [layer.calls[position].features(channels) for layer, channels in pieces]
+        read = [layer.calls[position].features(channels, skip) for layer, channels in pieces]
         return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
 
     basis: torch.Tensor | None = None
-    if sum(map(_samples, pieces[0][0].calls)) < width:  # what no sample shows cannot be learnt
+    if samples < width:  # what no sample shows cannot be learnt
         every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
         basis = torch.linalg.qr(torch.cat(every, 2))[0]
     moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
@@ -317,7 +328,7 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         errors = view.wanted - view.value
         for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
             errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
-        errors = call.outputs(errors, groups)
+        errors = call.outputs(errors, groups, skip)
         read = features(position) if ridges else errors[:, :, :0]
         if basis is not None:
             read = basis.mT @ read
