@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from zennit_prune.layers import LayerCall
-from zennit_prune.regression import RIDGES, Moments
+from zennit_prune.regression import LEFT, RIDGES, TINY, Moments
 
 OPTIONS: list[tuple[int, dict[str, Any]]] = [
     (1, {}), (1, {'stride': 2, 'padding': 3, 'dilation': 2}), (1, {'padding': 'same', 'dilation': 3, 'groups': 2}),
@@ -80,13 +80,16 @@ def by_hand(features: list[torch.Tensor], errors: list[torch.Tensor], intercept:
             weight, bias = fit([other for other in everything if other != fold], ridge)
             left = errors[fold] - weight.mT @ features[fold] - bias[..., None]
             losses[ridge] += float(left.square().sum())
+    nothing = sum(float(error.square().sum()) for error in errors)
+    if losses.get(TINY, 0) > LEFT * nothing:
+        del losses[TINY]
     best = min(losses, key=lambda ridge: losses[ridge])
-    return *fit(everything, best), best, 1 - losses[best] / sum(float(error.square().sum()) for error in errors)
+    return *fit(everything, best), best, 1 - losses[best] / nothing
 
 
 @pytest.mark.parametrize('intercept', [True, False])
 @pytest.mark.parametrize('groups,width,samples', [(1, 5, 40), (3, 4, 25), (1, 30, 6)])
-@pytest.mark.parametrize('scatter', [0.01, 1.0])
+@pytest.mark.parametrize('scatter', [0.0, 0.01, 1.0])
 def test_solution_from_moments(groups: int, width: int, samples: int, intercept: bool, scatter: float) -> None:
     truth = noise(groups, width, 2, seed=9)
     features = [1 + noise(groups, width, samples, seed=fold) for fold in range(4)]
@@ -98,7 +101,7 @@ def test_solution_from_moments(groups: int, width: int, samples: int, intercept:
             moments.add(fold, features[fold][..., part], errors[fold][..., part])
     change = moments.solve()
     assert change is not None
-    weight, bias, ridge, gain = by_hand(features, errors, intercept, RIDGES)
+    weight, bias, ridge, gain = by_hand(features, errors, intercept, (TINY, *RIDGES))
     assert change.gain == pytest.approx(gain, rel=1e-4)
     assert change.ridge == ridge or width > samples  # small ridges are all the same there
     assert torch.allclose(change.weight, weight, rtol=1e-3, atol=1e-2 if width > samples else 1e-6)
@@ -181,7 +184,7 @@ def test_basis_of_the_samples_gives_the_same(intercept: bool) -> None:
     for fold, (x, y) in enumerate(parts):
         whole.add(fold, x, y)
         few.add(fold, basis.mT @ x, y)
-    a, b = whole.solve(RIDGES[1:]), few.solve(RIDGES[1:])
+    a, b = whole.solve(RIDGES), few.solve(RIDGES)
     assert a is not None and b is not None and a.ridge == b.ridge and a.gain == pytest.approx(b.gain, rel=1e-4)
     assert torch.allclose(a.weight, basis @ b.weight, atol=1e-4)
     assert torch.allclose(a.bias, b.bias, atol=1e-4)

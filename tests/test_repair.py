@@ -906,7 +906,8 @@ def test_architecture(name: str) -> None:
     model = built(name)
     plan = half_removed(zp.trace(model, smooth(1, 0)))
     small = plan.apply(model, verify=False)
-    repaired = repair(small, model, plan, smooth(40, 1), progress=False)
+    count = 120 if name == 'efficientnet_b0' else 40  # its outputs hardly vary, so that their mean must be known
+    repaired = repair(small, model, plan, smooth(count, 1), progress=False)
     unseen = smooth(40, 100)
     before, after = error(small, model, unseen), error(repaired, model, unseen)
     print(f'{name}: {before:.3g} -> {after:.3g}')

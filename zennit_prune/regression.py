@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 FOLDS = 4
-RIDGES = (1e-10, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+TINY = 1e-10  # hardly a ridge: where the features hold all of the answer, and no noise
+LEFT = 1e-8  # of the squared error in folds that were not fitted, or a tiny ridge is not to be trusted in other inputs
 
 
 @dataclass
@@ -61,12 +63,14 @@ class Moments:
         nothing = float(total[4].sum())
         if not nothing > 0:
             return None
-        errors = dict.fromkeys((*ridges, float('inf')), 0.0)
+        errors = dict.fromkeys((*ridges, float('inf'), *(TINY,) * bool(ridges)), 0.0)
         if len(folds) > 1:
             for fold in folds:
                 fit = _Fit(self._total([other for other in folds if other != fold]), self.intercept, self.width)
                 for ridge in errors:
                     errors[ridge] += _error(self._folds[fold], *fit(ridge))
+            if errors.get(TINY, nothing) > LEFT * nothing:
+                errors.pop(TINY, None)
             ridge = min(errors, key=lambda ridge: errors[ridge])
         else:  # a single image: nothing is held out
             ridge, errors[1.0] = 1.0, 0.0
