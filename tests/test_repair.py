@@ -867,7 +867,7 @@ ARCHITECTURES = {
     'resnet18': {}, 'mobilenet_v2': {}, 'densenet121': {}, 'efficientnet_b0': {}, 'shufflenet_v2_x0_5': {},
     'googlenet': {'init_weights': True}, 'vgg11_bn': {}, 'vit': {}, 'swin_t': {}, 'convnext_tiny': {},
 }
-SLOW = ('swin_t', 'convnext_tiny')
+SLOW = {'convnext_tiny', 'densenet121', 'swin_t', 'vgg11_bn'}
 
 
 def built(name: str) -> nn.Module:
