@@ -20,7 +20,8 @@ from tqdm import TMonitor
 
 import zennit_prune as zp
 from zennit_prune import walk
-from zennit_prune.repair import METHODS, _settle, repair
+from zennit_prune.norms import settle
+from zennit_prune.repair import METHODS, repair
 
 Build = Callable[[], nn.Module]
 
@@ -406,7 +407,7 @@ def test_statistics_do_not_change_what_is_returned() -> None:
     _, _, small, x = setting()
     with torch.no_grad():
         before = small(x)
-        _settle(small.double(), [x.double()])
+        settle(small.double(), [x.double()])
         assert apart(small(x.double()), before) < 1e-5
 
 

@@ -24,7 +24,7 @@ from zennit.types import Linear
 from .calls import CallCounter
 from .canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 from .errors import PruneError
-from .networks import copied, map_tensors, output_tensors, tensors_in
+from .networks import check_finite, copied, device_of, map_tensors, output_tensors, tensors_in
 from .trace import Place
 
 
@@ -148,14 +148,8 @@ class Reader(CallCounter):
         for place in places:
             if place.side != 'function':
                 self._at_modules[place.module].append(place)
-        forward = network.forward
-
-        def read_forward(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return forward(*args, **kwargs)
-
         if self._wanted:  # entered inside the canonizers' own modes, so that it sees the calls first
-            network.forward = read_forward
+            self.accompany(network)
 
     def attach(self) -> None:
         '''Hook the modules, after the composite did: what is caught is what its rules return.'''
@@ -206,13 +200,11 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     PruneError
         If an input holds values that are not finite.
     '''
-    device = next((tensor.device for tensor in network.parameters()), torch.device('cpu'))
+    device = device_of(network)
     inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), inputs)
     tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    check_finite(tensors)
     for tensor in tensors:
-        if not torch.isfinite(tensor).all():
-            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
-                             'infinite): check the data.')
         tensor.requires_grad_(True)
     if not tensors:  # token numbers, say: relevance is traced back to the embeddings
         for parameter in network.parameters():

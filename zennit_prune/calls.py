@@ -133,6 +133,16 @@ class CallCounter(TorchFunctionMode):
         finally:
             self.function, self.ordinal = outer
 
+    def accompany(self, network: nn.Module) -> None:
+        '''Be active whenever ``network`` runs from now on.'''
+        forward = network.forward
+
+        def accompanied_forward(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        network.forward = accompanied_forward
+
     @contextmanager
     def _again(self) -> Iterator[None]:
         '''Be active inside a function that was seen already.'''

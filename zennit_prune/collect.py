@@ -21,7 +21,7 @@ from .errors import PruneError, PruneWarning
 from .fingerprint import described, fingerprint, named
 from .graph import ChannelGraph
 from .initial import Initial, checked_classes, shares, starts
-from .networks import tensors_by_module
+from .networks import device_of, tensors_by_module
 from .relevance import Relevance
 from .selection import Selection
 from .states import State, find_states
@@ -122,7 +122,7 @@ class Collector:
     @property
     def device(self) -> torch.device:
         '''Where the network is.'''
-        return next((tensor.device for tensor in self.model.parameters()), torch.device('cpu'))
+        return device_of(self.model)
 
     def __enter__(self) -> Collector:
         if self._context is not None:

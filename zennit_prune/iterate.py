@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from .carry import carried_back, carried_on
@@ -18,7 +17,7 @@ from .distributed import gathered, rank_and_world
 from .errors import PruneError, PruneWarning
 from .fingerprint import described, fingerprint, named
 from .graph import ChannelGraph
-from .networks import copied, tensors_by_module, unique_tensors, unwrapped
+from .networks import copied, device_of, tensors_by_module, unique_tensors, unwrapped
 from .plan import Plan
 from .references import KEPT, References, warn_of_missing_classes
 from .relevance import Relevance
@@ -67,7 +66,7 @@ class Loop:
         self.collecting = {key: value for key, value in self.options.items() if key in COLLECTING}
         self.planning = {key: value for key, value in self.options.items() if key not in COLLECTING}
         self.model = self.pruner.model
-        self.device = next((tensor.device for tensor in self.model.parameters()), torch.device('cpu'))
+        self.device = device_of(self.model)
         if self.budget.unit not in UNITS and self.step < 1:
             raise PruneError(f'{self.budget!r}: steps are shares of one of {", ".join(UNITS)}. Give a budget in one of '
                              'these, or prune at once.')

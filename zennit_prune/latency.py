@@ -30,9 +30,9 @@ from .errors import PruneError, PruneWarning
 from .files import write_text
 from .graph import ChannelGraph
 from .labels import Labels
-from .networks import structural_copy, unwrapped
+from .networks import device_of, structural_copy, unwrapped
 from .tables import table
-from .timing import device_name, device_of, medians, running, side_by_side
+from .timing import device_name, medians, running, side_by_side
 from .trace import prepare_example
 from .workload import Call, calls_of
 

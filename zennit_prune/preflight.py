@@ -187,13 +187,7 @@ class Bookkeeper(CallCounter):
         self._called = {call.site: call for call in calls}
         self._accounts: dict[Any, Account] = {}
         self._sums: defaultdict[tuple[Any, str], list[torch.Tensor]] = defaultdict(list)
-        forward = network.forward
-
-        def booked_forward(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return forward(*args, **kwargs)
-
-        network.forward = booked_forward
+        self.accompany(network)
 
     def attach(self) -> None:
         '''Nothing to do: the modules are met while the network runs.'''
@@ -242,8 +236,7 @@ class Bookkeeper(CallCounter):
         takes = _takes(call, self._equivalents.get(key), tensors_in((args, kwargs)))
         args, kwargs = self._aliased(key, (args, kwargs), call.active, call.in_place)
         result = func(*args, **kwargs)
-        self.open(key, Account(key.function.strip('_'), key.module, takes),
-                  tensors_in(result))
+        self.open(key, Account(key.function.strip('_'), key.module, takes), tensors_in(result))
         return result
 
     def _is_outermost_owner(self, frame: Frame) -> bool:

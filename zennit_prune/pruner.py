@@ -25,13 +25,13 @@ from .iterate import Loop
 from .latency import LatencyModel, LatencyTable, timed
 from .loaders import batches
 from .measures import MEASURES
-from .networks import map_tensors, unwrapped
+from .networks import device_of, map_tensors, unwrapped
 from .plan import Plan
 from .preflight import Preflight, preflight
 from .relevance import Relevance
 from .result import Result, Step
 from .streaming import collect
-from .timing import device_name, device_of
+from .timing import device_name
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 
@@ -348,9 +348,6 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     first = next(stream, None)
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
-    device = next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
-    example = map_tensors(lambda tensor: tensor.to(device), first[0])
+    example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
     pruner = Pruner(model, composite, example, ignore)
     return pruner.prune(chain([first], stream), budget, repair=repair, progress=progress).model
-    relevance = pruner.collect(chain([first], stream), progress=progress)
-    return pruner.plan(relevance, budget, progress=progress).apply(pruner.model)

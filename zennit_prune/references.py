@@ -14,7 +14,7 @@ from .distributed import gathered, rank_and_world
 from .errors import PruneError, PruneWarning
 from .initial import checked_classes, of_classes
 from .loaders import as_loader, batch_size, batches, only
-from .networks import copied, map_tensors, tensors_in
+from .networks import copied, device_of, map_tensors, tensors_in
 
 KEPT = 1024  # samples
 BATCH = 32
@@ -128,7 +128,7 @@ def _cat(chunks: list[Any]) -> Any:
 def warn_of_missing_classes(model: nn.Module, inputs: Iterable[tuple[Any, Any]]) -> None:
     '''Warn if a classifier predicts few of its classes on the references: a refit on them forgets the others.'''
     network, seen, classes = copied(model).eval(), set(), 0
-    device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
+    device = device_of(network)
     with torch.no_grad():
         for batch, _ in inputs:
             output = main_output(call_network(network, map_tensors(lambda tensor: tensor.to(device), batch)))

@@ -7,7 +7,6 @@ that training can go on.
 '''
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,13 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from zennit.types import BatchNorm
 
-from .attribute import call_network
-from .errors import PruneError, PruneWarning
+from .errors import PruneError
 from .layers import LayerCall
 from .loaders import batch_size, batches, only
-from .networks import copied, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
+from .networks import (
+    check_finite,
+    copied,
+    device_of,
+    map_tensors,
+    tensors_by_module,
+    tensors_in,
+    unique_tensors,
+    unwrapped,
+)
+from .norms import DEAD, reestimate, settle
 from .plan import Plan
 from .regression import FOLDS, RIDGES, Change, Moments
 from .replay import Deletion
@@ -33,7 +40,6 @@ METHODS = ('refit', 'bias', 'batchnorm', 'none')
 CHUNK = 50  # inputs that run at once
 LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
 PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
-DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
 HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 
 
@@ -73,7 +79,7 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
     small, model = unwrapped(small), plan._checked_model(model)
     _check_made_by(plan.graph.kept(plan.removed), small, model)
-    device = next((tensor.device for tensor in small.parameters()), torch.device('cpu'))
+    device = device_of(small)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         result = copied(small)
         if method == 'none':
@@ -81,7 +87,7 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         network = _widened(small).eval()
         chunks = list(_chunks(data, device, mirrored=method == 'refit'))
         if method == 'batchnorm' or not _refit(network, _widened(model).eval(), plan, chunks, method, progress):
-            _reestimate(network, [inputs for inputs, _ in chunks], needed=method != 'batchnorm')
+            reestimate(network, [inputs for inputs, _ in chunks], needed=method != 'batchnorm')
         repaired = dict(tensors_by_module(network))
         for name, tensor in unique_tensors(result).items():
             tensor.copy_(repaired[name])
@@ -113,10 +119,7 @@ def _chunks(data: Any, device: torch.device, mirrored: bool) -> Iterator[tuple[A
     loader: Iterable[Any] = [data] if isinstance(data, (dict, torch.Tensor)) else data
     for inputs, _ in batches(loader):
         inputs = map_tensors(lambda tensor: _wide(tensor.detach().to(device)), inputs)
-        for tensor in tensors_in(inputs):
-            if not torch.isfinite(tensor).all():
-                raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
-                                 'infinite): check the data.')
+        check_finite(tensors_in(inputs))
         size = batch_size(inputs)
         pieces = -(-size // CHUNK)  # of equal size: BatchNorm cannot be estimated from a single input that is left
         for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
@@ -128,60 +131,6 @@ def _chunks(data: Any, device: torch.device, mirrored: bool) -> Iterator[tuple[A
         start += size
     if not start:
         raise PruneError('there is no input to repair with: the data are empty.')
-
-
-def _norms(network: nn.Module) -> list[Any]:
-    return [module for module in network.modules() if isinstance(module, BatchNorm)
-            and module.running_mean is not None]  # type: ignore[union-attr]
-
-
-def _reestimate(network: nn.Module, chunks: Sequence[Any], needed: bool) -> None:
-    '''Estimate all statistics of BatchNorm anew; where that is ``needed`` since nothing else can be done, say so.'''
-    norms = _norms(network)
-    found = 'its BatchNorm is estimated anew' if norms else 'it has no BatchNorm with statistics: nothing was repaired'
-    if needed or not norms:
-        reason = 'the network has no layer that can be refitted, and ' if needed else 'the network was left as it is: '
-        warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=3)
-    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    for inputs in chunks:
-        call_network(network, map_tensors(torch.clone, inputs))
-    for norm, (momentum, mean, variance) in zip(norms, before):
-        norm.momentum = momentum
-        if not norm.num_batches_tracked:  # of a head that runs in training only
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-
-
-def _settle(network: nn.Module, chunks: Sequence[Any]) -> None:
-    '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.'''
-    sums: dict[Any, list[Any]] = {}
-
-    def add(norm: nn.Module, args: Any, kwargs: Any) -> None:
-        read = tensors_in((args, kwargs))[0].transpose(0, 1).flatten(1).double()
-        terms = [read.shape[1], read.sum(1), read.square().sum(1)]
-        sums[norm] = [old + new for old, new in zip(sums.get(norm, [0, 0, 0]), terms)]
-
-    handles = [norm.register_forward_pre_hook(add, with_kwargs=True) for norm in _norms(network)
-               if norm.weight is not None]
-    for inputs in chunks:
-        call_network(network, map_tensors(torch.clone, inputs))
-    for handle in handles:
-        handle.remove()
-    for norm, (count, total, squares) in sums.items():
-        if count == 1:
-            continue
-        scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-        shift = norm.bias.double() - scale * norm.running_mean
-        mean = total / count
-        variance = (squares / count - mean.square()).maximum(DEAD * norm.running_var)  # training divides by it
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_(scale * (norm.running_var.double() + norm.eps).sqrt())
-        norm.bias.copy_(shift + scale * norm.running_mean)
 
 
 def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tuple[Any, torch.Tensor]], method: str,
@@ -218,7 +167,7 @@ def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tupl
             for walk in pair:
                 walk.leave()
     if changed:
-        _settle(small, [inputs for inputs, _ in chunks])
+        settle(small, [inputs for inputs, _ in chunks])
     return found
 
 
@@ -310,7 +259,6 @@ def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
 def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...]) -> Change | None:
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
-
     samples = sum(map(_samples, pieces[0][0].calls))
     skip = _skip(pieces[0][0].calls[0], samples, width)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .networks import map_tensors
+from .networks import device_of, map_tensors
 from .trace import Example
 from .verify import evaluating
 
@@ -89,11 +89,6 @@ def running(models: Sequence[nn.Module], example: Example) -> Iterator[list[Prep
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), replace(example, device='real').arguments())
     with evaluating(nn.ModuleList(models)):
         yield [partial(partial, model, *args, **kwargs) for model in models]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    '''Where a network is.'''
-    return next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
 
 
 def device_name(device: torch.device) -> str:
