@@ -79,7 +79,8 @@ class Loop:
         if state is None:
             state = self._start()
             self._done(state, file)
-        references = References(loader, 0 if self.repair == 'none' else KEPT, self.collecting.get('classes'), self.seed)
+        kept = 0 if self.repair == 'none' else -(-KEPT // rank_and_world()[1])
+        references = References(loader, kept, self.collecting.get('classes'), self.seed)
         stopped = f'{self.budget!r} is reached.'
         while (budget := self._next(state.plan)) is not None:
             later = self._advanced(state, budget, references, file)
