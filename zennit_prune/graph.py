@@ -15,6 +15,7 @@ from .networks import structural_copy, unwrapped, without_garbage_collection
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
+from .tables import some as _some
 from .tables import table
 from .trace import record
 
@@ -249,10 +250,3 @@ class ChannelGraph:
 def _on_trial(size: int) -> list[int]:
     '''About a third of the positions, the same at every call.'''
     return np.random.default_rng(size).permutation(size)[:max(1, size // 3)].tolist()
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    '''A list to read, cut after ``limit`` names.'''
-    names = list(names)
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + more

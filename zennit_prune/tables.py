@@ -1,7 +1,7 @@
-'''Plain text tables.'''
+'''Plain text tables and lists.'''
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 WIDEST = 60
@@ -21,6 +21,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
                          for value, width, right in zip(values, widths, numeric)).rstrip()
 
     return '\n'.join([line(header), line(['-' * width for width in widths]), *map(line, cells)])
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    '''A list to read, cut after ``limit`` names.'''
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more
 
 
 def _cell(value: Any) -> str:
