@@ -1,22 +1,21 @@
 '''What a report shows of images: heatmaps before and after, what excites the channels that go, what classes lose.'''
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import charts
+from .agreement import Agreement, agreement
 from .charts import Chart
-from .networks import device_of
 from .pictures import CHANGE, SMALL, heat, picture
 from .plan import Plan
 from .pruner import Pruner
 from .relevance import Relevance
 
-AGREES = 0.8  # cosine of heatmaps below which an explanation is said to change
+MOVED = 0.5  # of the relevance: where more moves, an explanation is said to change
+BRIGHTEST = 0.99  # of the pixels: what is above this quantile has the full colour
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,12 @@ class Images:
     classes: list[str]
     names: list[str]
     most: int
+
+    def shown(self, number: int) -> str:
+        '''The picture of an image, as a data URI.'''
+        source = self.x if self.display is None else self.display
+        assert source is not None
+        return picture(source[number], self.display is not None)
 
     def class_name(self, number: int) -> str:
         '''What a class is called.'''
@@ -103,7 +108,41 @@ class ClassLosses:
 
 
 def look_at(pruner: Pruner, plan: Plan, small: nn.Module | None, images: Images) -> Looks | None:
-    return None
+    '''Heatmaps of the network as it is and as it would be: those images first whose explanation changes most.'''
+    if images.x is None:
+        return None
+    after = plan.masked(pruner.model) if small is None else small
+    target = 'predicted' if images.target is None else images.target
+    found = agreement(pruner.model, after, pruner.composite, images.x, target)
+    order = found.order.tolist()
+    shown = [_look(number, found, images) for number in order[:images.most]]
+    stay = int(found.same.sum())
+    turned = int((found.same & (found.moved > MOVED)).sum())
+    summary = (f'{stay:,} of {len(order):,} predictions stay; in {turned:,} of these, more than half of the relevance '
+               f'moves to other pixels. Median cosine of the heatmaps: {float(found.cosine.median()):.2f}.')
+    most = f' The {len(shown)} that change most are shown.' if len(shown) < len(order) else ''
+    return Looks(summary, f'{summary}{most} Images that keep their prediction come first, those whose explanation '
+                 'changes most before all: accuracy does not show them.', shown)
+
+
+def _look(number: int, found: Agreement, images: Images) -> Look:
+    assert images.x is not None
+    same, moved = bool(found.same[number]), float(found.moved[number])
+    level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
+    verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'stays'}[level]
+    before, after = (classes[number] for classes in found.predicted)
+    prediction = 'predicted position by position'
+    if before.dim() == 0:
+        prediction = f'predicted {images.class_name(int(before))}'
+        prediction += f', then {images.class_name(int(after))}' * (not same)
+    if isinstance(images.target, torch.Tensor) and images.target.dim() == 1:
+        prediction += f'; heatmaps for {images.class_name(int(images.target[number]))}'
+    maps = torch.stack([found.before[number], found.after[number]])
+    scale = float(maps.abs().flatten().double().quantile(BRIGHTEST)) or float(found.scale[number])
+    return Look(
+        images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
+        heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,
+        float(found.cosine[number]), float(found.rank[number]), moved)
 
 
 def risky_channels(pruner: Pruner, plan: Plan, relevance: Relevance | None, references: Any,
