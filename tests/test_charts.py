@@ -57,8 +57,8 @@ def test_columns() -> None:
 
 
 def test_matrix() -> None:
-    chart = charts.matrix(['cat', 'dog'], ['a', 'b'], [[0.0, 0.5], [1.0, 0.25]], 'goes')
-    assert chart.says == ['cat, a: 0% goes', 'cat, b: 50% goes', 'dog, a: 100% goes', 'dog, b: 25% goes']
+    chart = charts.matrix(['cat', 'dog'], ['a', 'b'], [[0.0, 0.4], [0.8, 0.2]], 'goes')
+    assert chart.says == ['cat, a: 0% goes', 'cat, b: 40% goes', 'dog, a: 80% goes', 'dog, b: 20% goes']
     assert re.findall(r'opacity="([\d.]+)" d="M([\d.]+) ([\d.]+)', chart.svg) == [
         ('0.50', '1.04', '0.06'), ('1.00', '0.04', '1.06'), ('0.25', '1.04', '1.06')]
 

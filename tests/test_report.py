@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,7 +17,9 @@ from small import Residual, images, labels, lived_in, same, seeded, snapshot
 from torch import nn
 
 import zennit_prune as zp
+from zennit_prune import looks
 from zennit_prune.curves import Row
+from zennit_prune.excerpts import _box
 
 pytest.importorskip('jinja2')
 
@@ -228,9 +231,62 @@ def test_a_network_that_is_not_the_plans_fails_the_check(tmp_path: Path, pruner:
     assert 'was not made by this plan' in Page(tmp_path / 'report.html').text
 
 
-def test_what_changes_most_comes_first(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan) -> None:
-    x = images(6, seed=4)
-    found = zp.agreement(pruner.model, plan.masked(pruner.model), pruner.composite, x, 'predicted')
-    zp.report(tmp_path / 'report.html', pruner, plan, x=x, image_names=list('abcdef'), max_images=3, progress=False)
-    names = re.findall(r'alt="([a-f])"', (tmp_path / 'report.html').read_text(encoding='utf-8'))
-    assert names == ['abcdef'[number] for number in found.order[:3]]
+def test_what_changes_most_comes_first(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    '''Those that keep their prediction and lose its explanation, then other predictions, then the rest.'''
+    real = zp.agreement(pruner.model, plan.masked(pruner.model), None, images(5))
+    moved, same_class = torch.tensor([0.1, 0.9, 0.6, 0.7, 0.3]), torch.tensor([True, False, True, True, False])
+    found = dataclasses.replace(real, moved=moved, same=same_class, order=torch.tensor([3, 2, 0, 1, 4]),
+                                predicted=(torch.zeros(5).long(), (~same_class).long()))
+    monkeypatch.setattr(looks, 'agreement', lambda *_: found)
+    zp.report(tmp_path / 'report.html', pruner, plan, x=images(5), image_names=[f'<{number}>' for number in range(5)],
+              class_names=['ant', 'bee'], max_images=4, progress=False)
+    page = Page(tmp_path / 'report.html')
+    assert [name for name in page.attributes('alt') if name[1:-1].isdigit()] == ['<3>', '<2>', '<1>', '<4>']
+    assert '3 of 5 predictions stay; in 2 of these' in page.text and 'The 4 that change most' in page.text
+    assert page.text.count('explanation changes') == 2 + 1 and page.text.count('predicted ant, then bee') == 2
+
+
+# --- what needs exemplars
+@pytest.fixture(scope='module')
+def collected(pruner: zp.Pruner) -> zp.Relevance:
+    return pruner.collect((images(8), labels(8)), progress=False, exemplars=3)
+
+
+def test_channels_at_risk(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, collected: zp.Relevance) -> None:
+    zp.report(tmp_path / 'report.html', pruner, plan, collected, references=(images(8), labels(8)),
+              class_names=['ant', 'bee', 'cow', 'dog'], progress=False)
+    page = Page(tmp_path / 'report.html')
+    for risk in zp.risky(plan, collected, 3):
+        name = ['ant', 'bee', 'cow', 'dog'][risk.class_]
+        assert f'{risk.group}, channel {risk.channel}' in page.text
+        assert f"{risk.value:.0%} of the group's relevance for reference {risk.sample} ({name})" in page.text
+    assert page.text.count('goes Relevance') == min(6, sum(map(len, plan.removed.values())))
+    assert any(f'loses most: {value:.0%}' in page.text for value in zp.class_losses(plan, collected).mean(1).tolist())
+
+
+@pytest.mark.parametrize('order', ['reversed', 'shuffled', 'fewer', 'vectors'])
+def test_references_that_are_others(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, collected: zp.Relevance,
+                                    order: str) -> None:
+    x, target = images(8), labels(8)
+    data = torch.utils.data.TensorDataset(x, target)
+    references, message = {
+        'reversed': ((x.flip(0), target.flip(0)), 'references are in another order'),
+        'shuffled': (torch.utils.data.DataLoader(data, shuffle=True), 'references are shuffled'),
+        'fewer': (x[:2], 'references hold 2 samples'),
+        'vectors': (x.flatten(1), 'references are shown as images'),
+    }[order]
+    with pytest.raises(zp.PruneError, match=message):
+        zp.report(tmp_path / 'report.html', pruner, plan, collected, references=references, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_excerpts_hold_the_heatmap() -> None:
+    values = torch.zeros(20, 30)
+    values[4:8, 20:25] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    rows, columns = _box(values)
+    assert rows.start <= 4 and rows.stop >= 8 and columns.start <= 20 and columns.stop >= 25
+    assert rows.stop - rows.start == columns.stop - columns.start == 5
+    corner = torch.zeros(20, 30)
+    corner[19, 29] = 1.0
+    assert _box(corner) == (slice(15, 20), slice(25, 30))

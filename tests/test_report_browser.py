@@ -143,6 +143,6 @@ def test_charts_by_keyboard_and_pointer(opened: Any) -> None:
 
 
 def test_hostile_names_run_nothing(opened: Any, request: pytest.FixtureRequest) -> None:
-    if 'hostile' in request.node.name:
+    if request.node.callspec.params['path'] == 'hostile':
         assert HOSTILE in opened.inner_text('h1') and HOSTILE in opened.title()
     assert not opened.evaluate('document.querySelectorAll("img:not([src^=\'data:\'])").length')

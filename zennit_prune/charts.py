@@ -100,13 +100,14 @@ def columns(labels: Sequence[str], after: Sequence[float], before: Sequence[floa
 
 
 def matrix(rows: Sequence[str], labels: Sequence[str], values: Sequence[Sequence[float]], what: str) -> Chart:
-    '''A cell for each row and label, the darker the larger its value, from 0 to 1.'''
+    '''A cell for each row and label, the stronger in colour the larger its share; the largest has the full colour.'''
     cells, says = [], []
+    highest = max((value for line in values for value in line), default=0.0) or 1.0
     for y, (row, line) in enumerate(zip(rows, values)):
         for x, (label, value) in enumerate(zip(labels, line)):
             says.append(f'{row}, {label}: {value:.0%} {what}')
-            if value > 0.005:
-                cells.append(f'<path class="gone" opacity="{min(value, 1):.2f}" '
+            if value > 0:
+                cells.append(f'<path class="gone" opacity="{value / highest:.2f}" '
                              f'd="M{x + 0.04:g} {y + 0.06:g}h.92v.88h-.92z"/>')
     return Chart(_svg(''.join(cells), len(labels), len(rows)), says, len(labels), len(rows), segments=segments(labels),
                  names=list(rows))
