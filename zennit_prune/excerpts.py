@@ -12,7 +12,7 @@ from .conditional import channel_heatmap
 from .errors import PruneError
 from .loaders import batch_size, batches
 from .networks import device_of
-from .pictures import SMALL, heat, picture
+from .pictures import SMALL, full_colour, heat, picture
 from .plan import Plan
 from .pruner import Pruner
 from .relevance import Relevance
@@ -156,7 +156,8 @@ def _excerpts(pruner: Pruner, group: str, channel: int, numbers: list[int], samp
     for number, image, label, values in zip(numbers, x, labels, maps):
         rows, columns = _box(values)
         part = values[rows, columns]
-        drawn = picture(image[:, rows, columns], largest=LARGEST), heat(part, float(part.abs().max()), largest=LARGEST)
+        scale = full_colour(part[None], LARGEST)
+        drawn = picture(image[:, rows, columns], largest=LARGEST), heat(part, scale, largest=LARGEST)
         caption = f'{number}' if label is None else f'{number}, {names(label)}'
         found.append(Excerpt(*drawn, caption, max(part.shape) <= SMALL))
     return found

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .errors import PruneError
 
 LARGEST = 224  # pixels of the longer side
+BRIGHTEST = 0.99  # of the pixels: what is above this quantile has the full colour
 SMALL = 96  # pixels of the longer side: pictures that JPEG would blur
 LEVELS = 61  # colours of a heatmap, an odd number so that zero has its own
 
@@ -64,6 +65,12 @@ def heat(values: torch.Tensor, scale: float, colours: Sequence[tuple[int, int, i
     drawn = Image.fromarray(levels)
     drawn.putpalette(_palette(colours).tobytes())
     return _uri(drawn, 'PNG', optimize=True)
+
+
+def full_colour(maps: torch.Tensor, largest: int = LARGEST) -> float:
+    '''The scale at which the strongest pixels of some heatmaps, shape (N, H, W), have the full colour.'''
+    values = _reduced(maps.detach().cpu().float(), largest).abs().flatten()
+    return float(values.double().quantile(BRIGHTEST)) or float(values.max())
 
 
 def _palette(colours: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.uint8]:
