@@ -20,6 +20,7 @@ from .receptive import receptive_field
 from .relevance import Relevance
 from .reliability import Reliability
 from .repair import repair
+from .report import report
 from .result import Result, Step
 from .risk import Risk, class_losses, risky
 from .storage import load, save
@@ -31,4 +32,4 @@ __all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', '
            'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability',
            'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap', 'class_losses',
            'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets', 'prune', 'receptive_field',
-           'repair', 'risky', 'save', 'sweep', 'trace', 'verify']
+           'repair', 'report', 'risky', 'save', 'sweep', 'trace', 'verify']

@@ -16,6 +16,7 @@ from .errors import PruneError
 from .graph import ChannelGraph
 from .labels import Labels, first
 from .networks import structural_copy, unique_tensors, unwrapped
+from .notebook import panel
 from .trace import prepare_example
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
@@ -43,6 +44,10 @@ class Cost:
 
     def __str__(self) -> str:
         return f'{self.params:,} parameters, {self.flops:,} FLOPs per sample, {self.bytes:,} bytes'
+
+    def _repr_html_(self) -> str:
+        rows = [('parameters', self.params), ('FLOPs per sample', self.flops), ('bytes', self.bytes)]
+        return panel('Cost', [(('', 'of the network'), rows)])
 
 
 def cost(model: nn.Module, example: Any) -> Cost:
@@ -164,17 +169,21 @@ class CostModel:
         for number, group in enumerate(graph.groups):
             self._order[group.channels] = number
         terms: dict[str, list[tuple[float, list[int]]]] = {'params': [], 'bytes': [], 'flops': []}
+        self._layers: dict[str, list[str]] = {unit: [] for unit in terms}
         for name, size in graph.recording.sizes.items():
             axes = [self._axis(field.labels) for field in graph.recording.fields.get(name, [])]
             terms['bytes'].append((math.prod(size.shape) * size.bytes_each, axes))
+            self._layers['bytes'].append(name.rpartition('.')[0])
             if size.is_parameter:
                 terms['params'].append((math.prod(size.shape), axes))
+                self._layers['params'].append(name.rpartition('.')[0])
         for operation in graph.recording.runs['eval'].operations:
             if operation.flops:
                 axes = [self._axis(labels) for labels in operation.contracted[:1]]
                 axes += [self._axis(field.labels, dim)
                          for fields in operation.outputs for field in fields for dim in field.dims]
                 terms['flops'].append((operation.flops / graph.recording.example.batch, list(dict.fromkeys(axes))))
+                self._layers['flops'].append(operation.site.module)
         self._terms = {unit: self._packed(found) for unit, found in terms.items()}
 
     def _axis(self, labels: Labels, dim: int | None = None) -> int:
@@ -208,6 +217,14 @@ class CostModel:
             return float((self.sizes - removed).sum())
         amounts, axes = self._terms[unit]
         return float(amounts @ self._left(removed)[axes].prod(1))
+
+    def by_layer(self, unit: str, removed: npt.NDArray[np.float64]) -> dict[str, float]:
+        '''The same by module, in execution order for ``'flops'``: where parameters are held, or operations run.'''
+        amounts, axes = self._terms[unit]
+        found: dict[str, float] = {}
+        for layer, value in zip(self._layers[unit], (amounts * self._left(removed)[axes].prod(1)).tolist()):
+            found[layer] = found.get(layer, 0.0) + value
+        return found
 
     def _left(self, removed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         '''The share that is left of each dimension.'''

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .errors import PruneError
 from .files import check_folder, write_text
+from .optional import needed
 from .tables import table
 
 FORMAT = 'zennit_prune sweep'
@@ -94,6 +95,11 @@ class Sweep:
         self.unit, self.original, self.rows = unit, original, tuple(rows)
         self.settings: dict[str, Any] = dict(settings or {})
 
+    @property
+    def evaluated(self) -> str:
+        '''What the function that evaluated is called.'''
+        return str(self.settings.get('evaluate', 'value')).split(' (')[0].strip('<>')
+
     def curves(self) -> dict[tuple[str, str], dict[float, Point]]:
         '''By criterion and repair, then by budget, descending: means over the seeds.'''
         found: dict[tuple[str, str], dict[float, list[Row]]] = {}
@@ -165,10 +171,7 @@ class Sweep:
         PruneError
             Without matplotlib, or if there is no value.
         '''
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PruneError("plot() needs matplotlib: pip install 'zennit-prune[plot]'.") from error
+        Figure = needed('matplotlib.figure', 'plot', 'plot()').Figure
         check_folder(path)
         curves = {key: [point for point in points.values() if point.seeds] for key, points in self.curves().items()}
         if not any(curves.values()):
@@ -192,7 +195,7 @@ class Sweep:
         axes.xaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
         unit = self.unit.removesuffix('_fraction')
         axes.set_xlabel(f'{NAMES.get(unit, unit)} left')
-        axes.set_ylabel(str(self.settings.get('evaluate', 'value')).split(' (')[0].strip('<>'))
+        axes.set_ylabel(self.evaluated)
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(axis='y', color='0.9', linewidth=0.8)
         axes.set_axisbelow(True)

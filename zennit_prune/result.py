@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import PruneError
 from .files import check_folder, write_text
+from .optional import needed
 from .plan import Plan
 from .relevance import Relevance
 from .tables import table
@@ -83,10 +83,7 @@ class Result:
         PruneError
             If matplotlib is not installed.
         '''
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PruneError('plots are drawn by matplotlib: pip install "zennit-prune[plot]".') from error
+        Figure = needed('matplotlib.figure', 'plot', 'plot()').Figure
         check_folder(path)
         panels: list[dict[str, list[Any]]] = [
             {f'{unit} left': [step.left[unit] for step in self.history] for unit in self.history[0].left}]
