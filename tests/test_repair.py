@@ -1,6 +1,7 @@
 '''Repair: what can be recovered is, nothing else is touched, and what cannot be helped is left alone.'''
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -956,3 +957,23 @@ def test_pretrained(loaders: Any) -> None:  # noqa: F811
     print(results)
     assert results['none'] == accuracy(small) < 0.4
     assert results['refit'] >= 0.82 and results['refit'] > max(results['bias'], results['batchnorm'])
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, small, _ = setting()
+    seen: list[int] = []
+    module = importlib.import_module('zennit_prune.repair')
+    refit = module._refit
+
+    def counted(*args: Any) -> bool:
+        seen.append(sum(len(folds) for _, folds in args[4]) // 2)  # with mirror images
+        return bool(refit(*args))
+
+    monkeypatch.setattr(module, '_refit', counted)
+    repair(small, model, plan, images(60), progress=False)
+    for bytes_ in (2 ** 18, 1):
+        monkeypatch.setattr(module, 'MEMORY', bytes_)
+        repaired = repair(small, model, plan, images(60), progress=False)
+        assert error(repaired, model, images(60, seed=5)) < error(small, model, images(60, seed=5))
+    assert seen[0] == 60 and 16 < seen[1] < 60 and 16 in seen and min(seen) >= 12
+    repair(small, model, plan, iter(images(2000).split(100)), 'bias', progress=False)

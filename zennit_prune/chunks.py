@@ -14,6 +14,7 @@ from .references import KEPT, References, joined
 from .regression import FOLDS
 
 CHUNK = 50  # inputs that run at once
+LEAST = 16  # inputs, however large they are
 HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 Chunk = tuple[Any, torch.Tensor]
 
@@ -31,7 +32,7 @@ class Inputs:
     Attributes
     ----------
     order: torch.Tensor
-        The indices of all inputs, shuffled: loaders come in any order.
+        The indices of the inputs, shuffled: loaders come in any order.
 
     Raises
     ------
@@ -48,22 +49,26 @@ class Inputs:
         self._starts = [0]
         for inputs in self._batches:
             self._starts.append(self._starts[-1] + batch_size(inputs))
-        if not len(self):
+        if not self._starts[-1]:
             raise PruneError('there is no input to repair with: the data are empty.')
-        self.order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        self.order = torch.randperm(self._starts[-1], generator=torch.Generator().manual_seed(0))
+        self._folds = self.order.argsort() % FOLDS
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self.order)
+
+    def limit(self, count: int) -> None:
+        '''Go on with so many, at random.'''
+        self.order = self.order[:max(count, LEAST)]
 
     def chunks(self, chosen: torch.Tensor, mirrored: bool = False) -> list[Chunk]:
         '''Some inputs in parts, and the fold of each; the mirror image of a picture is in its fold.'''
         return list(self._chunks(chosen.sort().values, mirrored))
 
     def _chunks(self, chosen: torch.Tensor, mirrored: bool) -> Iterator[Chunk]:
-        folds = self.order.argsort()[chosen] % FOLDS
         for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
             inside = (start <= chosen) & (chosen < end)
-            for where, fold in _parts(chosen[inside] - start, folds[inside]):
+            for where, fold in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
                 part = only(inputs, end - start, where)
                 part = map_tensors(lambda tensor: wide(tensor.detach().to(self.device)), part)
                 yield part, fold

@@ -28,6 +28,7 @@ from .targets import Repairable, Target, find_targets
 from .trial import objection
 from .walk import Walk
 
+MEMORY = 4 * 2 ** 30  # bytes for activations; of inputs that would take more, some are used
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
 LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
 PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
@@ -47,7 +48,8 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         What was removed from it.
     data: torch.Tensor or iterable
         Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice, pictures with
-        their mirror images. Activations of one layer are held for all of them.
+        their mirror images. Activations of one layer are held for all of them, so that of large inputs as many are
+        used as fit into 4 GiB, about.
     method: str
         ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
         inputs that were held out keeps its weights. Where the inputs do not show clearly that it helps, it is tried
@@ -78,10 +80,13 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         if method == 'none':
             return result
         inputs = Inputs(data, device)
+        targets = find_targets(plan.graph.recording.runs['eval'], small)
+        if method != 'batchnorm':
+            inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
 
         def repaired(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
             network, chunks = _widened(small), inputs.chunks(chosen, mirrored=method == 'refit')
-            fitted = method != 'batchnorm' and _refit(network, _widened(model), plan, chunks, method, progress)
+            fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
             if not fitted:
                 reestimate(network, [part for part, _ in chunks], needed=method != 'batchnorm')
             return network.eval(), fitted
@@ -113,10 +118,29 @@ def _widened(network: nn.Module) -> nn.Module:
     return copied(network)._apply(wide).eval()
 
 
-def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[Chunk], method: str,
-           progress: bool) -> bool:
+def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
+    '''The bytes that are held for an input in the middle of a refit, about: in both networks, and mirrored.'''
+    part, _ = inputs.chunks(inputs.order[:1])[0]
+    walk = Walk(network, part, {target.site for target in targets},
+                {layer.site for target in targets for layer in target.layers})
+    most = 1
+    try:
+        for target in targets:
+            stop = walk.next()
+            if stop is None:
+                break
+            held = [stop.value, *(call.input for call in stop.calls.values())]
+            most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in held))
+            for layer in target.layers:
+                stop.calls.pop(layer.site, None)
+    finally:
+        walk.leave()
+    return 4 * most
+
+
+def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
+           method: str, progress: bool) -> bool:
     '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
-    targets = find_targets(plan.graph.recording.runs['eval'], small)
     deletion = Deletion(plan.graph.removed_labels(plan.removed))
     parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
