@@ -16,6 +16,7 @@ from .relevance import Relevance
 from .reliability import Reliability
 from .repair import repair
 from .result import Result, Step
+from .rules import register_operation
 from .storage import load, save
 from .sweep import sweep
 
@@ -24,4 +25,4 @@ __version__ = '0.1.0'
 __all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable', 'Member',
            'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'Result', 'Step', 'Sweep',
            'VerificationError', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets', 'prune',
-           'repair', 'save', 'sweep', 'trace', 'verify']
+           'register_operation', 'repair', 'save', 'sweep', 'trace', 'verify']

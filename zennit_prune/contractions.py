@@ -74,19 +74,21 @@ def _batch_fields(call: Call, tensor: torch.Tensor) -> list[Field]:
     return result
 
 
-@operation_rule('mm', 'bmm')
+@operation_rule('mm', 'bmm', zero='any')
 def matmul(call: Call) -> Candidates:
     return [list(product(call, call.args[0], call.args[1]))]
 
 
-@operation_rule('addmm', 'baddbmm')
+@operation_rule('addmm', zero='bias')
+@operation_rule('baddbmm')
 def addmm(call: Call) -> Candidates:
     bias, left, right = call.args[:3]
     out = call.outputs[0]
     return [list(combine(call, [(bias.shape, call.fields(bias)), (out.shape, product(call, left, right))], out.dim()))]
 
 
-@operation_rule('convolution', '_convolution')
+@operation_rule('convolution', zero='any')
+@operation_rule('_convolution')
 def convolution(call: Call) -> Candidates:
     '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose the same positions.'''
     x, weight, bias = call.args[:3]
@@ -188,7 +190,7 @@ def batch_norm(call: Call) -> Candidates:
             *(list(statistics) if tensor.shape == (x.shape[1],) else [] for tensor in call.outputs[1:])]
 
 
-@operation_rule('native_layer_norm')
+@operation_rule('native_layer_norm', sized=True)
 def layer_norm(call: Call) -> Candidates:
     '''The statistics run over the channels: removing one would change all others.'''
     x, normalised = call.args[0], len(call.args[1])
@@ -200,7 +202,7 @@ def layer_norm(call: Call) -> Candidates:
     return [list(call.fields(x))] + [[] for _ in call.outputs[1:]]
 
 
-@operation_rule('native_group_norm')
+@operation_rule('native_group_norm', sized=True)
 def group_norm(call: Call) -> Candidates:
     '''Statistics run over the channels of a group: whole groups go.'''
     x, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]
