@@ -14,6 +14,7 @@ import copy
 import multiprocessing
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,12 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import zennit_prune as zp
-from zennit_prune.graph import ChannelGraph
 
 TV = torchvision.models
 SECONDS = 600
 FIXED = {'inception_v3': 299, 'maxvit_t': 224}
-FRAMES = {'s3d': (16, 64), 'mvit_v1_b': (16, 224), 'mvit_v2_s': (16, 224)}
+FRAMES = {'s3d': (16, 224), 'mvit_v1_b': (16, 224), 'mvit_v2_s': (16, 224)}
 TIMM = '''
     beit_base_patch16_224 halonet_h1 lambda_resnet26t botnet26t_256 eca_botnext26ts_256 repvgg_a0 mobileone_s0 gernet_s
     cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_atto convnextv2_atto cpubone_nano crossvit_tiny_240
@@ -94,9 +94,9 @@ def cases(kind: str) -> list[Case]:
         return [Case(name, lambda name=name: _video(name)) for name in TV.list_models(TV.video)]
     if kind == 'detection':
         names = TV.list_models(TV.detection)
-        return ([Case(f'{name} (backbone and heads)', lambda name=name: (Detector(_detector(name)), _image(96)))
-                 for name in names] + [Case(name, lambda name=name: (_detector(name), ([_image(96)[0]],)))
-                                       for name in names])
+        return [Case(f'{name} (backbone and heads)', lambda name=name: (Detector(_detector(name)), _detected(name)))
+                for name in names] + [Case(name, lambda name=name: (_detector(name), ([_detected(name)[0]],)))
+                                      for name in names]
     if kind == 'timm':
         return [Case(f'timm {name}', lambda name=name: _timm(name)) for name in TIMM]
     found = [case for group in ('torchvision', 'segmentation', 'detection', 'video') for case in cases(group)
@@ -125,6 +125,10 @@ def _video(name: str) -> tuple[nn.Module, Any]:
 
 def _detector(name: str) -> nn.Module:
     return TV.get_model(name, weights=None, weights_backbone=None)
+
+
+def _detected(name: str) -> torch.Tensor:
+    return _image(300 if name.startswith('ssd') else 96)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
@@ -158,24 +162,6 @@ def where_every_channel_matters(model: nn.Module) -> nn.Module:
     return model
 
 
-def prunable(graph: ChannelGraph) -> tuple[float, float]:
-    '''The shares of parameters, and of output channels of layers, that are in reach.
-
-    A parameter counts if any of its dimensions holds a channel there.
-    '''
-    free = ~graph.solution.locked
-    reach = total = 0.0
-    for name, size in graph.recording.sizes.items():
-        if size.is_parameter:
-            stays = 1.0
-            for field in graph.recording.fields.get(name, []):
-                stays *= 1 - float(free[field.labels].mean())
-            total += float(np.prod(size.shape))
-            reach += float(np.prod(size.shape)) * (1 - stays)
-    produced = graph.roles.produces
-    return reach / (total or 1), float(free[produced].mean()) if produced.any() else 0.0
-
-
 def measure(case: Case) -> dict[str, Any]:
     '''What one network gives.'''
     torch.set_num_threads(1)
@@ -192,7 +178,10 @@ def measure(case: Case) -> dict[str, Any]:
     try:
         graph = zp.trace(model, example)
         row['groups'] = len(graph.groups)
-        row['parameters'], row['outputs'] = prunable(graph)
+        row['parameters'], _, row['outputs'] = graph.reach
+        if not graph.groups:
+            reasons = Counter(reason for reason in graph.locked.values())
+            return {**row, 'refusal': f'nothing is in reach: {reasons.most_common(1)[0][0]}'}
         generator = np.random.default_rng(0)
         plan = zp.Plan(graph, {group.name: generator.permutation(group.size)[:group.size // 2].tolist()
                                for group in graph.groups if group.size > 1})

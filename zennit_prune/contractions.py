@@ -7,7 +7,7 @@ import torch
 from .labels import Field, Labels
 from .networks import tensors_in
 from .operations import combine
-from .rules import Call, Candidates, operation_rule
+from .rules import KERNEL, Call, Candidates, operation_rule
 
 NO_PARTNER = 'it is multiplied with something of fixed size'
 
@@ -102,7 +102,7 @@ def convolution(call: Call) -> Candidates:
         elif field.dims == (in_dim,):
             incoming = field.labels.reshape(-1)
         else:
-            call.lock('it is a kernel dimension', field)
+            call.lock(KERNEL, field)
     per_group = weight.shape[in_dim] // (groups if transposed else 1)
     kind = call.decide('kind', 'dense' if groups == 1 else 'depthwise' if per_group == 1 else 'grouped')
     if kind == 'dense':

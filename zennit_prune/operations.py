@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .labels import Field, Labels, reshaped
+from .labels import Field, Labels, first, reshaped
 from .networks import tensors_in
 from .rules import Call, Candidates, NoRule, declare, operation_rule
 
@@ -194,12 +194,17 @@ def slice_(call: Call) -> Candidates:
 
 @operation_rule('select', size_free=True)
 def select(call: Call) -> Candidates:
-    '''A fixed position is picked: it stays, and so does everything that its number counts from.'''
+    '''A fixed position is picked: it stays, and so does everything that its number counts from.
+
+    Where labels also vary along other dimensions, all positions of this one stay equal instead.
+    '''
     dim, at = call.dim(1), call.argument(2, 'index')
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
         chosen = (slice(None),) * dim
-        if dim in field.dims:
+        if dim in field.dims and len(field.dims) > 1:  # queries of queries, keys and values, say
+            call.tie(field.labels, first(field.labels, dim))
+        elif dim in field.dims:
             counted = slice(0, at + 1) if at >= 0 else slice(at, None)
             call.lock('a fixed position of it is picked', field.labels[(*chosen, counted)])
         dims = tuple(d - (d > dim) for d in field.dims if d != dim)

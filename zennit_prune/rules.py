@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Candidates = Sequence[Sequence[Field | Labels]]
 Rule = Callable[['Call'], Candidates]
+KERNEL = 'it is a kernel dimension'
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ def register_operation(*names: str, pointwise: bool = False,
     A rule says what the operation does to label fields. It is called with one :class:`~zennit_prune.rules.Call`, while
     the network is traced: ``call.args`` and ``call.kwargs`` are the arguments, ``call.fields(tensor)`` the fields of a
     tensor, ``call.tie(left, right)`` couples labels, ``call.lock(reason, field, ...)`` keeps channels. It returns, for
-    every output tensor, the list of its fields. Everything is proven all the same: the narrowed network is traced again
-    under the same rule, and must be the original with the removed channels deleted; numbers are compared after.
+    every output tensor, the list of its fields: :class:`~zennit_prune.labels.Field`, or label arrays that broadcast to
+    the tensor. Everything is proven all the same: the narrowed network is traced again under the same rule, and must be
+    the original with the removed channels deleted; numbers are compared after.
 
     The operator needs a kernel for meta tensors (``torch.library.register_fake``), or the trace runs on real values.
 
@@ -217,9 +219,10 @@ def register_operation(*names: str, pointwise: bool = False,
 
     Examples
     --------
-    >>> @register_operation('mylib::reverse_channels')
-    ... def reverse(call):
-    ...     return [[Field(field.labels[:, ::-1], field.dims) for field in call.fields(call.args[0])]]
+    >>> register_operation('mylib::scaled_relu', pointwise=True, zero='all')
+    >>> @register_operation('mylib::swap_halves')
+    ... def swap_halves(call):
+    ...     return [[np.roll(field.labels, field.labels.shape[1] // 2, 1) for field in call.fields(call.args[0])]]
     '''
     if zero not in ('', 'all', 'any', 'first', 'never'):
         raise PruneError(f"zero={zero!r} is not one of 'all', 'any', 'first', 'never'.")
@@ -243,3 +246,21 @@ def register_operation(*names: str, pointwise: bool = False,
         return rule
 
     return register
+
+
+def check_candidates(call: Call, candidates: Candidates) -> None:
+    '''Refuse what cannot be the fields of the outputs, with an error that names the operation.'''
+    where = f'the rule of {call.func}, run in module {call.operation.site.module!r},'
+    if not isinstance(candidates, (list, tuple)) or len(candidates) != len(call.outputs):
+        raise PruneError(f'{where} must return one list of fields for each of its {len(call.outputs)} output tensors, '
+                         f'not {candidates!r}.')
+    for tensor, options in zip(call.outputs, candidates):
+        for option in options:
+            labels = option.labels if isinstance(option, Field) else option
+            whole = option.dims if isinstance(option, Field) else ()
+            fits = labels.ndim == tensor.dim() and all(
+                labels.shape[dim] == size or (labels.shape[dim] == 1 and dim not in whole)
+                for dim, size in enumerate(tensor.shape))
+            if not fits:
+                raise PruneError(f'{where} gives labels of shape {labels.shape} to a tensor of shape '
+                                 f'{tuple(tensor.shape)}: they must broadcast to it.')

@@ -16,7 +16,7 @@ from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .operations import pointwise
 from .recorded import Operation, StorageSet, count_flops, numbers_in, storage_key
-from .rules import OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, operation_name
+from .rules import OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, check_candidates, operation_name
 
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 SMALL = 64  # constants with more values are hardly made from a width
@@ -252,7 +252,10 @@ class Tracer(TorchDispatchMode):
         try:
             if rule is None:
                 raise NoRule
-            return rule(call)
+            candidates = rule(call)
+            if '::' in call.name:  # a custom operator
+                check_candidates(call, candidates)
+            return candidates
         except NoRule:
             for tensor in inputs:
                 call.lock(f'no rule covers the operation {call.func}', *self.fields_of(tensor))
