@@ -405,7 +405,7 @@ PATTERNS: dict[str, Pattern] = {
     # moving and mixing channels
     'channel shuffle': Pattern(
         one_layer(lambda net, h: net.next(h.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), next=conv(8, 8)),
-        {'conv': 8, 'next': 8},
+        {'conv': 4, 'next': 8},
     ),
     'channel shuffle of groups': Pattern(
         one_layer(
@@ -938,6 +938,15 @@ def test_branches_on_values_are_refused(branch: Callable[[torch.Tensor], bool]) 
     model = one_layer(lambda net, h: h if branch(h) else -h)().double().eval()
     with pytest.raises(zp.PruneError, match='uses a value of its input'):
         zp.trace(model, image())
+
+
+@pytest.mark.parametrize('select', [
+    lambda h: h[h.mean((1, 2, 3)) > 0], lambda h: h.flatten(1)[:, (h > 0).flatten(1).nonzero()[:, 1]],
+    lambda h: h.masked_select(h > 0)[None]])
+def test_sizes_that_depend_on_values_are_refused(select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    net = Net(lambda net, x: select(net.next(net.conv(x))).relu().sum(), conv=conv(3, 8), next=conv(8, 6)).double()
+    with pytest.raises(zp.PruneError, match=r'the size of a tensor depends on values of the input .*and heads'):
+        zp.trace(net, image())
 
 
 def test_random_networks_are_told_so() -> None:

@@ -24,6 +24,7 @@ declare('div', pointwise=True, zero='first')
 declare('empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'empty_permuted', constant=True, sized=True, size_free=True)
 declare('bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential', refills=True, size_free=True)
 declare('_local_scalar_dense', 'is_nonzero', 'equal', needs_value=True)
+declare('nonzero', 'masked_select', '_unique2', 'unique_dim', 'torchvision::nms', counts=True)
 
 
 

@@ -52,6 +52,8 @@ class Traits:
         What it makes of a constant is as constant, of whatever size.
     needs_value: bool
         It hands a value to Python.
+    counts: bool
+        How many values it returns depends on values.
     zero: str
         When a channel of its result is zero: where ``'all'`` labelled inputs are, where ``'any'`` factor, or the
         ``'first'`` input is; where ``'terms'``, all inputs, are; ``'never'`` for certain. By default ``'all'``, and for
@@ -66,6 +68,7 @@ class Traits:
     sized: bool = False
     size_free: bool = False
     needs_value: bool = False
+    counts: bool = False
     zero: str = ''
 
 

@@ -147,6 +147,9 @@ class Tracer(TorchDispatchMode):
         inputs = tensors_in(args) + (tensors_in(kwargs) if kwargs else [])
         if traits.needs_value:
             self.refuse_values(name, inputs)
+        masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if name == 'index' else []
+        if traits.counts or masks:
+            self.refuse_counts(name, masks or inputs)
         shortcut = SHORTCUTS.get(name) if inputs[:1] and inputs[0].is_meta else None
         result = shortcut(func, *args) if shortcut and not kwargs else func(*args, **kwargs)
         outputs = tensors_in(result)
@@ -233,6 +236,16 @@ class Tracer(TorchDispatchMode):
                 f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
                 f'({how}: an if, int(), float(), item() or tolist() on a tensor), so only one of its paths would be '
                 'proven. Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
+
+    def refuse_counts(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
+        '''Refuse a network in which sizes depend on values of its input.'''
+        if any(tensor in self._active for tensor in tensors):
+            where = f'module {self.calls.site.module!r}' if self.calls.site.module else 'the network itself'
+            raise PruneError(
+                f'the network cannot be traced: in {where} the size of a tensor depends on '
+                f'values of the input ({how}), as when boxes are selected, so no other network can be held against it. '
+                "Prune the part before that, a module that returns tensors of fixed size: a detector's backbone and "
+                'heads.')
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
         '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
