@@ -1,5 +1,6 @@
 '''Operators of users: locked until they have a rule, exact with it, guarded by the replay.'''
-from __future__ import annotations
+
+# no postponed annotations: torch 2.4 reads them to find the signature of an operator
 
 from collections.abc import Callable, Iterator
 from typing import Any
