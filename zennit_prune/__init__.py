@@ -24,6 +24,7 @@ from .repair import repair
 from .report import report
 from .result import Result, Step
 from .risk import Risk, class_losses, risky
+from .rules import register_operation
 from .storage import load, save
 from .sweep import sweep
 
@@ -33,4 +34,5 @@ __all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Choice', 'Col
            'GraphCanonizer', 'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance',
            'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
            'choose', 'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
-           'prune', 'receptive_field', 'repair', 'report', 'risky', 'save', 'sweep', 'trace', 'verify']
+           'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
+           'verify']
