@@ -4,13 +4,14 @@ The unknown is a *change* of weights, so that a ridge shrinks towards the weight
 '''
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-FOLDS = 4
+FOLDS = 6
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
 TINY = 1e-10  # hardly a ridge: where the features hold all of the answer, and no noise
 LEFT = 1e-8  # of the squared error in folds that were not fitted, or a tiny ridge is not to be trusted in other inputs
@@ -58,8 +59,11 @@ class Moments:
         held = self._folds.get(fold)
         self._folds[fold] = terms if held is None else [old + new for old, new in zip(held, terms)]
 
-    def solve(self, ridges: tuple[float, ...] = RIDGES) -> Change | None:
-        '''The change that is best in folds that were not fitted; None if no change is better than none.'''
+    def solve(self, ridges: tuple[float, ...] = RIDGES, guess: float = 0.1) -> Change | None:
+        '''The change that is best in folds that were not fitted; None if no change is better than none.
+
+        The search for the best of ``ridges`` starts at a ``guess``: layers that follow each other are alike.
+        '''
         folds = sorted(self._folds)
         total = self._total(folds)
         nothing = float(total[4].sum())
@@ -75,7 +79,7 @@ class Moments:
         def error(ridge: float) -> float:
             return sum(_error(held, *fit(ridge)) for held, fit in fits)
 
-        best = _descend(error, ridges)
+        best = _descend(error, ridges, guess)
         if ridges and best == ridges[0] and error(TINY) <= LEFT * nothing:
             best = TINY
         best = min(best, float('inf'), key=error)
@@ -90,11 +94,11 @@ class Moments:
         return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
 
 
-def _descend(error: Callable[[float], float], ridges: Sequence[float]) -> float:
-    '''The ridge at the bottom of a valley, starting in the middle; infinity if there is none.'''
+def _descend(error: Callable[[float], float], ridges: Sequence[float], guess: float) -> float:
+    '''The ridge at the bottom of a valley, from a guess on; infinity if there is none.'''
     if not ridges:
         return float('inf')
-    at = len(ridges) // 2
+    at = max(bisect(ridges, guess) - 1, 0)
     for step in (-1, 1):
         while 0 <= at + step < len(ridges) and error(ridges[at + step]) < error(ridges[at]):
             at += step

@@ -146,7 +146,7 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
     walks: list[tuple[Walk, Walk]] = []
-    found = changed = False
+    found, changed, ridge = False, False, 0.1
     try:
         for inputs, _ in chunks:
             walks.append((Walk(model, inputs, sites), Walk(small, inputs, sites, wanted)))
@@ -162,10 +162,10 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
             for view in views:
                 view.narrow(deletion(target.fields)[1])
             for pieces in _pieces(layers, sum(map(_samples, layers[0].calls))):
-                change = _change(pieces, views, RIDGES if method == 'refit' else ())
+                change = _change(pieces, views, RIDGES if method == 'refit' else (), ridge)
                 if change is not None:
                     _apply(change, pieces, views)
-                    changed = True
+                    changed, ridge = True, change.ridge
     finally:
         for pair in walks:
             for walk in pair:
@@ -260,7 +260,7 @@ def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
             yield [(layer, slice(start, start + step))]
 
 
-def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...]) -> Change | None:
+def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...], guess: float) -> Change | None:
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
     samples = sum(map(_samples, pieces[0][0].calls))
@@ -289,7 +289,7 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         for fold in folds.unique().tolist():
             chosen = folds == fold
             moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (read, errors)))
-    change = moments.solve(ridges)
+    change = moments.solve(ridges, guess)
     if change is not None and basis is not None:
         change.weight = basis.double() @ change.weight
     return change
