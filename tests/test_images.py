@@ -107,7 +107,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
 def test_folders_in_order() -> None:
     assert class_outputs(['a', 'b'], 'auto', 2) == class_outputs(['10', '9'], 'sorted', 2) == (0, 1)
     assert class_outputs(['0_a', '1_b'], 'auto', 2) == (0, 1)
-    with pytest.raises(zp.PruneError, match='2 folders of images, but the network has 1000 outputs: .*--classes FILE'):
+    with pytest.raises(zp.PruneError, match=r'2 folders of images, but the network has 1000 outputs: .*--classes FILE'):
         class_outputs(['a', 'b'], 'auto', 1000)
     with pytest.raises(zp.PruneError, match=r"is folder '10' output 0, by the order of names, or output 10\?"):
         class_outputs(['10', '9'], 'auto', 2)

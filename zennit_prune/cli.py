@@ -88,6 +88,14 @@ def source(ctx: click.Context, param: click.Parameter, value: str) -> Source:
 
 FOLDER, FILE = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path, dir_okay=False)
 COUNT = click.IntRange(min=1)
+AMOUNTS = {
+    'flops': 'What is to be left: a share, as 0.5, or a number above 1. Exactly one budget is needed.',
+    'params': 'The same in parameters.',
+    'bytes': 'The same in bytes.',
+    'channels': 'The same in removable channels.',
+    'latency': 'The same in seconds for one image on this device.',
+    'latency_fraction': 'The same as a share of the time.',
+}
 SHARED = [
     click.argument('model', callback=source),
     click.argument('images', type=click.Path(path_type=Path)),
@@ -104,22 +112,17 @@ SHARED = [
                  "this and the next three: as torchvision or timm prepare images for the network's public weights."),
     click.option('--resize', type=COUNT, metavar='PIXELS', help='Scale the shorter side to this before the middle is '
                  'cut out.'),
-    click.option('--mean', callback=numbers, metavar='NUMBERS', help='For values in 0 to 1: 0.485,0.456,0.406, or one number for grey '
-                 'images.'),
-    click.option('--std', callback=numbers, metavar='NUMBERS', help='Likewise. For a network that takes 0 to 255: --mean 0,0,0 '
-                 '--std 0.0039215686,0.0039215686,0.0039215686.'),
+    click.option('--mean', callback=numbers, metavar='NUMBERS', help='For values in 0 to 1: 0.485,0.456,0.406, or one '
+                 'number for grey images.'),
+    click.option('--std', callback=numbers, metavar='NUMBERS', help='Likewise. For a network that takes 0 to 255: '
+                 '--mean 0,0,0 --std 0.0039215686,0.0039215686,0.0039215686.'),
     click.option('--per-class', type=COUNT, help=f'References of every class.  [default: {PER_CLASS}]'),
     click.option('--references', type=COUNT, help='References from a folder without classes.  '
                  f'[default: {WITHOUT_CLASSES}]'),
     click.option('--held-out', type=click.IntRange(min=0), default=1000, show_default=True,
                  help='Measure on at most so many images that are no references.'),
-    click.option('--flops', callback=amount, metavar='NUMBER', help='What is to be left: a share, as 0.5, or a number above 1. Exactly one '
-                 'budget is needed.'),
-    click.option('--params', callback=amount, metavar='NUMBER', help='The same in parameters.'),
-    click.option('--bytes', callback=amount, metavar='NUMBER', help='The same in bytes.'),
-    click.option('--channels', callback=amount, metavar='NUMBER', help='The same in removable channels.'),
-    click.option('--latency', callback=amount, metavar='NUMBER', help='The same in seconds for one image on this device.'),
-    click.option('--latency-fraction', callback=amount, metavar='NUMBER', help='The same as a share of the time.'),
+    *[click.option(f'--{name.replace("_", "-")}', callback=amount, metavar='NUMBER', help=text)
+      for name, text in AMOUNTS.items()],
     click.option('--composite', type=click.Choice(COMPOSITES), default='recommended', show_default=True,
                  help="The rules of relevance, by Zennit's names; recommended: epsilon everywhere."),
     click.option('--criterion', type=click.Choice(['relevance', *MEASURES, *CRITERIA]), default='relevance',
@@ -190,9 +193,10 @@ def run_command(**options: Any) -> None:
 
 
 main.command('inspect', epilog=examples('inspect'))(shared(inspect_command))
-main.command('run', epilog=examples('run'))(click.option('--plan', type=FILE, help='Carry out this plan, in place of a budget.')(
-    click.option('--repair', type=click.Choice(METHODS), default='refit', show_default=True,
-                 help='By least squares on the references, or not at all, ...')(shared(run_command))))
+main.command('run', epilog=examples('run'))(
+    click.option('--plan', type=FILE, help='Carry out this plan, in place of a budget.')(
+        click.option('--repair', type=click.Choice(METHODS), default='refit', show_default=True, help='How weights make '
+                     'up for what is gone, by the references without their labels.')(shared(run_command))))
 
 
 def _carry_out(cut: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
