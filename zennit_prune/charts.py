@@ -1,14 +1,14 @@
 '''Charts as SVG, from numbers alone; colours and text around them are the page's.
 
-A chart is stretched to the width it is given, so it holds shapes only. What its points say is a list of texts, which the
-page reads out at the point under the pointer, or the one that the arrow keys reach.
+A chart is stretched to the width it is given, so it holds shapes only. What its points say is a list of texts, which
+the page reads out at the point under the pointer, or the one that the arrow keys reach.
 '''
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 
 HEIGHT = 100
 FINEST = 192  # bars in a ranking: of more channels than that, several share one
@@ -60,7 +60,8 @@ def ranking(scores: Sequence[float], gone: Sequence[bool]) -> Chart:
     Heights are square roots, signs kept, so that small scores can be seen beside large ones.
     '''
     order = sorted(range(len(scores)), key=lambda position: scores[position])
-    says = [f'channel {position}: {scores[position]:.3g}, {"goes" if gone[position] else "stays"}' for position in order]
+    says = [f'channel {position}: {scores[position]:.3g}, {"goes" if gone[position] else "stays"}'
+            for position in order]
     bins = min(len(order), FINEST)
     edges = [index * len(order) // bins for index in range(bins + 1)]
     roots = [math.copysign(math.sqrt(abs(scores[position])), scores[position]) for position in order]
@@ -68,7 +69,7 @@ def ranking(scores: Sequence[float], gone: Sequence[bool]) -> Chart:
     scale = (HEIGHT - 2) / ((high - low) or 1.0)
     zero = HEIGHT - 1 + low * scale
     paths: dict[bool, list[str]] = {False: [], True: []}
-    for index, (start, end) in enumerate(zip(edges, edges[1:])):
+    for index, (start, end) in enumerate(pairwise(edges)):
         height = sum(roots[start:end]) / (end - start) * scale
         height = math.copysign(max(abs(height), 1.0), height)  # a channel of no relevance is seen, too
         goes = 2 * sum(gone[position] for position in order[start:end]) >= end - start
@@ -105,7 +106,8 @@ def matrix(rows: Sequence[str], labels: Sequence[str], values: Sequence[Sequence
         for x, (label, value) in enumerate(zip(labels, line)):
             says.append(f'{row}, {label}: {value:.0%} {what}')
             if value > 0.005:
-                cells.append(f'<path class="gone" opacity="{min(value, 1):.2f}" d="M{x + 0.04:g} {y + 0.06:g}h.92v.88h-.92z"/>')
+                cells.append(f'<path class="gone" opacity="{min(value, 1):.2f}" '
+                             f'd="M{x + 0.04:g} {y + 0.06:g}h.92v.88h-.92z"/>')
     return Chart(_svg(''.join(cells), len(labels), len(rows)), says, len(labels), len(rows), segments=segments(labels),
                  names=list(rows))
 

@@ -16,6 +16,7 @@ from .errors import PruneError
 from .graph import ChannelGraph
 from .labels import Labels, first
 from .networks import structural_copy, unique_tensors, unwrapped
+from .notebook import panel
 from .trace import prepare_example
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
@@ -43,6 +44,10 @@ class Cost:
 
     def __str__(self) -> str:
         return f'{self.params:,} parameters, {self.flops:,} FLOPs per sample, {self.bytes:,} bytes'
+
+    def _repr_html_(self) -> str:
+        rows = [('parameters', self.params), ('FLOPs per sample', self.flops), ('bytes', self.bytes)]
+        return panel('Cost', [(('', 'of the network'), rows)])
 
 
 def cost(model: nn.Module, example: Any) -> Cost:

@@ -12,6 +12,7 @@ from .errors import PruneError
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels, flat_pairs
 from .networks import structural_copy, unwrapped, without_garbage_collection
+from .notebook import Table, panel
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -235,13 +236,18 @@ class ChannelGraph:
                     found.append(str(operation))
         return list(dict.fromkeys(found))
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = [(group.name, group.size, _some(group.layers('producer')[1:], 3), _some(group.layers('consumer'), 3))
                 for group in self.groups]
-        text = table(('group', 'channels', 'together with', 'read by'), rows)
-        if self.locked:
-            text += '\n\n' + table(('locked', 'why'), list(self.locked.items()))
+        locked = [(('locked', 'why'), list(self.locked.items()))] if self.locked else []
+        return [(('group', 'channels', 'together with', 'read by'), rows), *locked]
+
+    def __str__(self) -> str:
+        text = '\n\n'.join(table(*one) for one in self._tables())
         return '\n'.join([text, *(f'Note: {note}.' for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return panel(repr(self), self._tables(), [f'Note: {note}.' for note in self.notes])
 
     def __repr__(self) -> str:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'

@@ -37,8 +37,8 @@ def picture(image: torch.Tensor, display: bool = False) -> str:
         For another shape.
     '''
     if image.dim() != 3 or image.shape[0] not in (1, 3):
-        raise PruneError(f'an image of shape {tuple(image.shape)} cannot be shown: give display= with a tensor of shape '
-                         '(N, 1, H, W) or (N, 3, H, W).')
+        raise PruneError(f'an image of shape {tuple(image.shape)} cannot be shown: give display= with a tensor of '
+                         'shape (N, 1, H, W) or (N, 3, H, W).')
     values = image.detach().cpu()
     whole = not values.is_floating_point()
     values = _reduced(values.float())

@@ -21,9 +21,11 @@ from .groups import ChannelGroup
 from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
+from .notebook import Table, panel
+from .plots import plot_plan
 from .reliability import Reliability
 from .surgery import transplant
-from .tables import table
+from .tables import Share, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'
@@ -259,13 +261,18 @@ class Plan:
     def __hash__(self) -> int:
         return hash((id(self.graph), tuple(self.removed.items())))
 
-    def __str__(self) -> str:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        '''Draw how many channels of every group stay, to a file or not; returns the matplotlib figure.'''
+        return plot_plan(self, path)
+
+    def _tables(self) -> tuple[Table, list[str]]:
+        '''The groups, and lines on the whole network.'''
         rows: list[tuple[Any, ...]] = []
         stability = {} if self.reliability is None else self.reliability.groups
         for group in self.graph.groups:
             gone = len(self.removed.get(group.name, ()))
             agreement = [f'{stability[group.name]:.2f}' if group.name in stability else ''] if stability else []
-            rows.append((group.name, group.size, group.size - gone, f'{1 - gone / group.size:.0%}', *agreement))
+            rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *agreement))
         counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
         costs = CostModel(self.graph)
         totals = []
@@ -274,7 +281,15 @@ class Plan:
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
         header = ('group', 'channels', 'left', 'share', *['stability'] * bool(stability))
         notes = [str(note) for note in (self.timing, self.reliability) if note is not None]
-        return '\n'.join([table(header, rows), '', *totals, *notes])
+        return (header, rows), [*totals, *notes]
+
+    def __str__(self) -> str:
+        groups, notes = self._tables()
+        return '\n'.join([table(*groups), '', *notes])
+
+    def _repr_html_(self) -> str:
+        groups, notes = self._tables()
+        return panel(repr(self), [groups], notes)
 
     def __repr__(self) -> str:
         return f'Plan({sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups removed)'

@@ -10,6 +10,8 @@ import torch
 
 from .errors import PruneError
 from .files import read_tensors, write_tensors
+from .notebook import Table, panel
+from .plots import plot_relevance
 from .reliability import Reliability
 from .reliability import spearman as spearman
 from .tables import table
@@ -129,11 +131,36 @@ class Relevance:
             parts[kind][name] = values
         return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')))
 
-    def __str__(self) -> str:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        '''Draw the scores of every group in ascending order.
+
+        Parameters
+        ----------
+        path: path-like, optional
+            Where to write the picture; its suffix says of what kind.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        PruneError
+            Without matplotlib.
+        '''
+        return plot_relevance(self, path)
+
+    def _table(self) -> Table:
         stability = self.stability() if self.has_halves else {}
         rows = [(name, len(values), float(values.min()), float(values.median()), float(values.max()),
                  f'{stability[name]:.2f}' if name in stability else '') for name, values in self._scores.items()]
-        return table(('group', 'channels', 'least', 'median', 'most', 'stability'), rows)
+        return ('group', 'channels', 'least', 'median', 'most', 'stability'), rows
+
+    def __str__(self) -> str:
+        return table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return panel(repr(self), [self._table()])
 
     def __repr__(self) -> str:
         how = ', '.join(f'{key}={value!r}' for key, value in self.info.items())

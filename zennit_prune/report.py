@@ -33,8 +33,8 @@ MISSING = {
     'images': 'Give x= with a few images to see heatmaps of the network as it is and as it would be.',
     'relevance': 'Give relevance= with the scores the plan was made from to see where the cut falls.',
     'classes': 'Give relevance= collected with exemplars=8 to see what each class loses.',
-    'risky': 'Give relevance= collected with exemplars=8, and references= with the loader it was collected from, to see '
-             'what excites the channels that go.',
+    'risky': 'Give relevance= collected with exemplars=8, and references= with the loader it was collected from, to '
+             'see what excites the channels that go.',
     'stability': 'Give relevance= collected from at least two references to see whether others would rank alike.',
     'budget': "Give sweep=zp.sweep(...) to see accuracy over budget; include the criterion 'random'.",
 }
