@@ -1,7 +1,10 @@
 '''Prune networks by explaining them: remove the channels of least relevance, exactly.'''
 from . import presets
+from .agreement import Agreement, agreement
+from .at_once import prune
 from .canonize import GraphCanonizer
 from .collect import Collector
+from .conditional import channel_heatmap
 from .cost import Budget, Cost, cost
 from .curves import Sweep
 from .errors import PruneError, PruneWarning, VerificationError
@@ -11,7 +14,7 @@ from .groups import ChannelGroup, Member
 from .heatmap import heatmap, heatmap_image
 from .latency import LatencyTable, latency
 from .plan import Plan, verify
-from .pruner import Pruner, prune
+from .pruner import Pruner
 from .relevance import Relevance
 from .reliability import Reliability
 from .repair import repair
@@ -22,7 +25,7 @@ from .sweep import sweep
 
 __version__ = '0.1.0'
 
-__all__ = ['Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable', 'Member',
-           'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'Result', 'Step', 'Sweep',
-           'VerificationError', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets', 'prune',
-           'repair', 'report', 'save', 'sweep', 'trace', 'verify']
+__all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'GraphCanonizer', 'LatencyTable',
+           'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability', 'Result', 'Step',
+           'Sweep', 'VerificationError', 'agreement', 'channel_heatmap', 'cost', 'finetune', 'heatmap', 'heatmap_image',
+           'latency', 'load', 'presets', 'prune', 'repair', 'report', 'save', 'sweep', 'trace', 'verify']

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,17 +53,34 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     PruneError
         For inputs or targets that do not fit, or relevance that is not finite.
     '''
+    return explained(model, composite, x, lambda output: initial_relevance(output, target, initial), canonizer)[0]
+
+
+def explained(model: nn.Module, composite: Composite | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
+              canonizer: GraphCanonizer | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    '''The heatmaps for what ``start`` makes of the output, and the output.'''
     model = unwrapped(model)
     composite = recommended_composite() if composite is None else composite
     canonizer = canonizer or GraphCanonizer(model, x)
     with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
-        floating = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
-        if not floating:
-            raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
+        pixels = first_floating(inputs)
         output = main_output(call_network(network, inputs))
-        arrived, = propagate(output, initial_relevance(output, target, initial), floating[:1])
-    relevance = torch.zeros(floating[0].shape) if arrived is None else arrived.detach().cpu()
+        arrived, = propagate(output, start(output), [pixels])
+    return summed(torch.zeros_like(pixels) if arrived is None else arrived), output.detach()
+
+
+def first_floating(inputs: Any) -> torch.Tensor:
+    '''The input that a heatmap is of.'''
+    for tensor in tensors_in(inputs):
+        if tensor.requires_grad:
+            return tensor
+    raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
+
+
+def summed(relevance: torch.Tensor) -> torch.Tensor:
+    '''Relevance at the input, summed over its channels, on the CPU.'''
+    relevance = relevance.detach().cpu()
     if not torch.isfinite(relevance).all():
         raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
     return relevance.sum(1) if relevance.dim() > 2 else relevance
@@ -82,7 +99,8 @@ def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: 
     images: torch.Tensor
         Shape (N, C, H, W) with 1 or 3 channels; each is stretched to its own range.
     heatmaps: dict of str to torch.Tensor
-        Shape (N, H, W) each, by the name of the row, e.g. ``{'before': ..., 'after': ...}``.
+        Shape (N, H, W) each, by the name of the row, e.g. ``{'before': ..., 'after': ..., 'difference': ...}``, as
+        :class:`zennit_prune.Agreement` holds them.
     captions: sequence of str
         A line over each column.
     cmap: str

@@ -1,9 +1,8 @@
-'''``Pruner`` ties the steps together; ``prune`` takes them all at once.'''
+'''``Pruner`` ties the steps together.'''
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,17 +14,18 @@ from .attribute import recommended_composite
 from .attributors import AttributorFactory
 from .canonize import GraphCanonizer
 from .collect import Collector
+from .conditional import channel_heatmap
 from .cost import Budget, CostModel
 from .criteria import CRITERIA
 from .errors import PruneError
 from .graph import ChannelGraph, trace
+from .groups import ChannelGroup
 from .heatmap import heatmap
 from .initial import Initial
 from .iterate import Loop
 from .latency import LatencyModel, LatencyTable, timed
-from .loaders import batches
 from .measures import MEASURES
-from .networks import device_of, map_tensors, unwrapped
+from .networks import device_of, unwrapped
 from .plan import Plan
 from .preflight import Preflight, preflight
 from .relevance import Relevance
@@ -311,43 +311,7 @@ class Pruner:
         canonizer = GraphCanonizer.from_recording(self.graph.recording)
         return heatmap(self.model, self.composite, x, target, initial, canonizer)
 
-
-def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
-          ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit') -> nn.Module:
-    '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
-
-    Parameters
-    ----------
-    model: torch.nn.Module
-        The network; it is left as it is.
-    composite: zennit.core.Composite or None
-        The rules of relevance; None for the recommended ones.
-    loader: iterable
-        Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch.
-    budget: Budget
-        What is to be left, e.g. ``Budget(flops=0.5)``.
-    ignore: sequence of str
-        Patterns of module names whose output channels are kept.
-    progress: bool
-        Show progress bars on standard error.
-    repair: str
-        ``'none'`` leaves the weights that stay as they are; see :meth:`Pruner.prune`.
-
-    Returns
-    -------
-    torch.nn.Module
-        A new, smaller network of the same class.
-
-    Raises
-    ------
-    PruneError
-        Whatever keeps the result from being exact; nothing is changed.
-    '''
-    model = unwrapped(model)
-    stream = batches(loader)
-    first = next(stream, None)
-    if first is None:
-        raise PruneError('the loader is empty: there is nothing to collect relevance from.')
-    example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
-    pruner = Pruner(model, composite, example, ignore)
-    return pruner.prune(chain([first], stream), budget, repair=repair, progress=progress).model
+    def channel_heatmap(self, x: Any, target: Any, group: str | ChannelGroup, channel: int | Sequence[int],
+                        initial: Initial = 'one-hot') -> torch.Tensor:
+        '''What flows through single channels, shape (N, H, W); see :func:`zennit_prune.channel_heatmap`.'''
+        return channel_heatmap(self.model, self.composite, x, target, group, channel, initial, self.graph)

@@ -1,0 +1,193 @@
+'''Heatmaps of single channels: the relevance at the input that flows through a channel.'''
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from zennit.core import Composite
+
+from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
+from .attribute import recommended_composite as recommended
+from .canonize import GraphCanonizer
+from .errors import PruneError
+from .graph import ChannelGraph, trace
+from .groups import ChannelGroup
+from .heatmap import first_floating, summed
+from .initial import Initial, initial_relevance
+from .loaders import batch_size, only
+from .networks import tensors_in, unwrapped
+from .states import State, find_states
+from .trace import Place
+
+AT_ONCE = 16  # samples, repeated ones counted: more take longer than one pass for each channel
+
+
+def channel_heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any, group: str | ChannelGroup,
+                    channel: int | Sequence[int], initial: Initial = 'one-hot', graph: ChannelGraph | None = None
+                    ) -> torch.Tensor:
+    '''The relevance of every input pixel that flows through one channel.
+
+    The relevance that arrives at the channel's state, the tensor that carries its complete value, is kept there for
+    this channel alone and propagated on to the input. Where a group has several states (a residual stream), this is
+    done at each of them, and the mean is returned, as the score of a channel is the mean over its states. Over all
+    channels, the heatmaps of a group with one state sum to the relevance that flows through this state; of a network
+    without branches that is the whole heatmap.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network; it is copied, never changed.
+    composite: zennit.core.Composite or None
+        The rules; None for the recommended ones.
+    x: torch.Tensor, tuple or dict
+        The inputs, shape (N, C, H, W).
+    target, initial:
+        See :func:`zennit_prune.initial.initial_relevance`.
+    group: str or ChannelGroup
+        A group, its name, or the name of a layer that belongs to one group only.
+    channel: int or sequence of int
+        Positions in the group. Several are propagated together.
+    graph: ChannelGraph, optional
+        A trace made before of this network, to save another.
+
+    Returns
+    -------
+    torch.Tensor
+        On the CPU, shape (N, H, W), or (K, N, H, W) for a sequence of K channels.
+
+    Raises
+    ------
+    PruneError
+        For an unknown group, a position out of range, a group whose relevance cannot be read or does not arrive, and
+        as :func:`zennit_prune.heatmap`.
+    '''
+    model = unwrapped(model)
+    graph = graph or trace(model, x)
+    found = known_group(graph, group)
+    channels = _positions(found, channel)
+    states = states_of(graph, found)
+    composite = recommended() if composite is None else composite
+    canonizer = GraphCanonizer.from_recording(graph.recording)
+    places = [state.place for state in states]
+    with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
+        maps = _conditioned(attribution, states, x, target, initial, channels, found)
+    return maps if _several(channel) else maps[0]
+
+
+class Taps(Reader):
+    '''A reader that ties a loose end to each tensor, from which relevance is propagated back as from an output.'''
+
+    def __init__(self, network: nn.Module, places: Sequence[Place]):
+        super().__init__(network, places)
+        self.ends: dict[Place, torch.Tensor] = {}
+
+    def _catch(self, place: Place, value: Any) -> None:
+        super()._catch(place, value)
+        if place in self.caught:  # a copy, for the network may write into it; unseen by the modes that give rules
+            with torch._C.DisableTorchFunction():
+                self.ends[place] = tensors_in(value)[place.position].clone()
+
+    def clear(self) -> None:
+        super().clear()
+        self.ends.clear()
+
+
+def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
+    '''The group of a graph that a name, or a group of another trace of the same network, stands for.'''
+    found = graph.group(group.name if isinstance(group, ChannelGroup) else group)
+    if isinstance(group, ChannelGroup) and found.size != group.size:
+        raise PruneError(f'group {group.name!r} has {group.size} channels, but {found.size} in this network: it is of '
+                         'another one.')
+    return found
+
+
+def states_of(graph: ChannelGraph, group: ChannelGroup) -> list[State]:
+    '''Where the channels of a group are read.'''
+    states, missing = find_states(graph)
+    if group.name in missing:
+        raise PruneError(f'the relevance of group {group.name!r} cannot be read: {missing[group.name]}.')
+    return [state for state in states if state.group == group.name]
+
+
+def _several(channel: Any) -> bool:
+    return isinstance(channel, Sequence) or getattr(channel, 'ndim', 0) > 0
+
+
+def _positions(group: ChannelGroup, channel: Any) -> list[int]:
+    try:
+        channels = [operator.index(item) for item in (channel if _several(channel) else [channel])]
+    except TypeError as error:
+        raise PruneError(f'channel={channel!r} is no position in group {group.name!r}: give a whole number, or a '
+                         'sequence of them.') from error
+    for item in channels:
+        if not 0 <= item < group.size:
+            raise PruneError(f'channel {item} is out of range: group {group.name!r} has {group.size} channels, 0 to '
+                             f'{group.size - 1}.')
+    if not channels:
+        raise PruneError(f'no channel of group {group.name!r} is named: give at least one position.')
+    return channels
+
+
+def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, target: Any, initial: Initial,
+                 channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
+    network, taps, registered = attribution
+    number = batch_size(x)
+    at_once = max(1, AT_ONCE // number)
+
+    def run(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        taps.clear()
+        inputs = differentiable(inputs, network)
+        pixels = first_floating(inputs)
+        return pixels, main_output(call_network(network, inputs))
+
+    maps = []
+    with torch.enable_grad():
+        try:
+            pixels, output = run(x)
+            caught = dict(taps.caught)
+            arrived = propagate(output, initial_relevance(output, target, initial), list(caught.values()), True)
+            relevance = {state: values.detach() for place, values in zip(caught, arrived) if values is not None
+                         for state in states if state.place == place}
+            if not relevance:
+                raise PruneError(f'no relevance arrives at group {group.name!r}: the target does not depend on it, or '
+                                 'it is inside a gate, which rules hold constant.')
+            covered = sum((torch.bincount(state.positions.reshape(-1), minlength=state.size + 1) > 0).double()
+                          for state in relevance)
+            repeated = 1
+            for first in range(0, len(channels), at_once):
+                chosen = channels[first:first + at_once]
+                if len(chosen) != repeated:  # else the graph of the last pass serves once more
+                    repeated = len(chosen)
+                    pixels, _ = run(only(x, number, torch.arange(number).repeat(repeated)))
+                seeds = {state.place: torch.cat([_kept(state, values, item, covered) for item in chosen])
+                         for state, values in relevance.items()}
+                maps.append(_from_states(taps, seeds, pixels).unflatten(0, (repeated, number)))
+        finally:
+            taps.clear()
+            for hook in list(registered.hook_refs):
+                hook.remove()
+    return torch.cat(maps)
+
+
+def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    ends = [taps.ends[place] for place in seeds]
+    try:
+        arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise PruneError(f'relevance cannot be propagated from single channels of this network: {error}.') from error
+    return summed(torch.zeros_like(pixels) if arrived is None else arrived)
+
+
+def _kept(state: State, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
+    '''The relevance at a state, zero but for one channel, over the number of states that hold the channel.'''
+    shape = [1] * relevance.dim()
+    for dim, size in zip(state.dims, state.positions.shape):
+        if relevance.shape[dim] != size:
+            raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)}, but {size} '
+                             f'entries along dimension {dim} were traced: give inputs of the size that was traced.')
+        shape[dim] = size
+    mask = (state.positions == channel).reshape(shape).to(relevance)
+    return relevance * (mask / float(covered[channel].clamp(min=1)))
