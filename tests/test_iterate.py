@@ -328,7 +328,7 @@ def test_history_is_told_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(zp.PruneError, match='no folder for'):
         result.plot(tmp_path / 'nowhere' / 'history.png')
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(zp.PruneError, match=r'pip install "zennit-prune\[plot\]"'):
+    with pytest.raises(zp.PruneError, match=r"pip install 'zennit-prune\[plot\]'"):
         result.plot(tmp_path / 'history.png')
 
 

@@ -1,8 +1,8 @@
 '''Sweeps: every cell once, resumed, with reasons where there is no value.'''
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -293,14 +293,7 @@ def test_nothing_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip('matplotlib')
     with pytest.raises(zp.PruneError, match='nothing to plot'):
         zp.Sweep('flops', 1.0, [Row('l1', 'none', 0, 0.5, None, None, 1.0, 'no')]).plot(tmp_path / 'sweep.png')
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name.startswith('matplotlib'):
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, '__import__', without)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(zp.PruneError, match=r"needs matplotlib: pip install 'zennit-prune\[plot\]'"):
         made_up().plot(tmp_path / 'sweep.png')
     assert not list(tmp_path.iterdir())

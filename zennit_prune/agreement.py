@@ -107,8 +107,8 @@ def agreement(model: nn.Module, changed: nn.Module, composite: Composite | None,
 
     def again(output: torch.Tensor) -> torch.Tensor:
         if output.shape != started[0].shape:
-            raise PruneError(f'the networks cannot be compared: their outputs have shapes {tuple(started[0].shape)} and '
-                             f'{tuple(output.shape)}. Give the original and a pruned or masked version of it.')
+            raise PruneError(f'the networks cannot be compared: their outputs have shapes {tuple(started[0].shape)} '
+                             f'and {tuple(output.shape)}. Give the original and a pruned or masked version of it.')
         return started[0].to(output)
 
     before, output = explained(model, composite, x, start)

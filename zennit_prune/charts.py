@@ -84,29 +84,30 @@ def ranking(scores: Sequence[float], gone: Sequence[bool]) -> Chart:
 
 
 def columns(labels: Sequence[str], after: Sequence[float], before: Sequence[float] | None = None,
-            says: Sequence[str] | None = None, top: float | None = None, kind: str = 'kept') -> Chart:
+            says: Sequence[str] | None = None, top: float | None = None, top_name: str = '') -> Chart:
     '''A column for each label, in front of another that is higher, say what was there before.'''
     whole = list(after if before is None else before)
     highest = top if top is not None else max([*whole, *after], default=0.0) or 1.0
     shapes = []
-    for name, values in (('before', before), (kind, after)):
+    for name, values in (('before', before), ('kept', after)):
         bars = [f'M{index + 0.1:g} {HEIGHT}v{-HEIGHT * min(max(value / highest, 0), 1):.1f}h.8V{HEIGHT}z'
                 for index, value in enumerate(values or ()) if value > 0]
         if bars:
             shapes.append(f'<path class="{name}" d="{"".join(bars)}"/>')
     said = list(says or (f'{label}: {value:.3g}' for label, value in zip(labels, after)))
-    return Chart(_svg(''.join(shapes), len(labels), HEIGHT), said, len(labels), top=amount(highest), bottom='0',
-                 segments=segments(labels))
+    return Chart(_svg(''.join(shapes), len(labels), HEIGHT), said, len(labels), top=top_name or amount(highest),
+                 bottom='0', segments=segments(labels))
 
 
 def matrix(rows: Sequence[str], labels: Sequence[str], values: Sequence[Sequence[float]], what: str) -> Chart:
-    '''A cell for each row and label, the darker the larger its value, from 0 to 1.'''
+    '''A cell for each row and label, the stronger in colour the larger its share; the largest has the full colour.'''
     cells, says = [], []
+    highest = max((value for line in values for value in line), default=0.0) or 1.0
     for y, (row, line) in enumerate(zip(rows, values)):
         for x, (label, value) in enumerate(zip(labels, line)):
             says.append(f'{row}, {label}: {value:.0%} {what}')
-            if value > 0.005:
-                cells.append(f'<path class="gone" opacity="{min(value, 1):.2f}" '
+            if value > 0:
+                cells.append(f'<path class="gone" opacity="{value / highest:.2f}" '
                              f'd="M{x + 0.04:g} {y + 0.06:g}h.92v.88h-.92z"/>')
     return Chart(_svg(''.join(cells), len(labels), len(rows)), says, len(labels), len(rows), segments=segments(labels),
                  names=list(rows))

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from zennit.attribution import Attributor
 from zennit.core import Composite
-from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
+from .aggregate import AGGREGATES, aggregated, holds_lrp, suitable_aggregate
 from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
 from .attributors import AttributorFactory, Passes, attributed
+from .best import Best, Spots
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
+from .exemplars import Exemplars
 from .fingerprint import described, fingerprint, named
 from .graph import ChannelGraph
 from .initial import Initial, checked_classes, shares, starts
@@ -28,8 +30,6 @@ from .states import State, find_states
 from .sums import Sums
 from .trace import Place
 
-SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
-AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
 NONFINITE = ('error', 'skip')
 
 
@@ -64,6 +64,9 @@ class Collector:
         a warning says so.
     seed: int
         For the noise of an Attributor.
+    exemplars: int
+        How many samples to keep for each channel, those with the largest scores; see
+        :class:`zennit_prune.Exemplars`.
 
     Attributes
     ----------
@@ -83,28 +86,36 @@ class Collector:
     '''
 
     criterion = 'relevance'
+    per_sample = True  # whether a sample's score has a meaning of its own
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
                  initial: Initial = 'one-hot', *, classes: Iterable[int] | None = None,
-                 attributor: AttributorFactory | None = None, nonfinite: str = 'error', seed: int = 0):
+                 attributor: AttributorFactory | None = None, nonfinite: str = 'error', seed: int = 0,
+                 exemplars: int = 0):
         for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
             if value not in known:
                 raise PruneError(f'{option}={value!r} is unknown: use one of {", ".join(map(repr, known))}.')
         if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
             raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
                              'SmoothGrad, or a function from a model to an Attributor.')
+        if isinstance(exemplars, bool) or not isinstance(exemplars, int) or exemplars < 0:
+            raise PruneError(f'exemplars={exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
+        if exemplars and not self.per_sample:
+            raise PruneError(f"criterion={self.criterion!r} has no score for single samples, so that it has no "
+                             "exemplars: use another criterion, e.g. 'relevance'.")
         if not graph.groups:
             raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
                              'locks them.')
         self.graph, self.model, self.composite = graph, model, composite
         self.aggregate, self.initial, self.classes = aggregate, initial, checked_classes(classes)
-        self.attributor, self.nonfinite, self.seed = attributor, nonfinite, seed
+        self.attributor, self.nonfinite, self.seed, self.exemplars = attributor, nonfinite, seed, exemplars
         self.states, self.unread = self._find_states()
         self.canonizer = GraphCanonizer.from_recording(graph.recording)
         reached = {state.group for state in self.states if state.value in self.canonizer.reached}
         self.gates = {state.group for state in self.states} - reached
         self.sums = Sums()
         self.notes: list[str] = []
+        self._targets: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
 
     def _find_states(self) -> tuple[list[State], dict[str, str]]:
@@ -153,7 +164,7 @@ class Collector:
 
     def is_lrp(self) -> bool:
         '''Whether any rule in force is one of LRP.'''
-        return any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in self._registered.hook_refs)
+        return holds_lrp(self._registered)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -182,15 +193,25 @@ class Collector:
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         batch = Selection(inputs, target, self.classes, self.nonfinite == 'skip', self.sums.seen)
-        scores = self._sampled(batch) if len(batch.numbers) else {}
-        self.sums = self.sums.plus(scores, batch.size, batch.skipped, batch.reason, (inputs, target))
+        self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
+        scores = self._sampled(batch, spots) if len(batch.numbers) else {}
+        best = self._best(batch, scores, spots) if spots and len(batch.rows) else None
+        self.sums = self.sums.plus(scores, batch.size, batch.skipped, batch.reason, (inputs, target), best)
 
-    def _sampled(self, batch: Selection) -> dict[str, torch.Tensor]:
+    def _best(self, batch: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
+        '''Which samples of a batch matter most to each channel.'''
+        layout = tuple((group.name, group.size) for group in self.graph.groups)
+        classes = None if self._targets is None else self._targets[batch.rows.to(self._targets.device)]
+        return Best.of(layout, scores, batch.numbers[batch.rows], classes, self.exemplars, spots.only(batch.rows))
+
+    def _sampled(self, batch: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
         '''By group, the scores of the samples that count; the mean over a sample's targets.'''
         totals: dict[str, torch.Tensor] = {}
         weight = torch.zeros(())
         try:
             for relevance, share in self._measured(batch.inputs, batch.target):
+                if spots is not None:
+                    spots.see(self.states, relevance, share)
                 for name, values in self._scores(relevance, len(share)).items():
                     share = share.to(values)
                     values = torch.where(share[:, None] > 0, values * share[:, None], 0)
@@ -213,6 +234,7 @@ class Collector:
         with torch.enable_grad():
             output = main_output(call_network(self._network, inputs))
         found = starts(output, target, self.initial, self.classes)
+        self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
         if not caught:
             raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of the '
@@ -245,15 +267,7 @@ class Collector:
         return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
     def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        if relevance.shape[0] % batch:
-            raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
-                             f'{batch}: its first dimension does not hold the samples.')
-        if self.aggregate == 'sumabs':
-            return state.per_sample(relevance.abs(), batch)
-        values = state.per_sample(relevance, batch)
-        if self.aggregate == 'abs':
-            return values.abs()
-        return values.clamp(min=0) if self.aggregate == 'positive' else values
+        return aggregated(self.aggregate, state, relevance, batch)
 
     def merge(self, other: Collector) -> Collector:
         '''Add what another collector of the same network, rules and settings saw.
@@ -272,7 +286,8 @@ class Collector:
         return {'criterion': self.criterion, 'groups': {group.name: group.size for group in self.graph.groups},
                 'composite': described(self.composite), 'aggregate': self.aggregate,
                 'initial': described(self.initial), 'classes': self.classes and list(self.classes),
-                'attributor': described(self.attributor), 'seed': self.attributor and self.seed}
+                'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
+                'exemplars': self.exemplars or None}
 
     def check_fits(self, settings: Mapping[str, Any], what: str, used: bool = True) -> None:
         '''Compare with the settings of ``what``; an aggregate that is not yet decided is taken from there.'''
@@ -329,7 +344,7 @@ class Collector:
                              'layer is zero.')
         held = sorted(self.gates - set(sums.halves))
         notes = [*self.notes, f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
-                              'channels have no scores and are kept'] if held else self.notes
+                              'channels have no scores and are kept'] if held else [*self.notes]
         counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
         halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
         info = {'criterion': self.criterion, 'composite': named(self.composite), 'aggregate': self.aggregate,
@@ -340,12 +355,9 @@ class Collector:
             info['attributor'] = named(self.attributor)
         if sums.skipped:
             info['skipped'] = sums.skipped
+        if sums.best is not None and sums.best.dropped:
+            notes.append(f'exemplars: means of the first {len(sums.best.classes)} classes were kept, without those of '
+                         f'{sums.best.dropped} samples of others')
         return Relevance({name: values.sum(0) / sums.samples for name, values in halves.items()},
-                         {name: values / counts for name, values in halves.items()}, info)
-
-
-def suitable_aggregate(composite: Composite) -> str:
-    '''What suits the rules in force: ``'sumabs'`` where most keep contributions of both signs apart, else ``'abs'``.'''
-    apart = sum(isinstance(hook, SIGNED_RULES) for hook in composite.hook_refs)
-    together = sum(isinstance(hook, Epsilon) for hook in composite.hook_refs)
-    return 'sumabs' if apart > together else 'abs'
+                         {name: values / counts for name, values in halves.items()}, info,
+                         None if sums.best is None else Exemplars(sums.best))

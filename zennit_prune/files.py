@@ -24,8 +24,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    '''Write a text file.'''
-    _appear(path, lambda unfinished: Path(unfinished).write_text(text))
+    '''Write a text file, in UTF-8.'''
+    _appear(path, lambda unfinished: Path(unfinished).write_text(text, encoding='utf-8'))
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:

@@ -141,7 +141,8 @@ def layer_costs(plan: Plan) -> Costs:
     left = [group.size - count for group, count in zip(groups, counts.astype(int).tolist())]
     says = [f'{group.name}: {kept} of {group.size} channels stay ({kept / group.size:.0%})'
             for group, kept in zip(groups, left)]
-    widths = charts.columns([group.name for group in groups], left, [group.size for group in groups], says)
+    widths = charts.columns([group.name for group in groups], [kept / group.size for group, kept in zip(groups, left)],
+                            [1.0] * len(groups), says, 1.0, '100%')
     return Costs(layers, widths, drawn[0], drawn[1], (others[0], others[1]))
 
 

@@ -19,11 +19,12 @@ class Start(NamedTuple):
     '''One target of every sample.
 
     ``relevance`` gives the relevance at the output as a function of the output, as Zennit's ``attr_output`` does;
-    ``given`` says which samples have such a target.
+    ``given`` says which samples have such a target; ``classes``, which class it is, -1 where it is not one alone.
     '''
 
     relevance: Callable[[torch.Tensor], torch.Tensor]
     given: torch.Tensor
+    classes: torch.Tensor | None = None
 
 
 def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> torch.Tensor:
@@ -87,7 +88,9 @@ def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequenc
         raise PruneError(f'initial={initial!r} is unknown: use one of {known} or a function of the output.')
 
     def start(rows: torch.Tensor) -> Start:
-        return Start(lambda seen: _from_rows(rows, seen.detach(), initial, classes), (rows != 0).flatten(1).any(1))
+        given = rows != 0
+        one = torch.where(given.sum(1) == 1, given.int().argmax(1), -1) if rows.dim() == 2 else None
+        return Start(lambda seen: _from_rows(rows, seen.detach(), initial, classes), given.flatten(1).any(1), one)
 
     return [start(rows) for rows in target_rows(output, target, classes)]
 

@@ -196,6 +196,7 @@ class Wanda(Activations):
 
     criterion = 'wanda'
     per_element = False
+    per_sample = False
 
     def _find_states(self) -> tuple[list[State], dict[str, str]]:
         flow, tensors = Flow(self.graph), dict(tensors_by_module(self.model))

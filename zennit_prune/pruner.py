@@ -102,7 +102,8 @@ class Pruner:
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
                 initial: Initial = 'auto', seed: int = 0, progress: bool = True, *, target: Any = None,
                 classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
-                nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None) -> Relevance:
+                nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None,
+                exemplars: int = 0) -> Relevance:
         '''Score every channel on reference data.
 
         Under ``torch.distributed``, all processes call this, each with the loader of its shard, and all get the same
@@ -132,6 +133,9 @@ class Pruner:
             A file that holds what was collected so far: written every half a minute and when anything ends the pass
             early, read if it is there when the pass starts, removed when it is complete. The loader has to yield the
             same batches in the same order. Each of many processes has a file of its own beside it.
+        exemplars: int
+            How many samples to keep for each channel, those that matter most to it: ``relevance.exemplars``, see
+            :class:`zennit_prune.Exemplars`.
 
         Returns
         -------
@@ -143,6 +147,9 @@ class Pruner:
             For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
             not finite; a checkpoint of something else; on all processes, if any of them fails.
         '''
+        if exemplars and (callable(criterion) or criterion in CRITERIA):
+            raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no exemplars: use '
+                             "'relevance', or leave exemplars= out.")
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
         if criterion in CRITERIA:
@@ -152,7 +159,7 @@ class Pruner:
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
                              'loader).')
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
-                                   nonfinite=nonfinite, seed=seed)
+                                   nonfinite=nonfinite, seed=seed, exemplars=exemplars)
         return collect(collector, loader, target, progress, checkpoint)
 
     def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from .best import Best
 from .errors import PruneError
+from .exemplars import Exemplars
 from .files import read_tensors, write_tensors
 from .notebook import Table, panel
 from .plots import plot_relevance
@@ -30,6 +32,8 @@ class Relevance:
         The scores from the even and from the odd samples alone, shape (2, channels), for :meth:`stability`.
     info: mapping, optional
         How the scores came about, as JSON values.
+    exemplars: Exemplars, optional
+        The samples that matter most to each channel.
 
     Raises
     ------
@@ -38,7 +42,7 @@ class Relevance:
     '''
 
     def __init__(self, scores: Mapping[str, Any], halves: Mapping[str, torch.Tensor] | None = None,
-                 info: Mapping[str, Any] | None = None):
+                 info: Mapping[str, Any] | None = None, exemplars: Exemplars | None = None):
         self._scores: dict[str, torch.Tensor] = {}
         if not isinstance(scores, Mapping):
             raise PruneError(f'scores are given by group name, a dict, not a {type(scores).__name__}.')
@@ -55,6 +59,7 @@ class Relevance:
             self._scores[name] = values
         self._halves = {name: values.detach().to('cpu', torch.float64) for name, values in (halves or {}).items()}
         self.info: dict[str, Any] = dict(info or {})
+        self.exemplars = exemplars
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._scores:
@@ -111,7 +116,11 @@ class Relevance:
         '''Write everything to one safetensors file, without code.'''
         tensors = {f'scores.{name}': values for name, values in self._scores.items()}
         tensors.update({f'halves.{name}': values for name, values in self._halves.items()})
-        write_tensors(path, tensors, {'info': json.dumps(self.info)}, FORMAT)
+        metadata = {'info': json.dumps(self.info)}
+        if self.exemplars is not None:
+            metadata['exemplars'] = self.exemplars.best.to_json()
+            tensors.update({f'exemplars.{name}': values for name, values in self.exemplars.best.tensors().items()})
+        write_tensors(path, tensors, metadata, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relevance:
@@ -123,13 +132,15 @@ class Relevance:
             If the file is something else.
         '''
         tensors, metadata = read_tensors(path, FORMAT)
-        parts: dict[str, dict[str, torch.Tensor]] = {'scores': {}, 'halves': {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {'scores': {}, 'halves': {}, 'exemplars': {}}
         for key, values in tensors.items():
             kind, _, name = key.partition('.')
             if kind not in parts:
                 raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: it holds a tensor {key!r}.')
             parts[kind][name] = values
-        return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')))
+        text = metadata.get('exemplars')
+        exemplars = Exemplars(Best.load(text, parts['exemplars'], os.fspath(path))) if text is not None else None
+        return cls(parts['scores'], parts['halves'], json.loads(metadata.get('info', '{}')), exemplars)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         '''Draw the scores of every group in ascending order.

@@ -16,9 +16,10 @@ from . import charts, findings
 from .charts import Chart, Markup, amount
 from .curves import NAMES, Sweep
 from .errors import PruneError
+from .excerpts import Risky, risky_channels
 from .files import check_folder, write_text
 from .findings import Amount, Check, Costs, Group
-from .looks import ClassLosses, Images, Looks, Risky, class_losses_of, look_at, risky_channels
+from .looks import ClassLosses, Images, Looks, class_losses_of, look_at
 from .optional import needed
 from .plan import Plan
 from .pruner import Pruner
@@ -158,7 +159,7 @@ def _page(pruner: Pruner, plan: Plan, relevance: Relevance | None, images: Image
         looks = look_at(pruner, plan, small, images)
         bar.update()
         classes = class_losses_of(plan, relevance, images)
-        risky = risky_channels(pruner, plan, relevance, references, images)
+        risky = risky_channels(pruner, plan, relevance, references, images.class_name)
         bar.update()
         checks = findings.checks(pruner, plan, small, images.x, images.target)
         bar.update()

@@ -38,6 +38,8 @@ class Selection:
         How many were left out because something was not finite.
     reason: str
         What was not finite, for the first of them.
+    rows: torch.Tensor
+        Which of the samples left have counted in the end.
     '''
 
     def __init__(self, inputs: Any, target: Any, classes: Sequence[int] | None, skip: bool, seen: int):
@@ -45,6 +47,7 @@ class Selection:
         self.skip, self.seen = skip, seen
         self.skipped, self.reason = 0, ''
         self.numbers = torch.arange(self.size)
+        self.rows = torch.zeros(0, dtype=torch.int64)
         wanted = of_classes(target, classes)
         if wanted is not None and len(wanted) == self.size:
             self.numbers = self.numbers[wanted.cpu()]
@@ -78,6 +81,7 @@ class Selection:
             self._note(wrong, f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. '
                               'Use a rule with a larger epsilon, or attribute in float32 or float64')
         counted = given & ~wrong & ~self._broken
+        self.rows = counted.nonzero().flatten()
         if counted.all():
             return dict(scores)
         return {name: values[counted.to(values.device)] for name, values in scores.items()}

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from .best import Best
 from .errors import PruneError
 from .files import read_tensors, write_tensors
 from .fingerprint import fingerprint
 
 FORMAT = 'zennit_prune collection'
+BEST = 'best/'  # before the names of their tensors; those of groups have no slash after a plain word
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Sums:
         What was not finite, for the first of them.
     last: object
         The last batch, or its fingerprint where these sums were read from a file.
+    best: Best, optional
+        The samples that matter most to each channel, where these are asked for.
     '''
 
     halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -45,37 +49,49 @@ class Sums:
     skipped: int = 0
     reason: str = ''
     last: Any = None
+    best: Best | None = None
 
     @property
     def samples(self) -> int:
         '''How many samples were counted.'''
         return sum(self.counts)
 
-    def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any) -> Sums:
-        '''With a batch of ``size`` more; ``values``, shape (samples, channels), are from those that count.'''
+    def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any,
+             best: Best | None = None) -> Sums:
+        '''With a batch of ``size`` more; ``values``, shape (samples, channels), are from those that count.
+
+        ``best`` numbers them from the start of the batch.
+        '''
         odd = self.samples % 2
         number = len(next(iter(values.values()), ()))
         halves = {name: torch.stack([rows[odd::2].sum(0), rows[1 - odd::2].sum(0)]) for name, rows in values.items()}
         return Sums(_added(self.halves, halves), (self.counts[0] + len(range(odd, number, 2)),
                                                   self.counts[1] + len(range(1 - odd, number, 2))),
-                    self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch)
+                    self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch,
+                    _joined(self.best, best, self.seen))
 
     def merged(self, other: Sums) -> Sums:
         '''With all that ``other`` holds.'''
         return Sums(_added(self.halves, other.halves), (self.counts[0] + other.counts[0],
                                                         self.counts[1] + other.counts[1]),
                     self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
-                    self.reason or other.reason)
+                    self.reason or other.reason, best=_joined(self.best, other.best, self.seen))
 
     def portable(self) -> Sums:
         '''The same on the CPU, without the last batch.'''
-        return replace(self, halves={name: values.cpu() for name, values in self.halves.items()}, last=None)
+        return replace(self, halves={name: values.cpu() for name, values in self.halves.items()}, last=None,
+                       best=self.best and self.best.to('cpu'))
 
     def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         '''Write one safetensors file; it appears when it is complete.'''
         state = {'counts': self.counts, 'seen': self.seen, 'batches': self.batches, 'skipped': self.skipped,
                  'reason': self.reason, 'last': self.last_batch}
-        write_tensors(path, self.halves, {'state': json.dumps(state), 'settings': json.dumps(settings)}, FORMAT)
+        metadata = {'state': json.dumps(state), 'settings': json.dumps(settings)}
+        tensors = dict(self.halves)
+        if self.best is not None:
+            metadata['best'] = self.best.to_json()
+            tensors.update({BEST + name: values for name, values in self.best.tensors().items()})
+        write_tensors(path, tensors, metadata, FORMAT)
 
     @property
     def last_batch(self) -> str | None:
@@ -91,11 +107,14 @@ class Sums:
         PruneError
             If the file is something else.
         '''
-        halves, metadata = read_tensors(path, FORMAT)
+        tensors, metadata = read_tensors(path, FORMAT)
+        halves = {name: values for name, values in tensors.items() if not name.startswith(BEST)}
+        kept = {name.removeprefix(BEST): values for name, values in tensors.items() if name.startswith(BEST)}
+        best = Best.load(metadata['best'], kept, os.fspath(path)) if 'best' in metadata else None
         try:
             state = json.loads(metadata['state'])
             state['counts'] = tuple(state['counts'])
-            return cls(halves, **state), json.loads(metadata['settings'])
+            return cls(halves, best=best, **state), json.loads(metadata['settings'])
         except (KeyError, TypeError, ValueError) as error:
             raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
 
@@ -103,3 +122,10 @@ class Sums:
 def _added(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: old[name].to(new[name].device) + new[name] if name in old and name in new
             else (new if name in new else old)[name] for name in {**old, **new}}
+
+
+def _joined(old: Best | None, new: Best | None, seen: int) -> Best | None:
+    '''What was kept before and what came after ``seen`` samples.'''
+    if old is None or new is None:
+        return old if new is None else new.numbered_from(seen)
+    return old.merged(new.numbered_from(seen))
