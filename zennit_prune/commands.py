@@ -153,7 +153,7 @@ def _collect(job: Job, references: References) -> Relevance:
     job.say(f'collecting {options.criterion} from {len(job.drawn)} references')
     more: dict[str, Any] = {} if job.mapping is not None else {'target': 'predicted'}
     if options.criterion == 'relevance':
-        pass  # more['exemplars'] = EXEMPLARS
+        more['exemplars'] = EXEMPLARS
     return job.pruner.collect(references, options.criterion, seed=options.seed, progress=options.progress, **more)
 
 
