@@ -1,12 +1,13 @@
 # Each target makes what it needs in .venv, from nothing but Python 3.10 or later with venv.
 PYTHON ?= python3
+PYTHON_OLDEST ?= $(PYTHON)
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 ZENNIT_FACING := $(addprefix tests/test_,$(addsuffix .py,attributors canonize closed_forms collect criteria functions \
 	heatmap layers preflight))
 
-.PHONY: demo test test-other-zennit test-slow lint benchmark clean
+.PHONY: demo test test-other-zennit test-slow test-oldest lint benchmark clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/zennit-prune demo
@@ -24,12 +25,19 @@ test-other-zennit: $(VENV)/test.installed
 test-slow: $(VENV)/test.installed
 	$(RUN) -m pytest -n $(WORKERS) -m slow
 
+# The oldest PyTorch that pyproject.toml allows, with the torchvision that fits: it needs Python 3.10 to 3.12.
+test-oldest: pyproject.toml
+	test -x $(VENV)-oldest/bin/python || $(PYTHON_OLDEST) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable '.[test]' torch==2.4.0 torchvision==0.19.0
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS)
+
 lint: $(VENV)/lint.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
 benchmark: $(VENV)/benchmark.installed
 	$(RUN) benchmarks/structure.py
+	$(RUN) benchmarks/coverage.py
 	$(RUN) benchmarks/selection.py
 
 $(VENV)/%.installed: pyproject.toml
@@ -38,4 +46,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-oldest demo

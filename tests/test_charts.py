@@ -9,7 +9,7 @@ import torch
 
 from zennit_prune import charts
 from zennit_prune.charts import Chart, Line
-from zennit_prune.pictures import CHANGE, RELEVANCE, heat, picture
+from zennit_prune.pictures import CHANGE, RELEVANCE, full_colour, heat, picture
 
 
 def paths(chart: Chart, name: str) -> list[str]:
@@ -93,6 +93,15 @@ def test_heatmaps_have_the_colours_of_their_values() -> None:
         shown = decoded(heat(torch.tensor([[-2.0, 0.0, 2.0, 9.0]]), 2.0, colours))
         assert shown[0].tolist() == [list(colours[0]), list(colours[1]), list(colours[2]), list(colours[2])]
     assert decoded(heat(torch.zeros(2, 2), 0.0)).unique().tolist() == [255]
+
+
+def test_the_strongest_pixels_have_the_full_colour() -> None:
+    values = torch.linspace(-1, 1, 10001).reshape(1, 73, 137)
+    assert full_colour(values) == pytest.approx(0.99, abs=1e-3)
+    spot = torch.zeros(1, 30, 30)
+    spot[0, 3, 4] = -7.0
+    assert full_colour(spot) == 7.0 and full_colour(torch.zeros(1, 2, 2)) == 0.0
+    assert full_colour(torch.ones(1, 400, 400) * torch.tensor([1.0, 3.0]).repeat(200)) == 2.0  # reduced by averages
 
 
 def test_pictures() -> None:

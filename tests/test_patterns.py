@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 import zennit_prune as zp
 from zennit_prune.verify import compare
@@ -158,6 +159,37 @@ def grown(net: Net, x: torch.Tensor) -> torch.Tensor:
 
 def stack(**parts: Any) -> Callable[[Forward], Callable[[], Net]]:
     return lambda forward: lambda: Net(forward, conv=conv(3, 8), head=nn.Linear(8, 4), **parts)
+
+
+def selected(net: Net, x: torch.Tensor) -> torch.Tensor:
+    left, right = net.left(x), net.right(x)
+    weights = net.choose(net.squeeze((left + right).mean((2, 3), keepdim=True)).relu()).unflatten(1, (2, -1)).softmax(1)
+    return classified(net, (torch.stack([left, right], 1) * weights).sum(1))
+
+
+def c2f(net: Net, x: torch.Tensor) -> torch.Tensor:
+    parts = list(net.first(x).chunk(2, 1))
+    for layer in (net.a, net.b):
+        parts.append(layer(parts[-1]))
+    return classified(net, net.last(torch.cat(parts, 1)))
+
+
+def unet(net: Net, x: torch.Tensor) -> torch.Tensor:
+    top = net.top(x).relu()
+    return classified(net, net.last(torch.cat([top, net.up(net.down(top).relu())], 1)).relu())
+
+
+def non_local(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = net.conv(x)
+    query, key, value = (layer(h).flatten(2) for layer in (net.query, net.key, net.value))
+    mixed = value @ (query.transpose(1, 2) @ key).softmax(-1).transpose(1, 2)
+    return classified(net, h + net.out(mixed.unflatten(2, h.shape[2:])))
+
+
+def picked(net: Net, x: torch.Tensor) -> torch.Tensor:
+    qkv = net.qkv(tokens(net, x)).unflatten(-1, (3, -1)).permute(2, 0, 1, 3)
+    query, key, value = qkv[0] * 0.4, qkv[1], qkv[2]
+    return net.head(((query @ key.transpose(1, 2)).softmax(-1) @ value).mean(1))
 
 
 FREE = {'conv': 8}
@@ -369,6 +401,116 @@ PATTERNS: dict[str, Pattern] = {
             kernels=parameter(2, 6, 8, 1, 1),
         ),
         {'conv': 6, 'kernels': 6},
+    ),
+    # moving and mixing channels
+    'channel shuffle': Pattern(
+        one_layer(lambda net, h: net.next(h.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), next=conv(8, 8)),
+        {'conv': 4, 'next': 8},
+    ),
+    'channel shuffle of groups': Pattern(
+        one_layer(
+            lambda net, h: net.next(net.shuffle(net.mix(h))),
+            mix=conv(8, 8, groups=2),
+            next=conv(8, 8, groups=2),
+            shuffle=nn.ChannelShuffle(2),
+        )
+    ),
+    'pixel shuffle': Pattern(one_layer(lambda net, h: F.pixel_shuffle(h, 2), width=16, out=4), {'conv': 4}),
+    'pixel unshuffle': Pattern(
+        one_layer(lambda net, h: net.next(F.pixel_unshuffle(h, 2)), out=6, next=conv(32, 6)), {'conv': 8, 'next': 6}
+    ),
+    'even split': Pattern(
+        one_layer(lambda net, h: torch.cat(h.split(4, 1)[::-1], 1), out=8), None, {'conv': 'split'}
+    ),
+    'even chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1), 1)), {'conv': 4}),
+    'crossed chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1)[::-1], 1)), {'conv': 4}),
+    'gated linear unit': Pattern(one_layer(lambda net, h: F.glu(h, 1), out=4), {}, {'conv': 'glu'}),
+    'gated by its other half': Pattern(
+        one_layer(lambda net, h: (lambda a, b: a * b.sigmoid())(*h.chunk(2, 1)), out=4), {'conv': 4}
+    ),
+    'selective kernels': Pattern(
+        lambda: Net(selected, left=conv(3, 8, 3), right=conv(3, 8, 5), squeeze=conv(8, 4), choose=conv(4, 16),
+                    head=nn.Linear(8, 4)),
+        {'left': 8, 'squeeze': 4},
+    ),
+    'C2f': Pattern(
+        lambda: Net(c2f, first=conv(3, 8), a=conv(4, 4, 3), b=conv(4, 4, 3), last=conv(16, 6), head=nn.Linear(6, 4)),
+        {'first': 4, 'a': 4, 'b': 4, 'last': 6},
+    ),
+    'concat of different kinds': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(torch.cat([net.conv(x), x, net.other(x).tanh()], 1).mean((2, 3))),
+            conv=conv(3, 8), other=conv(3, 5), head=nn.Linear(16, 4),
+        ),
+        {'conv': 8, 'other': 5},
+    ),
+    'channel-padded shortcut': Pattern(
+        one_layer(lambda net, h: net.next(h) + F.pad(h, (0, 0, 0, 0, 0, 4)), out=12, next=conv(8, 12))
+    ),
+    'strided slices of space': Pattern(one_layer(lambda net, h: h[:, :, ::2, 1::2]), FREE),
+    'strided slice of channels': Pattern(
+        one_layer(lambda net, h: h[:, ::2], out=4), {}, {'conv': 'sliced at fixed positions'}
+    ),
+    'flipped space': Pattern(one_layer(lambda net, h: h.flip(2, 3) + h), FREE),
+    'flipped channels': Pattern(one_layer(lambda net, h: net.next(h.flip(1)), out=6, next=conv(8, 6)),
+                                {'conv': 8, 'next': 6}),
+    'U-Net skip': Pattern(
+        lambda: Net(unet, top=conv(3, 6, 3), down=nn.Conv2d(6, 8, 2, 2), up=nn.ConvTranspose2d(8, 5, 2, 2),
+                    last=conv(11, 7, 3), head=nn.Linear(7, 4)),
+        {'top': 6, 'down': 8, 'up': 5, 'last': 7},
+    ),
+    'siamese branches': Pattern(
+        stack()(lambda net, x: net.head((net.conv(x) - net.conv(x.flip(3))).abs().mean((2, 3)))), FREE
+    ),
+    'grouped transposed convolution': Pattern(
+        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)), {},
+        {'up': 'grouped transposed convolution'},
+    ),
+    'depthwise transposed convolution': Pattern(
+        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=8)), None,
+    ),
+    'PReLU per channel': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU(8)), FREE),
+    'PReLU for all': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU()), FREE),
+    'instance norm with statistics': Pattern(
+        one_layer(
+            lambda net, h: net.norm(h).relu(), norm=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        )
+    ),
+    'frozen batch norm': Pattern(one_layer(lambda net, h: net.norm(h), norm=FrozenBatchNorm2d(8)), FREE),
+    'parameter per channel': Pattern(
+        one_layer(lambda net, h: h * net.scale + net.shift, scale=parameter(1, 8, 1, 1), shift=parameter(8, 1, 1)), FREE
+    ),
+    'non-local block': Pattern(
+        lambda: Net(non_local, conv=conv(3, 8), query=conv(8, 4), key=conv(8, 4), value=conv(8, 5), out=conv(5, 8),
+                    head=nn.Linear(8, 4)),
+        {'conv': 8, 'query': 4, 'value': 5},
+    ),
+    'flattened channels-last': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(net.wide(net.conv(x).permute(0, 2, 3, 1).flatten(1)).relu()),
+            conv=conv(3, 8), wide=nn.Linear(288, 6), head=nn.Linear(6, 4),
+        ),
+        {'conv': 8, 'wide': 6},
+    ),
+    'detached branch': Pattern(
+        one_layer(lambda net, h: h + net.next(h.detach()), next=conv(8, 8)), FREE
+    ),
+    'embedded tokens': Pattern(
+        lambda: Net(lambda net, x: net.head(net.next(net.embed(x)).mean(1)), embed=nn.Embedding(7, 6),
+                    next=nn.Linear(6, 5), head=nn.Linear(5, 4)),
+        {'embed': 6, 'next': 5},
+        example=lambda: torch.arange(6).view(2, 3),
+    ),
+    'nn.GRU': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(net.mix(tokens(net, x))[0].mean(1)),
+            conv=conv(3, 8), mix=nn.GRU(8, 6, batch_first=True), head=nn.Linear(6, 4),
+        ),
+        {},
+        {'mix.weight_ih_l0': 'mix'},
+    ),
+    'queries picked from a joint projection': Pattern(
+        lambda: Net(picked, conv=conv(3, 8), qkv=nn.Linear(8, 15), head=nn.Linear(5, 4)), {'conv': 8, 'qkv': 5}
     ),
 }
 
@@ -796,6 +938,15 @@ def test_branches_on_values_are_refused(branch: Callable[[torch.Tensor], bool]) 
     model = one_layer(lambda net, h: h if branch(h) else -h)().double().eval()
     with pytest.raises(zp.PruneError, match='uses a value of its input'):
         zp.trace(model, image())
+
+
+@pytest.mark.parametrize('select', [
+    lambda h: h[h.mean((1, 2, 3)) > 0], lambda h: h.flatten(1)[:, (h > 0).flatten(1).nonzero()[:, 1]],
+    lambda h: h.masked_select(h > 0)[None]])
+def test_sizes_that_depend_on_values_are_refused(select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    net = Net(lambda net, x: select(net.next(net.conv(x))).relu().sum(), conv=conv(3, 8), next=conv(8, 6)).double()
+    with pytest.raises(zp.PruneError, match=r'the size of a tensor depends on values of the input .*and heads'):
+        zp.trace(net, image())
 
 
 def test_random_networks_are_told_so() -> None:

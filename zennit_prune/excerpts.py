@@ -12,15 +12,16 @@ from .conditional import channel_heatmap
 from .errors import PruneError
 from .loaders import batch_size, batches
 from .networks import device_of
-from .pictures import SMALL, heat, picture
+from .pictures import SMALL, full_colour, heat, picture
 from .plan import Plan
 from .pruner import Pruner
 from .relevance import Relevance
 from .risk import Risk, risky
 
-PAIRS = 6
+PAIRS = 5
 SHOWN = 5  # references of a channel
 INSIDE = 0.9  # of the relevance of a channel is inside its excerpt, along each side
+LARGEST = 112  # pixels of the longer side of what is shown
 LEAST = 0.25  # of the shorter side of the image, at least, is the side of an excerpt
 
 
@@ -155,8 +156,10 @@ def _excerpts(pruner: Pruner, group: str, channel: int, numbers: list[int], samp
     for number, image, label, values in zip(numbers, x, labels, maps):
         rows, columns = _box(values)
         part = values[rows, columns]
-        found.append(Excerpt(picture(image[:, rows, columns]), heat(part, float(part.abs().max())),
-                             f'{number}' + ('' if label is None else f', {names(label)}'), max(part.shape) <= SMALL))
+        scale = full_colour(part[None], LARGEST)
+        drawn = picture(image[:, rows, columns], largest=LARGEST), heat(part, scale, largest=LARGEST)
+        caption = f'{number}' if label is None else f'{number}, {names(label)}'
+        found.append(Excerpt(*drawn, caption, max(part.shape) <= SMALL))
     return found
 
 

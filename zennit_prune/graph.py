@@ -9,15 +9,15 @@ import numpy as np
 from torch import nn
 
 from .errors import PruneError
+from .explain import Reach, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
-from .labels import Labels, flat_pairs
+from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
-from .notebook import Table, panel
+from .notebook import panel
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
-from .tables import some as _some
-from .tables import table
+from .tables import Table, some, table
 from .trace import record
 
 MAX_TRIALS = 400
@@ -161,7 +161,7 @@ class ChannelGraph:
                              f'{", ".join(repr(group.name) for group in holders)}. Name one of these.')
         if name in self.locked:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
-        raise PruneError(f'there is no group {name!r}. Groups: {_some(group.name for group in self.groups)}.')
+        raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
     def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''For each label, whether it goes when the channels at these positions of these groups go.'''
@@ -193,6 +193,11 @@ class ChannelGraph:
         return replay(self.recording, self.solution, small, self.removed_labels(removed))
 
     # what people read
+    @property
+    def reach(self) -> Reach:
+        '''The shares of parameters, FLOPs and output channels that can be pruned at all.'''
+        return reach(self.recording, self.solution, self.roles)
+
     def why(self, name: str) -> str:
         '''What couples or locks the channels of a layer, in words.
 
@@ -200,54 +205,37 @@ class ChannelGraph:
         ----------
         name: str
             A layer, parameter or group.
+
+        Raises
+        ------
+        PruneError
+            If there is nothing of that name.
         '''
-        lines = []
+        coupled, lines = self._couplings(), []
         for group in self.groups:
             if name == group.name or name in group.layers():
-                lines += self._explain(group, name)
+                lines += group_text(group, name, coupled.get(int(self.solution.group[group.channels[0]]), []))
         if name in self.locked:
             lines.append(f'{name}: output channels are locked: {self.locked[name]}')
+        lines += locked_inputs(self.recording, self.solution, self.roles, name)
         if not lines:
             self.group(name)
         return '\n'.join(lines)
 
-    def _explain(self, group: ChannelGroup, name: str) -> list[str]:
-        roles = [member.role for member in group.members if member.layer == name]
-        verb = 'reads' if roles and all(role == 'consumer' for role in roles) else 'holds'
-        lines = [f'{name} {verb} the {group.size} channels of group {group.name!r}:',
-                 f'  produced by {_some(group.layers("producer"))}',
-                 f'  read by {_some(group.layers("consumer"))}']
-        if group.layers('follower'):
-            lines.append(f'  followed by {_some(group.layers("follower"))}')
-        couplings = self._couplings(group)
-        if couplings:
-            lines.append(f'  coupled by {_some(couplings)}')
-        return lines
+    def _couplings(self) -> dict[int, list[str]]:
+        return couplings(self.recording, self.solution, self.roles)
 
-    def _couplings(self, group: ChannelGroup) -> list[str]:
-        '''The operations that tie the channels of different producers.'''
-        inside = np.isin(self.solution.channel, group.channels) & self.roles.produces
-        found = []
-        for operation in self.recording.operations:
-            if operation.ties:
-                left, right = flat_pairs(operation.ties)
-                both = inside[left] & inside[right] & (self.roles.axis[left] != self.roles.axis[right])
-                if both.any():
-                    found.append(str(operation))
-        return list(dict.fromkeys(found))
-
-    def _tables(self) -> list[Table]:
-        rows = [(group.name, group.size, _some(group.layers('producer')[1:], 3), _some(group.layers('consumer'), 3))
-                for group in self.groups]
-        locked = [(('locked', 'why'), list(self.locked.items()))] if self.locked else []
-        return [(('group', 'channels', 'together with', 'read by'), rows), *locked]
+    def _shown(self) -> tuple[list[Table], list[str]]:
+        tables = graph_tables(self.groups, self.locked, self.solution, self._couplings())
+        return tables, [f'Note: {note}.' for note in self.notes]
 
     def __str__(self) -> str:
-        text = '\n\n'.join(table(*one) for one in self._tables())
-        return '\n'.join([text, *(f'Note: {note}.' for note in self.notes)])
+        tables, notes = self._shown()
+        return '\n\n'.join([f'{self!r}; {self.reach}.', *(table(*one) for one in tables), *notes])
 
     def _repr_html_(self) -> str:
-        return panel(repr(self), self._tables(), [f'Note: {note}.' for note in self.notes])
+        tables, notes = self._shown()
+        return panel(f'{self!r}; {self.reach}', tables, notes)
 
     def __repr__(self) -> str:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'

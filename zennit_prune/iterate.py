@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from .carry import carried_back, carried_on
 from .checkpoint import Checkpoint, State, filled
+from .choose import choose
 from .cost import UNITS, Budget, CostModel
 from .distributed import gathered, rank_and_world
 from .errors import PruneError, PruneWarning
@@ -79,7 +80,14 @@ class Loop:
         if state is None:
             state = self._start()
             self._done(state, file)
-        references = References(loader, 0 if self.repair == 'none' else KEPT, self.collecting.get('classes'), self.seed)
+        kept = 0 if self.repair == 'none' else -(-KEPT // rank_and_world()[1])
+        if self.criterion == 'auto':
+            loader = list(loader) if isinstance(loader, Iterator) else loader
+            options = {key: value for key, value in self.collecting.items() if key != 'checkpoint'}
+            chosen = choose(self.pruner, loader, self.budget, method=self.repair, seed=self.seed,
+                            progress=self.progress, collect=options, plan=self.planning)
+            self.criterion = self._agreed(chosen.criterion)
+        references = References(loader, kept, self.collecting.get('classes'), self.seed)
         stopped = f'{self.budget!r} is reached.'
         while (budget := self._next(state.plan)) is not None:
             later = self._advanced(state, budget, references, file)

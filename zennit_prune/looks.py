@@ -10,7 +10,7 @@ from torch import nn
 from . import charts
 from .agreement import Agreement, agreement
 from .charts import Chart
-from .pictures import CHANGE, SMALL, heat, picture
+from .pictures import CHANGE, SMALL, full_colour, heat, picture
 from .plan import Plan
 from .pruner import Pruner
 from .relevance import Relevance
@@ -18,7 +18,6 @@ from .risk import class_losses
 
 MOVED = 0.5  # of the relevance: where more moves, an explanation is said to change
 CLASSES = 20  # rows of the matrix
-BRIGHTEST = 0.99  # of the pixels: what is above this quantile has the full colour
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _look(number: int, found: Agreement, images: Images) -> Look:
     if isinstance(images.target, torch.Tensor) and images.target.dim() == 1:
         prediction += f'; heatmaps for {images.class_name(int(images.target[number]))}'
     maps = torch.stack([found.before[number], found.after[number]])
-    scale = float(maps.abs().flatten().double().quantile(BRIGHTEST)) or float(found.scale[number])
+    scale = full_colour(maps)
     return Look(
         images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
         heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,

@@ -27,7 +27,7 @@ def reestimate(network: nn.Module, chunks: Sequence[Any], needed: bool) -> None:
     found = 'its BatchNorm is estimated anew' if norms else 'it has no BatchNorm with statistics: nothing was repaired'
     if needed or not norms:
         reason = 'the network has no layer that can be refitted, and ' if needed else 'the network was left as it is: '
-        warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=3)
+        warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=4)
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

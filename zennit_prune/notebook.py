@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .tables import Share, cell, is_numeric
+from .tables import Share, Table, cell, is_numeric
 
 STYLE = '''<style>
 .zennit-prune {font-size: 13px; line-height: 1.45; max-width: 60rem; color: inherit}
@@ -21,9 +21,6 @@ STYLE = '''<style>
 .zennit-prune i span {display: block; height: 100%; border-radius: 2px; background: #3b82c4}
 .zennit-prune p {margin: .15rem 0; opacity: .8}
 </style>'''
-
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
-
 
 def panel(title: str, tables: Sequence[Table] = (), notes: Sequence[str] = ()) -> str:
     '''A title, tables of a header and rows, and notes below, all of it escaped.'''

@@ -9,9 +9,23 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .labels import Field, Labels, reshaped
+from .labels import Field, Labels, first, reshaped
 from .networks import tensors_in
-from .rules import Call, Candidates, NoRule, operation_rule
+from .rules import Call, Candidates, NoRule, declare, operation_rule
+
+# pointwise operations are found by their tag; older releases lack it on some
+declare('clamp', 'clamp_min', 'pow', 'rsqrt', 'exp', 'masked_fill', 'where', 'copy', 'sigmoid', 'softplus', 'elu',
+        'hardsigmoid', pointwise=True)
+declare('relu', 'gelu', 'silu', 'tanh', 'leaky_relu', 'elu', 'mish', 'hardswish', 'hardtanh', 'prelu', '_prelu_kernel',
+        'neg', 'sqrt', 'abs', pointwise=True, zero='all')
+declare('add', 'sub', pointwise=True, zero='terms')
+declare('mul', pointwise=True, zero='any')
+declare('div', pointwise=True, zero='first')
+declare('empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'empty_permuted', constant=True, sized=True, size_free=True)
+declare('bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential', refills=True, size_free=True)
+declare('_local_scalar_dense', 'is_nonzero', 'equal', needs_value=True)
+declare('nonzero', 'masked_select', '_unique2', 'unique_dim', 'torchvision::nms', counts=True)
+
 
 
 def combine(call: Call, operands: Sequence[tuple[Sequence[int], Sequence[Field]]], ndim: int) -> list[Field]:
@@ -48,15 +62,20 @@ def pointwise(call: Call) -> Candidates:
     return [list(result) for _ in call.outputs]
 
 
-@operation_rule('clone', '_to_copy', 'contiguous', 'lift_fresh', 'native_dropout', 'zeros_like', 'ones_like',
-                'empty_like', 'full_like', 'rand_like', 'randn_like', 'bernoulli', 'fill', 'zero', 'uniform', 'normal',
-                'detach', 'alias')
+@operation_rule('clone', '_to_copy', 'contiguous', 'lift_fresh', 'native_dropout', 'detach', 'alias', transparent=True,
+                size_free=True)
+@operation_rule('zeros_like', constant=True, sized=True, size_free=True)
+@operation_rule('ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', constant=True, sized=True,
+                size_free=True, zero='never')
+@operation_rule('bernoulli', 'fill', 'uniform', 'normal', zero='never')
+@operation_rule('zero')
 def same_shape(call: Call) -> Candidates:
     '''The result is shaped as the first argument is.'''
     return [list(call.fields(call.args[0])) for _ in call.outputs]
 
 
-@operation_rule('new_zeros', 'new_empty', 'new_ones', 'new_full', 'new_empty_strided')
+@operation_rule('new_zeros', 'new_empty', 'new_ones', 'new_full', 'new_empty_strided', constant=True, sized=True,
+                size_free=True)
 def unlabelled(call: Call) -> Candidates:
     '''The result has a size of its own.'''
     return [[] for _ in call.outputs]
@@ -68,7 +87,8 @@ def _run_on(array: Labels, call: Call) -> list[Labels]:
     return [tensor.numpy() for tensor in tensors_in(result)]
 
 
-@operation_rule('permute', 'transpose', 't', 'numpy_T', 'moveaxis', 'unsqueeze', 'flip', 'roll')
+@operation_rule('permute', 'transpose', 't', 'unsqueeze', size_free=True)
+@operation_rule('numpy_T', 'moveaxis', 'flip', 'roll')
 def movement(call: Call) -> Candidates:
     '''Operations that move dimensions, or data within one: executed on the labels as they are.'''
     if call.name == 'roll' and not call.argument(2, 'dims'):
@@ -77,7 +97,9 @@ def movement(call: Call) -> Candidates:
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 
 
-@operation_rule('expand', 'squeeze', 'unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
+@operation_rule('expand', sized=True, size_free=True)
+@operation_rule('squeeze', size_free=True)
+@operation_rule('unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
                 'unfold', 'diagonal')
 def movement_at_size(call: Call) -> Candidates:
     '''Operations whose effect depends on the size of every dimension: executed on the labels at full size.'''
@@ -86,13 +108,13 @@ def movement_at_size(call: Call) -> Candidates:
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 
 
-@operation_rule('view')
+@operation_rule('view', sized=True, size_free=True)
 def view(call: Call) -> Candidates:
     old, new = tuple(call.args[0].shape), tuple(call.outputs[0].shape)
     return [[reshaped(field, old, new) for field in call.fields(call.args[0])]]
 
 
-@operation_rule('as_strided')
+@operation_rule('as_strided', transparent=True, sized=True, size_free=True)
 def as_strided(call: Call) -> Candidates:
     if tuple(call.args[0].shape) != tuple(call.args[1]):
         raise NoRule
@@ -130,7 +152,7 @@ def im2col(call: Call) -> Candidates:
     return [result]
 
 
-@operation_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes')
+@operation_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', sized=True)
 def split(call: Call) -> Candidates:
     '''Equal blocks of a labelled dimension lose the same positions, so that the blocks stay equal.'''
     dim = call.dim(2)
@@ -153,7 +175,7 @@ def split(call: Call) -> Candidates:
     return results
 
 
-@operation_rule('slice')
+@operation_rule('slice', size_free=True)
 def slice_(call: Call) -> Candidates:
     '''Bounds are taken for hard-coded: no position below them may move.'''
     dim, size = call.dim(1), call.args[0].shape[call.dim(1)]
@@ -171,14 +193,19 @@ def slice_(call: Call) -> Candidates:
     return [result]
 
 
-@operation_rule('select')
+@operation_rule('select', size_free=True)
 def select(call: Call) -> Candidates:
-    '''A fixed position is picked: it stays, and so does everything that its number counts from.'''
+    '''A fixed position is picked: it stays, and so does everything that its number counts from.
+
+    Where labels also vary along other dimensions, all positions of this one stay equal instead.
+    '''
     dim, at = call.dim(1), call.argument(2, 'index')
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
         chosen = (slice(None),) * dim
-        if dim in field.dims:
+        if dim in field.dims and len(field.dims) > 1:  # queries of queries, keys and values, say
+            call.tie(field.labels, first(field.labels, dim))
+        elif dim in field.dims:
             counted = slice(0, at + 1) if at >= 0 else slice(at, None)
             call.lock('a fixed position of it is picked', field.labels[(*chosen, counted)])
         dims = tuple(d - (d > dim) for d in field.dims if d != dim)
@@ -232,7 +259,7 @@ def embedding(call: Call) -> Candidates:
     return [result]
 
 
-@operation_rule('cat')
+@operation_rule('cat', size_free=True)
 def cat(call: Call) -> Candidates:
     '''Labels along the concatenated dimension follow each other; labels along others must agree.'''
     ndim, dim = call.outputs[0].dim(), call.dim(1)
@@ -254,7 +281,7 @@ def cat(call: Call) -> Candidates:
     return [result]
 
 
-@operation_rule('stack')
+@operation_rule('stack', size_free=True)
 def stack(call: Call) -> Candidates:
     ndim = call.outputs[0].dim()
     dim = int(call.argument(1, 'dim', 0)) % ndim
@@ -262,7 +289,8 @@ def stack(call: Call) -> Candidates:
     return [[Field(np.expand_dims(field.labels, dim), tuple(d + (d >= dim) for d in field.dims)) for field in fields]]
 
 
-@operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'logsumexp', 'var_mean', 'max', 'min',
+@operation_rule('logsumexp', zero='never')
+@operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'var_mean', 'max', 'min',
                 'linalg_vector_norm', 'prod', 'any', 'all')
 def reduction(call: Call) -> Candidates:
     '''A reduction over a labelled dimension would change when channels go.'''
@@ -286,7 +314,8 @@ def reduction(call: Call) -> Candidates:
     return [list(result) for _ in call.outputs]
 
 
-@operation_rule('_softmax', '_safe_softmax', '_log_softmax', 'cumsum', 'logcumsumexp')
+@operation_rule('_softmax', '_safe_softmax', '_log_softmax', 'logcumsumexp', zero='never')
+@operation_rule('cumsum')
 def softmax(call: Call) -> Candidates:
     '''What is normalised over a labelled dimension changes when channels go.'''
     dim = call.dim(1)

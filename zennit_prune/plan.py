@@ -21,11 +21,11 @@ from .groups import ChannelGroup
 from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
-from .notebook import Table, panel
+from .notebook import panel
 from .plots import plot_plan
 from .reliability import Reliability
 from .surgery import transplant
-from .tables import Share, table
+from .tables import Share, Table, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'

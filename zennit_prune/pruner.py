@@ -154,6 +154,9 @@ class Pruner:
             return criterion(self.graph, self.model, loader)
         if criterion in CRITERIA:
             return CRITERIA[criterion](self.graph, self.model, seed)
+        if criterion == 'auto':
+            raise PruneError("criterion='auto' depends on the budget: give it to Pruner.prune or Pruner.iterate, or "
+                             'ask zp.choose(pruner, loader, budget) and collect by its .criterion.')
         if criterion != 'relevance' and criterion not in MEASURES:
             known = ', '.join(map(repr, ('relevance', *MEASURES, *CRITERIA)))
             raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
@@ -234,7 +237,8 @@ class Pruner:
         budget: Budget
             What is to be left.
         criterion: str or callable
-            See :meth:`collect`.
+            See :meth:`collect`; or ``'auto'``, the best of a few on references that are held out, see
+            :func:`zennit_prune.choose`.
         repair: str
             ``'refit'``, ``'batchnorm'``, ``'bias'`` or ``'none'``, see :func:`zennit_prune.repair`. What was refitted
             is good at what the references show: a warning says if they show few of the classes.

@@ -40,14 +40,14 @@ class References:
 
     def __init__(self, loader: Iterable[Any], limit: int = KEPT, classes: Iterable[int] | None = None, seed: int = 0):
         self.loader, self.classes, self.seed = as_loader(loader), checked_classes(classes), seed
-        self.limit = -(-limit // rank_and_world()[1])
+        self.limit = limit
         self._chunks: list[tuple[torch.Tensor, Any]] = []
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         self._chunks = []
         generator = torch.Generator().manual_seed(self.seed)
         for inputs, target in batches(self.loader):
-            if self.limit:
+            if self.limit and batch_size(inputs):
                 keys = torch.rand(batch_size(inputs), generator=generator, dtype=torch.float64)
                 self._add(inputs, torch.where(self._counts(inputs, target), keys, -1))
             yield inputs, target
@@ -75,6 +75,10 @@ class References:
             self._chunks = [(keys, inputs) if kept.all() else (keys[kept], only(inputs, len(keys), kept))
                             for keys, inputs, kept in chosen if kept.any()]
 
+    def chosen(self) -> list[Any]:
+        '''What the last pass of this process kept, in the order of the loader.'''
+        return [inputs for _, inputs in self._chunks]
+
     def inputs(self, device: torch.device) -> list[tuple[Any, None]]:
         '''Batches of what the last pass kept, those of all processes under ``torch.distributed``.
 
@@ -86,7 +90,7 @@ class References:
         if not self._chunks:  # scores that do not look at data
             for _ in self:
                 pass
-        chunks = [inputs for _, inputs in self._chunks]
+        chunks = self.chosen()
         if rank_and_world()[1] > 1:
             parts = gathered(map_tensors(lambda tensor: tensor.cpu(), chunks), device)
             chunks = [inputs for part in parts for inputs in part]

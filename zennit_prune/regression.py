@@ -4,7 +4,9 @@ The unknown is a *change* of weights, so that a ridge shrinks towards the weight
 '''
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -63,25 +65,40 @@ class Moments:
         nothing = float(total[4].sum())
         if not nothing > 0:
             return None
-        errors = dict.fromkeys((*ridges, float('inf'), *(TINY,) * bool(ridges)), 0.0)
-        if len(folds) > 1:
-            for fold in folds:
-                fit = _Fit(self._total([other for other in folds if other != fold]), self.intercept, self.width)
-                for ridge in errors:
-                    errors[ridge] += _error(self._folds[fold], *fit(ridge))
-            if errors.get(TINY, nothing) > LEFT * nothing:
-                errors.pop(TINY, None)
-            ridge = min(errors, key=lambda ridge: errors[ridge])
-        else:  # a single image: nothing is held out
-            ridge, errors[1.0] = 1.0, 0.0
-        gain = 1 - errors[ridge] / nothing
-        if not gain > 0:
-            return None
-        weight, bias = _Fit(total, self.intercept, self.width)(ridge)
+        total_fit = _Fit(total, self.intercept, self.width)
+        if len(folds) == 1:  # a single image: nothing is held out
+            return self._change(total_fit, 1.0, 1.0)
+        fits = [(self._folds[fold], _Fit(self._total([other for other in folds if other != fold]), self.intercept,
+                                         self.width)) for fold in folds]
+
+        @cache
+        def error(ridge: float) -> float:
+            return sum(_error(held, *fit(ridge)) for held, fit in fits)
+
+        best = _descend(error, ridges)
+        if ridges and best == ridges[0] and error(TINY) <= LEFT * nothing:
+            best = TINY
+        best = min(best, float('inf'), key=error)
+        gain = 1 - error(best) / nothing
+        return self._change(total_fit, best, gain) if gain > 0 else None
+
+    def _change(self, fit: _Fit, ridge: float, gain: float) -> Change:
+        weight, bias = fit(ridge)
         return Change(weight, bias - (weight * self._shift).sum(1), ridge, gain)
 
     def _total(self, folds: list[int]) -> list[torch.Tensor]:
         return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
+
+
+def _descend(error: Callable[[float], float], ridges: Sequence[float]) -> float:
+    '''The ridge at the bottom of a valley, starting in the middle; infinity if there is none.'''
+    if not ridges:
+        return float('inf')
+    at = len(ridges) // 2
+    for step in (-1, 1):
+        while 0 <= at + step < len(ridges) and error(ridges[at + step]) < error(ridges[at]):
+            at += step
+    return ridges[at]
 
 
 class _Fit:

@@ -12,11 +12,11 @@ from .best import Best
 from .errors import PruneError
 from .exemplars import Exemplars
 from .files import read_tensors, write_tensors
-from .notebook import Table, panel
+from .notebook import panel
 from .plots import plot_relevance
 from .reliability import Reliability
 from .reliability import spearman as spearman
-from .tables import table
+from .tables import Table, table
 
 FORMAT = 'zennit_prune relevance'
 

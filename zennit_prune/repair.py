@@ -7,40 +7,31 @@ that training can go on.
 '''
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .errors import PruneError
+from .chunks import Chunk, Inputs, wide
+from .errors import PruneError, PruneWarning
 from .layers import LayerCall
-from .loaders import batch_size, batches, only
-from .networks import (
-    check_finite,
-    copied,
-    device_of,
-    map_tensors,
-    tensors_by_module,
-    tensors_in,
-    unique_tensors,
-    unwrapped,
-)
+from .networks import copied, device_of, tensors_by_module, unique_tensors, unwrapped
 from .norms import DEAD, reestimate, settle
 from .plan import Plan
-from .regression import FOLDS, RIDGES, Change, Moments
+from .regression import RIDGES, Change, Moments
 from .replay import Deletion
 from .surgery import Kept
 from .targets import Repairable, Target, find_targets
+from .trial import objection
 from .walk import Walk
 
+MEMORY = 4 * 2 ** 30  # bytes for activations; of inputs that would take more, some are used
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
-CHUNK = 50  # inputs that run at once
 LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
 PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
-HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 
 
 def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str = 'refit',
@@ -56,12 +47,16 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     plan: Plan
         What was removed from it.
     data: torch.Tensor or iterable
-        Inputs, or a loader; labels are ignored. Pictures are used with their mirror images. Activations of one layer
-        are held for all of them.
+        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice, pictures with
+        their mirror images. Activations of one layer are held for all of them, so that of large inputs as many are
+        used as fit into 4 GiB, about.
     method: str
         ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
-        inputs that were held out keeps its weights. ``'bias'``: biases make up for the mean error. ``'batchnorm'``:
-        the statistics of BatchNorm are estimated anew. ``'none'``: a copy.
+        inputs that were held out keeps its weights. Where the inputs do not show clearly that it helps, it is tried
+        with three quarters of them: if it brings the outputs for the others further from the original's, the network
+        is left as it is, with a warning.
+        ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew.
+        ``'none'``: a copy.
     progress: bool
         Show a progress bar on standard error.
 
@@ -84,13 +79,27 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         result = copied(small)
         if method == 'none':
             return result
-        network = _widened(small).eval()
-        chunks = list(_chunks(data, device, mirrored=method == 'refit'))
-        if method == 'batchnorm' or not _refit(network, _widened(model).eval(), plan, chunks, method, progress):
-            reestimate(network, [inputs for inputs, _ in chunks], needed=method != 'batchnorm')
-        repaired = dict(tensors_by_module(network))
+        inputs = Inputs(data, device)
+        targets = find_targets(plan.graph.recording.runs['eval'], small)
+        if method != 'batchnorm':
+            inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
+
+        def repaired(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
+            network, chunks = _widened(small), inputs.chunks(chosen, mirrored=method == 'refit')
+            fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
+            if not fitted:
+                reestimate(network, [part for part, _ in chunks], needed=method != 'batchnorm')
+            return network.eval(), fitted
+
+        network, fitted = repaired(inputs.order)
+        if fitted and method == 'refit':
+            problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: repaired(chosen)[0])
+            if problem:
+                warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=2)
+                return result
+        values = dict(tensors_by_module(network))
         for name, tensor in unique_tensors(result).items():
-            tensor.copy_(repaired[name])
+            tensor.copy_(values[name])
     return result
 
 
@@ -106,39 +115,34 @@ def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
 
 
 def _widened(network: nn.Module) -> nn.Module:
-    return copied(network)._apply(_wide)
+    return copied(network)._apply(wide).eval()
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in HALVES else tensor
+def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
+    '''The bytes that are held for an input in the middle of a refit, about: in both networks, and mirrored.'''
+    part, _ = inputs.chunks(inputs.order[:1])[0]
+    walk = Walk(network, part, {target.site for target in targets},
+                {layer.site for target in targets for layer in target.layers})
+    most = 1
+    try:
+        for target in targets:
+            stop = walk.next()
+            if stop is None:
+                break
+            held = [stop.value, *(call.input for call in stop.calls.values())]
+            most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in held))
+            for layer in target.layers:
+                stop.calls.pop(layer.site, None)
+    finally:
+        walk.leave()
+    return 4 * most
 
 
-def _chunks(data: Any, device: torch.device, mirrored: bool) -> Iterator[tuple[Any, torch.Tensor]]:
-    '''Inputs that run at once, and the fold of each; the mirror image of an input is in its fold.'''
-    start = 0
-    loader: Iterable[Any] = [data] if isinstance(data, (dict, torch.Tensor)) else data
-    for inputs, _ in batches(loader):
-        inputs = map_tensors(lambda tensor: _wide(tensor.detach().to(device)), inputs)
-        check_finite(tensors_in(inputs))
-        size = batch_size(inputs)
-        pieces = -(-size // CHUNK)  # of equal size: BatchNorm cannot be estimated from a single input that is left
-        for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
-            part = only(inputs, size, slice(first, end))
-            folds = torch.arange(start + first, start + end) % FOLDS
-            yield part, folds
-            if mirrored and all(tensor.dim() == 4 for tensor in tensors_in(part)):
-                yield map_tensors(lambda tensor: tensor.flip(-1), part), folds
-        start += size
-    if not start:
-        raise PruneError('there is no input to repair with: the data are empty.')
-
-
-def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tuple[Any, torch.Tensor]], method: str,
-           progress: bool) -> bool:
+def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
+           method: str, progress: bool) -> bool:
     '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
-    targets = find_targets(plan.graph.recording.runs['eval'], small)
     deletion = Deletion(plan.graph.removed_labels(plan.removed))
-    names = {id(parameter): name for name, parameter in small.named_parameters()}
+    parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
     walks: list[tuple[Walk, Walk]] = []
@@ -148,7 +152,7 @@ def _refit(small: nn.Module, model: nn.Module, plan: Plan, chunks: Sequence[tupl
             walks.append((Walk(model, inputs, sites), Walk(small, inputs, sites, wanted)))
         for target in tqdm(targets, method, disable=not progress, leave=False):
             views = [View(target, pair, folds) for pair, (_, folds) in zip(walks, chunks)]
-            layers = [Layer(small, layer, [view.calls[number] for view in views], names)
+            layers = [Layer(small, layer, [view.calls[number] for view in views], parameters)
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
             layers = [layer for layer in layers if layer.channel_dim == layers[0].channel_dim]
@@ -195,14 +199,14 @@ class View:
 class Layer:
     '''A layer that can be refitted, with its calls on all chunks.'''
 
-    def __init__(self, network: nn.Module, layer: Repairable, calls: Sequence[LayerCall], names: dict[int, str]):
+    def __init__(self, network: nn.Module, layer: Repairable, calls: Sequence[LayerCall], parameters: set[int]):
         self.calls = calls
         self.weight: Any = calls[0].weight
-        self.owned = (id(self.weight) in names and self.weight.is_floating_point()  # not computed, and still read as
-                      and all(call.intact for call in calls))                       # it was
+        self.owned = (id(self.weight) in parameters and self.weight.is_floating_point()  # not computed, and still
+                      and all(call.intact for call in calls))                            # read as it was
         norm: Any = None if layer.batch_norm is None else network.get_submodule(layer.batch_norm)
         self.bias: Any = calls[0].bias if norm is None else norm.bias
-        if id(self.bias) not in names:
+        if id(self.bias) not in parameters:
             self.bias = None
         self.scale: Any = torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
         if norm is not None:

@@ -19,8 +19,8 @@ from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .labels import Field, Labels
 from .recorded import Operation
+from .rules import OPERATIONS, UNKNOWN
 from .trace import Place
-from .tracer import POINTWISE
 
 MOVES = {'view', 'permute', 'transpose', 't', 'unsqueeze', 'squeeze'}
 
@@ -86,7 +86,8 @@ def keeps_elements(name: str) -> bool:
     '''Whether an operation is a norm, a view, or acts on each element by itself.'''
     packet = getattr(torch.ops.aten, name, None)
     tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags} if packet else set()
-    return torch.Tag.pointwise in tags or name in POINTWISE or 'batch_norm' in name or name == 'view'
+    is_pointwise = torch.Tag.pointwise in tags or OPERATIONS.get(name, UNKNOWN).pointwise
+    return is_pointwise or 'batch_norm' in name or name == 'view'
 
 
 def find_states(graph: ChannelGraph, values: Callable[[Flow, ChannelGroup], Iterable[int]] | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 WIDEST = 60
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # a header and rows
 
 
 class Share(str):

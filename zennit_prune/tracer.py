@@ -16,24 +16,10 @@ from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .operations import pointwise
 from .recorded import Operation, StorageSet, count_flops, numbers_in, storage_key
-from .rules import RULES, Call, Candidates, NoRule
+from .rules import OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, check_candidates, operation_name
 
-TRANSPARENT = {'clone', '_to_copy', 'detach', 'alias', 'lift_fresh', 'contiguous', 'native_dropout', 'as_strided'}
-POINTWISE = set('add sub mul div relu sigmoid tanh gelu silu hardtanh hardswish hardsigmoid leaky_relu elu mish '
-                'clamp clamp_min pow sqrt rsqrt exp masked_fill where _prelu_kernel prelu neg softplus copy'.split())
-UNIFORM = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'new_empty', 'new_zeros', 'new_ones', 'new_full',
-           'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like', 'empty_permuted',
-           'new_empty_strided'}
-SIZED = UNIFORM | {'view', 'expand', 'split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes',
-                   'native_layer_norm', 'native_group_norm', 'as_strided'}
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
-VANISHING = set('relu gelu silu tanh leaky_relu elu mish hardswish hardtanh prelu _prelu_kernel neg mul sqrt '
-                'abs'.split())
 SMALL = 64  # constants with more values are hardly made from a width
-REFILLED = {'bernoulli', 'uniform', 'normal', 'fill', 'zero', 'exponential'}
-SIZE_FREE = UNIFORM | TRANSPARENT | REFILLED | set('view expand permute transpose t unsqueeze squeeze select slice cat '
-                                                   'stack'.split())
-NEEDS_VALUE = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 
 
 def _batch_norm_shapes(func: Any, x: torch.Tensor, *args: Any) -> Any:
@@ -155,12 +141,16 @@ class Tracer(TorchDispatchMode):
     # dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        full_name = func._schema.name
-        packet = full_name.rpartition('::')[2]
+        name = operation_name(func._schema.name)
+        name = SAME.get(name, name)
+        traits = OPERATIONS.get(name, UNKNOWN)
         inputs = tensors_in(args) + (tensors_in(kwargs) if kwargs else [])
-        if packet in NEEDS_VALUE:
-            self.refuse_values(packet, inputs)
-        shortcut = SHORTCUTS.get(packet) if inputs[:1] and inputs[0].is_meta else None
+        if traits.needs_value:
+            self.refuse_values(name, inputs)
+        masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if name == 'index' else []
+        if traits.counts or masks:
+            self.refuse_counts(name, masks or inputs)
+        shortcut = SHORTCUTS.get(name) if inputs[:1] and inputs[0].is_meta else None
         result = shortcut(func, *args) if shortcut and not kwargs else func(*args, **kwargs)
         outputs = tensors_in(result)
         self._alive += outputs
@@ -169,15 +159,13 @@ class Tracer(TorchDispatchMode):
         active = any(tensor in self._active for tensor in inputs)
         if active:
             self._active.change(outputs, True)
-        name = packet[:-1] if packet.endswith('_') and not packet.endswith('__') else packet
-        name = SAME.get(name, name)
         labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
-        is_pointwise = name not in RULES and (torch.Tag.pointwise in func.tags or name in POINTWISE)
+        is_pointwise = traits.rule is None and (traits.pointwise or torch.Tag.pointwise in func.tags)
         in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
-        stays_uniform = (is_pointwise or name in REFILLED) and all(tensor in self._uniform for tensor in inputs) and (
+        stays_uniform = (is_pointwise or traits.refills) and all(tensor in self._uniform for tensor in inputs) and (
             not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes())
-        if name in UNIFORM or stays_uniform or in_place:
-            self._uniform.change(outputs, name in UNIFORM or stays_uniform)
+        if traits.constant or stays_uniform or in_place:
+            self._uniform.change(outputs, traits.constant or stays_uniform)
         operation = self.begin(name)
         operation.locks += [(field.labels, 'an alias of another shape was made of it') for field in aliased]
         operation.inputs = [self._fields.get(id(tensor), []) for tensor in inputs]
@@ -188,20 +176,21 @@ class Tracer(TorchDispatchMode):
         if not labelled:
             candidates = [[] for _ in outputs]
         else:
-            candidates = self._apply(Call(self, operation, func, args, kwargs, outputs), is_pointwise, inputs)
+            rule = pointwise if is_pointwise else traits.rule
+            candidates = self._apply(rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        self._note_vanishing(operation, args, outputs, is_pointwise)
+        self._note_vanishing(operation, traits.zero or ('never' if is_pointwise else 'all'), args, outputs)
         if not any(operation.outputs) and all(tensor in self._uniform for tensor in outputs):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
-        if name in TRANSPARENT and not operation.locks:
+        if traits.transparent and not operation.locks:
             for tensor in outputs:
                 self._values[id(tensor)] = operation.reads[0]
         else:
             for tensor in outputs:
                 self.renew(tensor)
             operation.writes = [self._values[id(tensor)] for tensor in outputs]
-            operation.scalars = self._fixed_numbers(name, args, kwargs)
-            if not is_pointwise and name not in SIZE_FREE:  # a reader of constants may see how many there are
+            operation.scalars = self._fixed_numbers(name, traits, args, kwargs)
+            if not is_pointwise and not traits.size_free:  # a reader of constants may see how many there are
                 operation.scalars += [size for tensor in inputs for size in tensor.shape
                                       if tensor in self._uniform and not self.fields_of(tensor)]
             if self.counts_flops and func.overloadpacket in flop_registry:
@@ -212,11 +201,11 @@ class Tracer(TorchDispatchMode):
                 self.record(operation)
         return result
 
-    def _fixed_numbers(self, name: str, args: Any, kwargs: Any) -> list[float]:
+    def _fixed_numbers(self, name: str, traits: Traits, args: Any, kwargs: Any) -> list[float]:
         '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
-        if name in SIZED:
+        if traits.sized:
             return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
-                    or (name in UNIFORM and type(value) is int)]
+                    or (traits.constant and type(value) is int)]
         if name == 'convolution':
             return list(numbers_in(args[3:8]))
         if 'batch_norm' in name:  # in training it does the same to labels
@@ -228,23 +217,17 @@ class Tracer(TorchDispatchMode):
             return [dim, *slice(*args[2:5]).indices(args[0].shape[dim])]
         return list(numbers_in((args, kwargs)))
 
-    def _note_vanishing(self, operation: Operation, args: Any, outputs: Sequence[torch.Tensor],
-                        is_pointwise: bool) -> None:
+    def _note_vanishing(self, operation: Operation, zero: str, args: Any, outputs: Sequence[torch.Tensor]) -> None:
         '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
         vanishing = [tensor in self._vanishing for tensor in tensors_in(args)]
         labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
-        if operation.name in ('mul', 'bmm', 'mm', 'convolution'):
-            zero = any(labelled) or bool(operation.producers)
-        elif operation.name == 'div':
-            zero = vanishing[:1] == [True]
-        elif operation.name in ('add', 'sub'):
-            zero = len(vanishing) > 1 and all(vanishing)
-        elif operation.name == 'addmm':
-            zero = vanishing[0] and bool(operation.producers)
-        else:
-            zero = bool(labelled) and all(labelled) and 'softmax' not in operation.name and (
-                not is_pointwise or operation.name in VANISHING)
-        self._vanishing.change(outputs, zero)
+        self._vanishing.change(outputs, {
+            'any': any(labelled) or bool(operation.producers),
+            'first': vanishing[:1] == [True],
+            'terms': len(vanishing) > 1 and all(vanishing),
+            'bias': vanishing[:1] == [True] and bool(operation.producers),
+            'all': bool(labelled) and all(labelled),
+            'never': False}[zero])
 
     def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
         '''Refuse a network that uses values of its input in Python.'''
@@ -253,6 +236,16 @@ class Tracer(TorchDispatchMode):
                 f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
                 f'({how}: an if, int(), float(), item() or tolist() on a tensor), so only one of its paths would be '
                 'proven. Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
+
+    def refuse_counts(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
+        '''Refuse a network in which sizes depend on values of its input.'''
+        if any(tensor in self._active for tensor in tensors):
+            where = f'module {self.calls.site.module!r}' if self.calls.site.module else 'the network itself'
+            raise PruneError(
+                f'the network cannot be traced: in {where} the size of a tensor depends on '
+                f'values of the input ({how}), as when boxes are selected, so no other network can be held against it. '
+                "Prune the part before that, a module that returns tensors of fixed size: a detector's backbone and "
+                'heads.')
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
         '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
@@ -268,12 +261,14 @@ class Tracer(TorchDispatchMode):
             self.constant(tensor.detach().double().reshape(-1).tolist())
         return []
 
-    def _apply(self, call: Call, is_pointwise: bool, inputs: list[torch.Tensor]) -> Candidates:
-        rule = pointwise if is_pointwise else RULES.get(call.name)
+    def _apply(self, rule: Rule | None, call: Call, inputs: list[torch.Tensor]) -> Candidates:
         try:
             if rule is None:
                 raise NoRule
-            return rule(call)
+            candidates = rule(call)
+            if '::' in call.name:  # a custom operator
+                check_candidates(call, candidates)
+            return candidates
         except NoRule:
             for tensor in inputs:
                 call.lock(f'no rule covers the operation {call.func}', *self.fields_of(tensor))

@@ -1,0 +1,89 @@
+'''The inputs of a repair: a bounded choice of what is given, in parts that run at once, and in folds.'''
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .errors import PruneError
+from .loaders import batch_size, only
+from .networks import check_finite, map_tensors, tensors_in
+from .references import KEPT, References, joined
+from .regression import FOLDS
+
+CHUNK = 50  # inputs that run at once
+LEAST = 16  # inputs, however large they are
+HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
+Chunk = tuple[Any, torch.Tensor]
+
+
+class Inputs:
+    '''What a network is repaired with: all of up to 1,024 inputs, of more a random choice.
+
+    Parameters
+    ----------
+    data: torch.Tensor, dict or iterable
+        Inputs, or a loader; labels are ignored.
+    device: torch.device
+        Where they go.
+
+    Attributes
+    ----------
+    order: torch.Tensor
+        The indices of the inputs, shuffled: loaders come in any order.
+
+    Raises
+    ------
+    PruneError
+        If there is none, or one is not finite.
+    '''
+
+    def __init__(self, data: Any, device: torch.device):
+        references = References([data] if isinstance(data, (dict, torch.Tensor)) else data, KEPT)
+        for inputs, _ in references:
+            check_finite(tensors_in(inputs))
+        self.device = device
+        self._batches = list(joined(references.chosen()))
+        self._starts = [0]
+        for inputs in self._batches:
+            self._starts.append(self._starts[-1] + batch_size(inputs))
+        if not self._starts[-1]:
+            raise PruneError('there is no input to repair with: the data are empty.')
+        self.order = torch.randperm(self._starts[-1], generator=torch.Generator().manual_seed(0))
+        self._folds = self.order.argsort() % FOLDS
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def limit(self, count: int) -> None:
+        '''Go on with so many, at random.'''
+        self.order = self.order[:max(count, LEAST)]
+
+    def chunks(self, chosen: torch.Tensor, mirrored: bool = False) -> list[Chunk]:
+        '''Some inputs in parts, and the fold of each; the mirror image of a picture is in its fold.'''
+        return list(self._chunks(chosen.sort().values, mirrored))
+
+    def _chunks(self, chosen: torch.Tensor, mirrored: bool) -> Iterator[Chunk]:
+        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+            inside = (start <= chosen) & (chosen < end)
+            for where, fold in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
+                part = only(inputs, end - start, where)
+                part = map_tensors(lambda tensor: wide(tensor.detach().to(self.device)), part)
+                yield part, fold
+                if mirrored and all(tensor.dim() == 4 for tensor in tensors_in(part)):
+                    yield map_tensors(lambda tensor: tensor.flip(-1), part), fold
+
+
+def _parts(*aligned: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    '''At most ``CHUNK`` of each, equally many: BatchNorm cannot be estimated from a single input that is left.'''
+    size = len(aligned[0])
+    pieces = -(-size // CHUNK)
+    for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
+        yield tuple(each[first:end] for each in aligned)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    '''In float32, what has less.'''
+    return tensor.float() if tensor.dtype in HALVES else tensor
