@@ -7,7 +7,7 @@ WORKERS ?= 2
 ZENNIT_FACING := $(addprefix tests/test_,$(addsuffix .py,attributors canonize closed_forms collect criteria functions \
 	heatmap layers preflight))
 
-.PHONY: demo test test-other-zennit test-slow test-oldest lint benchmark clean
+.PHONY: demo test test-other-zennit test-slow test-oldest lint benchmark notebooks clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/zennit-prune demo
@@ -39,6 +39,10 @@ benchmark: $(VENV)/benchmark.installed
 	$(RUN) benchmarks/structure.py
 	$(RUN) benchmarks/coverage.py
 	$(RUN) benchmarks/selection.py
+
+# All of notebooks/, in place; those on pretrained networks where ZENNIT_PRUNE_DATA names a folder that has them.
+notebooks: $(VENV)/notebooks.installed
+	$(RUN) notebooks/execute.py
 
 $(VENV)/%.installed: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,6 +44,54 @@ def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> Non
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def check_absent(folder: Path, names: Sequence[str]) -> None:
+    '''Ask for a folder without files of these names.'''
+    there = [name for name in names if (folder / name).exists()]
+    if there:
+        raise PruneError(f'{str(folder)!r} has {", ".join(there)} already: name another folder by --out, or give '
+                         '--force to replace them.')
+
+
+@contextmanager
+def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> Iterator[Path]:
+    '''A new folder to write files into, which go to ``folder`` when the block is complete.
+
+    Whoever is killed before leaves nothing in ``folder``, and whole files only after; what is unfinished lies beside
+    it, in ``<folder>.unfinished-<number of the process>``, and goes if there is time.
+
+    Parameters
+    ----------
+    folder: pathlib.Path
+        Made if it is not there.
+    names: sequence of str
+        The files that may be written.
+    replace: bool
+        Whether files of these names are removed from ``folder``, so that files of two runs do not mix.
+
+    Raises
+    ------
+    PruneError
+        If one of ``names`` is in ``folder`` already, or the folder cannot be made.
+    '''
+    unfinished = folder.with_name(f'{folder.name}.unfinished-{os.getpid()}')
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise PruneError(f'no folder can be made at {str(folder)!r}: {error}.') from error
+    try:
+        yield unfinished
+        folder.mkdir(exist_ok=True)
+        if replace:
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+        check_absent(folder, names)
+        for path in unfinished.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

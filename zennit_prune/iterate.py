@@ -193,7 +193,7 @@ class Loop:
         unit, left = self.budget.unit, _left(plan)
         if self.step == 1:
             return None if plan.removed else self.budget
-        whole = _costs(Plan(plan.graph))[unit]
+        whole = costs_left(Plan(plan.graph))[unit]
         limit = self.budget.limit(whole)
         if plan.removed and left[unit] * whole <= limit * (1 + 1e-12):
             return None
@@ -209,7 +209,7 @@ class Loop:
                 'options': {key: described(value) for key, value in self.options.items()}}
 
 
-def _costs(plan: Plan) -> dict[str, float]:
+def costs_left(plan: Plan) -> dict[str, float]:
     '''What a plan leaves, by unit.'''
     removed = np.array([len(plan.removed.get(group.name, ())) for group in plan.graph.groups], float)
     costs = CostModel(plan.graph)
@@ -218,5 +218,5 @@ def _costs(plan: Plan) -> dict[str, float]:
 
 def _left(plan: Plan) -> dict[str, float]:
     '''The same as shares of the whole.'''
-    return {unit: cost / (whole or 1.0) for (unit, cost), whole in zip(_costs(plan).items(),
-                                                                     _costs(Plan(plan.graph)).values())}
+    return {unit: cost / (whole or 1.0) for (unit, cost), whole in zip(costs_left(plan).items(),
+                                                                     costs_left(Plan(plan.graph)).values())}
