@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .errors import PruneError
 
-ATOMIC = (int, float, bool, str, type(None))
+ATOMIC = frozenset((int, float, bool, str, type(None)))
 EMPTY = (dict, OrderedDict, list, set)
 CONTENTS = ('_parameters', '_buffers', '_modules')
 HOOKS = frozenset(key for key in vars(nn.Module()) if 'hooks' in key)
@@ -44,6 +44,8 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return []
     found: list[torch.Tensor] = []
     for item in value:
+        if type(item) in ATOMIC:
+            continue
         if isinstance(item, torch.Tensor):
             found.append(item)
         elif isinstance(item, (tuple, list, dict)):

@@ -171,6 +171,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
     return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions)
 
 
