@@ -59,7 +59,14 @@ class Guard(CallCounter):
         return func(*args, **kwargs)
 
 
-class Boundaries(Guard):
+class Outputs(Guard):
+    '''Note, besides, the labels of what modules return.'''
+
+    def left(self, frame: Frame, output: Any) -> None:
+        self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
+
+
+class Boundaries(Outputs):
     '''Note, besides, which values enter and leave modules and torch functions.'''
 
     def entered(self, frame: Frame, inputs: Any) -> None:
@@ -67,7 +74,7 @@ class Boundaries(Guard):
 
     def left(self, frame: Frame, output: Any) -> None:
         self._note('output', frame, output)
-        self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
+        super().left(frame, output)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site, tracer = self.site, self.tracer

@@ -96,17 +96,12 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return tree_map_only(torch.Tensor, function, value)
 
 
-def modules_by_name(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def modules_by_name(model: nn.Module, name: str = '') -> list[tuple[str, nn.Module]]:
     '''``named_modules(remove_duplicate=False)``, without a chain of generators as long as the network is deep.'''
-    found: list[tuple[str, nn.Module]] = []
-
-    def visit(module: nn.Module, name: str) -> None:
-        found.append((name, module))
-        for key, child in module._modules.items():
-            if child is not None:
-                visit(child, f'{name}.{key}' if name else key)
-
-    visit(model, '')
+    found = [(name, model)]
+    for key, child in model._modules.items():
+        if child is not None:
+            found += modules_by_name(child, f'{name}.{key}' if name else key)
     return found
 
 

@@ -18,8 +18,8 @@ def _batch_norm(func: Any, x: torch.Tensor, *args: Any) -> Any:
     if any(tensor.shape != x.shape[1:2] for tensor in args[:4] if tensor is not None):
         return func(x, *args)
     channels = x.shape[1] if args[4] else 0
-    return (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device='meta'), x.new_empty(channels),
-            x.new_empty(channels))
+    return (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device='meta'),
+            *(torch.empty(channels, dtype=x.dtype, device='meta') for _ in range(2)))
 
 
 def _convolution(func: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> Any:
@@ -33,12 +33,27 @@ def _convolution(func: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.T
         sizes = [(size + 2 * pad - by * (kernel - 1) - 1) // step + 1 for size, pad, by, kernel, step
                  in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)]
         if min(sizes) > 0:
-            return x.new_empty([x.shape[0], weight.shape[0], *sizes])
+            return torch.empty([x.shape[0], weight.shape[0], *sizes], dtype=x.dtype, device='meta')
     return func(x, weight, bias, *args)
 
 
-# for regular arguments, what torch takes most of the time for
-FORMULAS: dict[str, Callable[..., Any]] = {'aten::native_batch_norm': _batch_norm, 'aten::convolution': _convolution}
+def _elementwise(func: Any, *args: Any) -> Any:
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    whole, in_place = max(tensors, key=torch.Tensor.numel), func._opname.endswith('_')
+    fits = [tensor.dtype == whole.dtype and tensor.dim() == whole.dim() and tensor.is_contiguous()
+            and all(size in (1, full) for size, full in zip(tensor.shape, whole.shape)) for tensor in tensors]
+    if (not all(fits) or not whole.is_floating_point() or (in_place and args[0].shape != whole.shape)
+            or not all(isinstance(value, (torch.Tensor, int, float)) for value in args)):
+        return func(*args)
+    return args[0] if in_place else torch.empty(whole.shape, dtype=whole.dtype, device='meta')
+
+
+ELEMENTWISE = ('add', 'sub', 'mul', 'div', 'relu', 'gelu', 'silu', 'sigmoid', 'tanh', 'hardtanh', 'hardswish',
+               'hardsigmoid')
+# what torch takes most of the time for, where the arguments are regular
+FORMULAS: dict[str, Callable[..., Any]] = {
+    'native_batch_norm': _batch_norm, 'convolution': _convolution,
+    **{name + mark: _elementwise for name in ELEMENTWISE for mark in ('', '_')}}
 
 
 class Case:
@@ -82,7 +97,7 @@ class Shapes:
             return func(*args, **kwargs)
         if case is not None:
             return args[0] if isinstance(case, str) else case.made()
-        formula = FORMULAS.get(func._schema.name)
+        formula = FORMULAS.get(func._opname) if func.namespace == 'aten' else None
         result = formula(func, *args) if formula and not kwargs else func(*args, **kwargs)
         if args and result is args[0]:
             self._cases[key] = IN_PLACE

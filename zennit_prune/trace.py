@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .boundaries import Boundaries, Guard, Place
+from .boundaries import Boundaries, Guard, Outputs, Place
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
@@ -47,8 +47,8 @@ class TensorSize(NamedTuple):
 class Run:
     '''What one pass through a network showed.
 
-    Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; the fields of every
-    tensor that a call of a module returned; and the torch functions that were called from Python.
+    Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
+    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python.
     '''
 
     operations: list[Operation]
@@ -154,7 +154,9 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
-    network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
+    network.train(training)
+    for _, tensor in found:
+        tensor.requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -239,7 +241,8 @@ def record(model: nn.Module, example: Any) -> Recording:
     shapes = Shapes()
 
     def run(network: nn.Module, training: bool) -> Run:
-        return run_network(network, arguments, training, Tracer, fields, shapes, Boundaries)
+        guard = Outputs if training else Boundaries
+        return run_network(network, arguments, training, Tracer, fields, shapes, guard)
 
     try:
         runs['eval'] = run(structural_copy(model), False)
