@@ -14,45 +14,94 @@ import torch
 IN_PLACE = 'the first argument itself'
 
 
+def _new(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device='meta')
+
+
+def _are_regular(*tensors: torch.Tensor | None) -> bool:
+    '''Whether tensors are contiguous, of one floating-point type, and not empty.'''
+    found = [tensor for tensor in tensors if tensor is not None]
+    return found[0].is_floating_point() and all(
+        tensor.dtype == found[0].dtype and tensor.is_contiguous() and tensor.numel() for tensor in found)
+
+
 def _batch_norm(func: Any, x: torch.Tensor, *args: Any) -> Any:
     if any(tensor.shape != x.shape[1:2] for tensor in args[:4] if tensor is not None):
         return func(x, *args)
-    channels = x.shape[1] if args[4] else 0
-    return (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device='meta'),
-            *(torch.empty(channels, dtype=x.dtype, device='meta') for _ in range(2)))
+    channels = [x.shape[1] if args[4] else 0]
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device='meta'), _new(channels, x), _new(channels, x)
+
+
+def _layer_norm(func: Any, x: torch.Tensor, normalised: Any, *args: Any) -> Any:
+    lead = x.dim() - len(normalised)
+    shape = x.shape[lead:] if lead >= 0 else ()
+    if (tuple(normalised) != tuple(shape) or not _are_regular(x, *args[:2]) or x.dtype.itemsize < 4
+            or any(tensor.shape != shape for tensor in args[:2] if tensor is not None)):
+        return func(x, normalised, *args)
+    statistics = [*x.shape[:lead], *(1 for _ in shape)]
+    return _new(x.shape, x), _new(statistics, x), _new(statistics, x)
 
 
 def _convolution(func: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> Any:
     stride, padding, dilation, transposed, _, groups = args
     rank = x.dim() - 2
-    regular = (not transposed and x.is_contiguous() and rank > 0 and x.dim() == weight.dim()
-               and x.shape[1] == weight.shape[1] * groups > 0 == weight.shape[0] % groups and x.dtype == weight.dtype
-               and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
-               and len(stride) == len(padding) == len(dilation) == rank)
-    if regular and min(*stride, *dilation) > 0 <= min(padding):
+    if (not transposed and _are_regular(x, weight, bias) and x.dim() == weight.dim() > 2
+            and x.shape[1] == weight.shape[1] * groups and not weight.shape[0] % groups
+            and (bias is None or bias.shape == weight.shape[:1])
+            and len(stride) == len(padding) == len(dilation) == rank and min(*stride, *dilation) > 0 <= min(padding)):
         sizes = [(size + 2 * pad - by * (kernel - 1) - 1) // step + 1 for size, pad, by, kernel, step
                  in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)]
         if min(sizes) > 0:
-            return torch.empty([x.shape[0], weight.shape[0], *sizes], dtype=x.dtype, device='meta')
+            return _new([x.shape[0], weight.shape[0], *sizes], x)
     return func(x, weight, bias, *args)
+
+
+def _addmm(func: Any, bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *args: Any) -> Any:
+    fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] and bias.shape == right.shape[1:]
+    if args or not fits or not _are_regular(bias, left) or right.dtype != left.dtype:  # the weight is transposed
+        return func(bias, left, right, *args)
+    return _new([left.shape[0], right.shape[1]], left)
+
+
+def _mean(func: Any, x: torch.Tensor, dims: Any = None, keepdim: bool = False) -> Any:
+    if not dims or not _are_regular(x) or not all(-x.dim() <= dim < x.dim() for dim in dims):
+        return func(x, dims, keepdim)
+    over = {dim % x.dim() for dim in dims}
+    if len(over) < len(dims):
+        return func(x, dims, keepdim)
+    return _new([1 if dim in over else size for dim, size in enumerate(x.shape) if keepdim or dim not in over], x)
+
+
+def _cat(func: Any, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    ndim = tensors[0].dim() if tensors else 0
+    if not ndim or not -ndim <= dim < ndim or not _are_regular(*tensors):
+        return func(tensors, dim)
+    shapes = [list(tensor.shape) for tensor in tensors]
+    sizes = [shape.pop(dim) for shape in shapes if len(shape) == ndim]
+    if len(sizes) < len(shapes) or any(shape != shapes[0] for shape in shapes):
+        return func(tensors, dim)
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(sizes)
+    return _new(shape, tensors[0])
 
 
 def _elementwise(func: Any, *args: Any) -> Any:
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     whole, in_place = max(tensors, key=torch.Tensor.numel), func._opname.endswith('_')
-    fits = [tensor.dtype == whole.dtype and tensor.dim() == whole.dim() and tensor.is_contiguous()
-            and all(size in (1, full) for size, full in zip(tensor.shape, whole.shape)) for tensor in tensors]
-    if (not all(fits) or not whole.is_floating_point() or (in_place and args[0].shape != whole.shape)
+    fits = [tensor.dim() == whole.dim() and all(size in (1, full) for size, full in zip(tensor.shape, whole.shape))
+            for tensor in tensors]
+    if (not all(fits) or not _are_regular(*tensors) or (in_place and args[0].shape != whole.shape)
             or not all(isinstance(value, (torch.Tensor, int, float)) for value in args)):
         return func(*args)
-    return args[0] if in_place else torch.empty(whole.shape, dtype=whole.dtype, device='meta')
+    return args[0] if in_place else _new(whole.shape, whole)
 
 
 ELEMENTWISE = ('add', 'sub', 'mul', 'div', 'relu', 'gelu', 'silu', 'sigmoid', 'tanh', 'hardtanh', 'hardswish',
                'hardsigmoid')
 # what torch takes most of the time for, where the arguments are regular
 FORMULAS: dict[str, Callable[..., Any]] = {
-    'native_batch_norm': _batch_norm, 'convolution': _convolution,
+    'native_batch_norm': _batch_norm, 'native_layer_norm': _layer_norm, 'convolution': _convolution,
+    'addmm': _addmm, 'mean': _mean, 'cat': _cat,
     **{name + mark: _elementwise for name in ELEMENTWISE for mark in ('', '_')}}
 
 
