@@ -64,12 +64,12 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         orders[number] = np.argsort(score, kind='stable')
         ascending = score[orders[number]] / (savings[number] if per_cost else 1.0)
         least = max(min_channels, math.ceil(floor * group.size - 1e-9))
-        done = 0
-        for taken in _steps(group.size, least, round_to):
-            priorities.append(max(ascending[done:done + taken].mean(), priorities[-1] if done else -np.inf))
-            owners.append(number)
-            steps.append(taken)
-            done += taken
+        sizes = np.array(_steps(group.size, least, round_to), int)
+        starts = np.cumsum(sizes) - sizes
+        means = np.add.reduceat(ascending[:sizes.sum()], starts) / sizes if len(sizes) else np.zeros(0)
+        priorities += np.maximum.accumulate(means).tolist()
+        owners += [number] * len(sizes)
+        steps += sizes.tolist()
     order = np.argsort(np.array(priorities), kind='stable')
     owner, step = np.array(owners, int)[order], np.array(steps, float)[order]
 

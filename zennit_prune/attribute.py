@@ -21,11 +21,11 @@ from zennit.core import BasicHook, Composite, RemovableHandleList
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
+from .boundaries import Place
 from .calls import CallCounter
 from .canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 from .errors import PruneError
 from .networks import check_finite, copied, device_of, map_tensors, output_tensors, tensors_in
-from .trace import Place
 
 
 def recommended_composite() -> Composite:

@@ -11,8 +11,8 @@ from torch import nn
 from zennit.attribution import Attributor, identity
 
 from .attribute import Reader, call_network, main_output
+from .boundaries import Place
 from .errors import PruneError
-from .trace import Place
 
 AttributorFactory = Callable[[nn.Module], Attributor]
 

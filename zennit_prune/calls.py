@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .networks import modules_by_name
+
 
 def _seen_through(function: Any) -> Any:
     '''The same function without the hand-over of the whole call to a mode, so that the mode sees what it calls.'''
@@ -61,7 +63,7 @@ class CallCounter(TorchFunctionMode):
 
     def __init__(self, root: nn.Module):
         super().__init__()
-        self._names = {id(module): name for name, module in root.named_modules()}
+        self._names = {id(module): name for name, module in reversed(modules_by_name(root))}
         self._restart()
 
     def _restart(self) -> None:

@@ -17,6 +17,7 @@ from .aggregate import AGGREGATES, aggregated, holds_lrp, suitable_aggregate
 from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
 from .attributors import AttributorFactory, Passes, attributed
 from .best import Best, Spots
+from .boundaries import Place
 from .canonize import GraphCanonizer
 from .errors import PruneError, PruneWarning
 from .exemplars import Exemplars
@@ -28,7 +29,6 @@ from .relevance import Relevance
 from .selection import Selection
 from .states import State, find_states
 from .sums import Sums
-from .trace import Place
 
 NONFINITE = ('error', 'skip')
 

@@ -11,6 +11,7 @@ from zennit.core import Composite
 
 from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output, propagate
 from .attribute import recommended_composite as recommended
+from .boundaries import Place
 from .canonize import GraphCanonizer
 from .errors import PruneError
 from .graph import ChannelGraph, trace
@@ -20,7 +21,6 @@ from .initial import Initial, initial_relevance
 from .loaders import batch_size, only
 from .networks import tensors_in, unwrapped
 from .states import State, find_states
-from .trace import Place
 
 AT_ONCE = 16  # samples, repeated ones counted: more take longer than one pass for each channel
 

@@ -16,6 +16,7 @@ from torch import nn
 from zennit.core import Composite
 
 from .attribute import Attribution, Reader, attributing, call_network, differentiable, main_output
+from .boundaries import Place
 from .collect import Collector
 from .errors import PruneError
 from .graph import ChannelGraph
@@ -25,7 +26,6 @@ from .networks import tensors_by_module, tensors_in
 from .recorded import Operation
 from .relevance import Relevance
 from .states import Flow, State, find_states
-from .trace import Place
 
 
 class Measure(Collector):

@@ -1,7 +1,7 @@
 '''What a trace keeps: the recorded operations, and facts about tensors.'''
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,24 +78,6 @@ class FunctionCall:
         return [position for position, argument in enumerate(self.arguments) if argument.active]
 
 
-class StorageSet:
-    '''A set of tensors that holds a tensor with all its views: what is written into one is written into all.'''
-
-    def __init__(self) -> None:
-        self._keys: set[int] = set()
-
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        return storage_key(tensor) in self._keys
-
-    def change(self, tensors: Iterable[torch.Tensor], belong: bool) -> None:
-        '''Add tensors, or take them out.'''
-        keys = map(storage_key, tensors)
-        if belong:
-            self._keys.update(keys)
-        else:
-            self._keys.difference_update(keys)
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     '''Equal for views of one tensor, as long as one of them is alive.'''
     return int(tensor.untyped_storage()._cdata)
@@ -110,13 +92,18 @@ def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
     return int(formula(*shapes, **kwargs, out_shape=result.shape))
 
 
-def numbers_in(value: Any) -> Iterator[float]:
+def numbers_in(value: Any) -> list[float]:
     '''All numbers and flags in nested arguments.'''
     if isinstance(value, (int, float)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from numbers_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from numbers_in(item)
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    found: list[float] = []
+    for item in value:
+        if isinstance(item, (int, float)):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
+            found += numbers_in(item)
+    return found

@@ -48,6 +48,7 @@ class Deletion:
         self.removed = removed
         self._kept: dict[int, tuple[Field, Kept]] = {}
         self._results: dict[tuple[int, ...], tuple[list[Field], Kept]] = {}
+        self._shapes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
 
     def kept(self, field: Field) -> Kept:
         '''The positions that stay, for each dimension along which some go.'''
@@ -55,7 +56,9 @@ class Deletion:
             kept: Kept = {}
             gone = self.removed[field.labels]
             if gone.any():
-                for dim in field.dims:
+                if len(field.dims) == 1:
+                    kept[field.dims[0]] = np.logical_not(gone.reshape(-1))
+                for dim in field.dims if not kept else ():
                     whole = gone.all(axis=tuple(d for d in range(gone.ndim) if d != dim))
                     if whole.any():
                         kept[dim] = np.logical_not(whole)
@@ -73,12 +76,21 @@ class Deletion:
             self._results[key] = [self._narrowed(field, kept) for field in fields], kept
         return self._results[key]
 
+    def shape(self, fields: list[Field], shape: tuple[int, ...]) -> tuple[int, ...]:
+        '''The shape of a tensor with these fields after the deletion.'''
+        key = tuple(map(id, fields)), shape
+        if key not in self._shapes:
+            kept = self(fields)[1]
+            self._shapes[key] = tuple(int(np.count_nonzero(kept[dim])) if dim in kept else size
+                                      for dim, size in enumerate(shape))
+        return self._shapes[key]
+
     def _narrowed(self, field: Field, kept: Kept) -> Field:
         labels = field.labels
         for dim, mask in kept.items():
             if dim in field.dims:
                 labels = np.compress(mask, labels, dim)
-        if self.removed[labels].any():
+        if len(field.dims) > 1 and self.removed[labels].any():
             raise Mismatch('the removed channels do not form a block of the tensor')
         return field if labels is field.labels else Field(labels, field.dims)
 
@@ -126,8 +138,8 @@ class Replayer(Tracer):
                            f'{operation.scalars}')
         for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes,
                                                         operation.outputs, operation.shapes):
-            narrowed, kept = self.deletion(fields)
-            if tuple(int(kept[dim].sum()) if dim in kept else size for dim, size in enumerate(shape)) != new_shape:
+            narrowed, _ = self.deletion(fields)
+            if self.deletion.shape(fields, shape) != new_shape:
                 raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}')
             if len(narrowed) != len(new_fields):
                 raise Mismatch('other channels come out')
@@ -187,9 +199,10 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
             made.append(Replayer(calls, parameters, expected, deletion, solution))
             return made[-1]
 
-        network = pruned if len(recording.runs) == 1 else structural_copy(pruned, recording.example.device)
+        last = mode == list(recording.runs)[-1]
+        network = pruned if last else structural_copy(pruned, recording.example.device)
         try:
-            run_network(network, example, mode == 'train', tracer_type, fields)
+            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
         except ForwardError as error:
             mismatch = isinstance(error.__cause__, Mismatch)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .boundaries import Place
 from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .labels import Field, Labels
 from .recorded import Operation
 from .rules import OPERATIONS, UNKNOWN
-from .trace import Place
 
 MOVES = {'view', 'permute', 'transpose', 't', 'unsqueeze', 'squeeze'}
 

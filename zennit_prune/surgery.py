@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import PruneError
-from .networks import copied, share_hooks, tensors_by_module
+from .networks import copied, tensors_by_module
 
 Kept = Mapping[str, Mapping[int, npt.NDArray[Any]]]
 
@@ -47,9 +47,7 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
-    if device == 'meta':
-        share_hooks(model, memo)
-    small = copied(model, memo)
+    small = copied(model, memo, for_trace=device == 'meta')
     fix_attributes(small, kept, group_sizes)
     return small
 

@@ -7,7 +7,7 @@ instead; one whose Python branches on values of its input is refused, for only o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,83 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .calls import CallCounter, Frame, Site
+from .boundaries import Boundaries, Guard, Outputs, Place
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
-from .recorded import Argument, FunctionCall, Operation, numbers_in
+from .recorded import FunctionCall, Operation
+from .shapes import Shapes
 from .tracer import Tracer
 
 TRACED_BATCH = 2
-MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
-                   torch.Tensor.__rmatmul__}
-FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
-TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
-
-
-class Boundaries(CallCounter):
-    '''Count calls, and note which values enter and leave modules.'''
-
-    def __init__(self, root: nn.Module):
-        super().__init__(root)
-        self.tracer: Tracer | None = None
-        self.places: dict[int, list[Place]] = {}
-        self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
-        self.functions: list[FunctionCall] = []
-
-    def entered(self, frame: Frame, inputs: Any) -> None:
-        self._note('input', frame, inputs)
-
-    def left(self, frame: Frame, output: Any) -> None:
-        self._note('output', frame, output)
-        if self.tracer is not None:
-            self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
-
-    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        site = self.site
-        if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
-            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
-                         for value in args)
-        elif self.tracer is not None:
-            name = getattr(func, '__name__', '')
-            if name in FROM_NUMBERS:
-                self.tracer.constant(list(numbers_in(args)))
-            elif name in TO_PYTHON:
-                self.tracer.refuse_values(name, tensors_in((args, kwargs)))
-        tensors = tensors_in((args, kwargs))
-        arguments, before = self._arguments(tensors), len(self.tracer.operations) if self.tracer else 0
-        result = func(*args, **kwargs)
-        self._note('function', Frame(site.module, '', site.call), result, site)
-        if self.tracer is not None and any(argument.active for argument in arguments):
-            in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)
-            self.functions.append(FunctionCall(site, arguments, list(map(self.tracer.value_of, tensors_in(result))),
-                                               self.tracer.operations[before:], in_place))
-        return result
-
-    def _arguments(self, tensors: Iterable[torch.Tensor]) -> list[Argument]:
-        tracer = self.tracer
-        return [Argument(tracer.value_of(tensor), tracer.is_active(tensor), tuple(tensor.shape))
-                for tensor in tensors] if tracer else []
-
-    def _note(self, side: str, frame: Frame, tensors: Any, site: Site | None = None) -> None:
-        for position, tensor in enumerate(tensors_in(tensors)):
-            if self.tracer is not None and self.tracer.fields_of(tensor):
-                place = Place(side, frame.module, frame.call, position, site)
-                self.places.setdefault(self.tracer.value_of(tensor), []).append(place)
-
-
-class Place(NamedTuple):
-    '''Where a value can be read in another run.
-
-    The n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a module, or that a torch function
-    returns (``'function'``, called at ``site``).
-    '''
-
-    side: str
-    module: str
-    call: int
-    position: int
-    site: Site | None = None
 
 
 class Axis(NamedTuple):
@@ -115,8 +47,8 @@ class TensorSize(NamedTuple):
 class Run:
     '''What one pass through a network showed.
 
-    Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; the fields of every
-    tensor that a call of a module returned; and the torch functions that were called from Python.
+    Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
+    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python.
     '''
 
     operations: list[Operation]
@@ -198,15 +130,33 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
 
 
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
-                fields: Mapping[str, list[Field]]) -> Run:
-    '''Run a structural copy once under a tracer; ``fields`` are the labels of its parameters and buffers by name.'''
+                fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard) -> Run:
+    '''Run a structural copy once under a tracer.
+
+    Parameters
+    ----------
+    network, example, training:
+        What is run, with what, and in which mode.
+    tracer_type: callable
+        Makes the tracer.
+    fields: mapping of str to list of Field
+        The labels of parameters and buffers by name.
+    shapes: Shapes, optional
+        What other runs found out about operations.
+    guard: type
+        What is noted of the calls of modules and torch functions.
+    '''
     found = tensors_by_module(network)
-    counter = Boundaries(network)
+    counter = guard(network)
     tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
+    if shapes is not None:
+        tracer.shapes = shapes
     for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
-    network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
+    network.train(training)
+    for _, tensor in found:
+        tensor.requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -223,6 +173,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
     return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions)
 
 
@@ -252,6 +203,8 @@ class Recording:
         What each pass showed: ``'eval'``, and ``'train'`` where that differs.
     notes: list of str
         What the user should know about the trace.
+    shapes: Shapes
+        What operations return, for further runs.
     '''
 
     example: Example
@@ -260,6 +213,7 @@ class Recording:
     sizes: dict[str, TensorSize]
     runs: dict[str, Run]
     notes: list[str]
+    shapes: Shapes
 
     @property
     def size(self) -> int:
@@ -284,14 +238,20 @@ def record(model: nn.Module, example: Any) -> Recording:
     axes, fields = label_axes(model)
     runs: dict[str, Run] = {}
     notes: list[str] = []
+    shapes = Shapes()
+
+    def run(network: nn.Module, training: bool) -> Run:
+        guard = Outputs if training else Boundaries
+        return run_network(network, arguments, training, Tracer, fields, shapes, guard)
+
     try:
-        runs['eval'] = run_network(structural_copy(model), arguments, False, Tracer, fields)
+        runs['eval'] = run(structural_copy(model), False)
     except ForwardError as error:
-        runs['eval'] = _run_otherwise(model, arguments, fields, error)
+        runs['eval'] = _run_otherwise(model, arguments, run, error)
         if arguments.device == 'real':
             notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     try:
-        runs['train'] = run_network(structural_copy(model, arguments.device), arguments, True, Tracer, fields)
+        runs['train'] = run(structural_copy(model, arguments.device), True)
         if runs['train'].signature() == runs['eval'].signature():
             del runs['train']
     except (ForwardError, PruneError) as error:
@@ -299,16 +259,17 @@ def record(model: nn.Module, example: Any) -> Recording:
                      'proven')
     sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
              for name, tensor in unique_tensors(model).items()}
-    return Recording(arguments, axes, fields, sizes, runs, notes)
+    return Recording(arguments, axes, fields, sizes, runs, notes, shapes)
 
 
-def _run_otherwise(model: nn.Module, example: Example, fields: Mapping[str, list[Field]], first: ForwardError) -> Run:
+def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run],
+                   first: ForwardError) -> Run:
     '''Try again with the batch that was given, then with real values.'''
     last = first
     example.resize = False
     for example.device in ('meta', 'real'):
         try:
-            return run_network(structural_copy(model, example.device), example, False, Tracer, fields)
+            return run(structural_copy(model, example.device), False)
         except ForwardError as error:
             last = error
     shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,22 +15,34 @@ from .errors import PruneError
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .operations import pointwise
-from .recorded import Operation, StorageSet, count_flops, numbers_in, storage_key
+from .recorded import Operation, count_flops, numbers_in, storage_key
 from .rules import OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, check_candidates, operation_name
+from .shapes import Shapes, is_regular
 
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 SMALL = 64  # constants with more values are hardly made from a width
 
 
-def _batch_norm_shapes(func: Any, x: torch.Tensor, *args: Any) -> Any:
-    '''What batch norm returns on meta tensors; its own meta kernel takes a third of a whole trace.'''
-    if any(tensor.shape != x.shape[1:2] for tensor in args[:4] if tensor is not None):
-        return func(x, *args)
-    channels = x.shape[1] if args[4] else 0
-    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
+class Known(NamedTuple):
+    '''What is known of an operation, looked up once a run.'''
 
+    name: str
+    traits: Traits
+    is_pointwise: bool
+    rule: Rule | None
+    zero: str
+    counts_flops: bool
+    is_regular: bool
 
-SHORTCUTS = {'native_batch_norm': _batch_norm_shapes}
+    @classmethod
+    def of(cls, func: Any) -> Known:
+        name = operation_name(func._schema.name)
+        name = SAME.get(name, name)
+        traits = OPERATIONS.get(name, UNKNOWN)
+        is_pointwise = traits.rule is None and (traits.pointwise or torch.Tag.pointwise in func.tags)
+        return cls(name, traits, is_pointwise, pointwise if is_pointwise else traits.rule,
+                   traits.zero or ('never' if is_pointwise else 'all'), func.overloadpacket in flop_registry,
+                   is_regular(func, is_pointwise or traits.refills))
 
 
 class Tracer(TorchDispatchMode):
@@ -46,6 +58,10 @@ class Tracer(TorchDispatchMode):
 
     counts_flops = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping the compiler away costs as much as a rule
+
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
         super().__init__()
         self.calls, self.parameters = calls, parameters
@@ -53,7 +69,13 @@ class Tracer(TorchDispatchMode):
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
         self._values: dict[int, int] = {}
-        self._own, self._active, self._uniform, self._vanishing = (StorageSet() for _ in range(4))
+        self._known: dict[Any, Known] = {}
+        self.shapes = Shapes()
+        # of storages: what is written into a tensor is written into all its views
+        self._own: set[int] = set()
+        self._active: set[int] = set()
+        self._uniform: set[int] = set()
+        self._vanishing: set[int] = set()
         self._owners: dict[int, torch.Tensor] = {}  # by storage, to recognise aliases made around the dispatcher
         self._seen: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
@@ -64,15 +86,15 @@ class Tracer(TorchDispatchMode):
         return self._fields.get(id(tensor), [])
 
     def is_active(self, tensor: torch.Tensor) -> bool:
-        return tensor in self._active
+        return storage_key(tensor) in self._active
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         '''Whether no position of a tensor differs from another: constants and independent noise, of any size.'''
-        return tensor in self._uniform
+        return storage_key(tensor) in self._uniform
 
     def vanishes(self, tensor: torch.Tensor) -> bool:
         '''Whether a channel of a tensor is zero once the weights that bring it forth are.'''
-        return tensor in self._vanishing
+        return storage_key(tensor) in self._vanishing
 
     def constant(self, numbers: Sequence[float]) -> None:
         '''A tensor is made from numbers: pruning may not change them.'''
@@ -85,7 +107,7 @@ class Tracer(TorchDispatchMode):
 
     def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
         '''Whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
-        return tensor in self._own
+        return storage_key(tensor) in self._own
 
     def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
         '''The module that owns ``weight`` has as many groups as its first dimension holds blocks of ``size``.'''
@@ -109,13 +131,13 @@ class Tracer(TorchDispatchMode):
         self._fields[id(tensor)] = fields
         self._owners[storage_key(tensor)] = tensor
         for facts in (self._own, self._vanishing):
-            facts.change([tensor], True)
+            facts.add(storage_key(tensor))
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
         '''Mark the network's inputs: what depends on them is an activation.'''
         self._alive.extend(tensors)
         self._seen.update(map(id, tensors))
-        self._active.change(tensors, True)
+        self._active.update(map(storage_key, tensors))
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
@@ -141,46 +163,51 @@ class Tracer(TorchDispatchMode):
     # dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = operation_name(func._schema.name)
-        name = SAME.get(name, name)
-        traits = OPERATIONS.get(name, UNKNOWN)
-        inputs = tensors_in(args) + (tensors_in(kwargs) if kwargs else [])
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = Known.of(func)
+        name, traits = known.name, known.traits
+        inputs = tensors_in(args)
+        if kwargs:
+            inputs += tensors_in(kwargs)
         if traits.needs_value:
             self.refuse_values(name, inputs)
         masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if name == 'index' else []
         if traits.counts or masks:
             self.refuse_counts(name, masks or inputs)
-        shortcut = SHORTCUTS.get(name) if inputs[:1] and inputs[0].is_meta else None
-        result = shortcut(func, *args) if shortcut and not kwargs else func(*args, **kwargs)
+        result = self.shapes(func, args, kwargs) if known.is_regular else func(*args, **kwargs)
         outputs = tensors_in(result)
         self._alive += outputs
         aliased = [field for tensor in inputs if id(tensor) not in self._seen for field in self._meet(tensor)]
         self._seen.update(map(id, outputs))
-        active = any(tensor in self._active for tensor in inputs)
+        storages, written = [*map(storage_key, inputs)], [*map(storage_key, outputs)]
+        actives = [storage in self._active for storage in storages]
+        active = any(actives)
         if active:
-            self._active.change(outputs, True)
-        labelled = any(self._fields.get(id(tensor)) for tensor in inputs)
-        is_pointwise = traits.rule is None and (traits.pointwise or torch.Tag.pointwise in func.tags)
+            self._active.update(written)
         in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
-        stays_uniform = (is_pointwise or traits.refills) and all(tensor in self._uniform for tensor in inputs) and (
+        stays_uniform = (known.is_pointwise or traits.refills) and self._uniform.issuperset(storages) and (
             not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes())
-        if traits.constant or stays_uniform or in_place:
-            self._uniform.change(outputs, traits.constant or stays_uniform)
+        if traits.constant or stays_uniform:
+            self._uniform.update(written)
+        elif in_place:
+            self._uniform.difference_update(written)
         operation = self.begin(name)
-        operation.locks += [(field.labels, 'an alias of another shape was made of it') for field in aliased]
+        if aliased:
+            operation.locks += [(field.labels, 'an alias of another shape was made of it') for field in aliased]
         operation.inputs = [self._fields.get(id(tensor), []) for tensor in inputs]
         operation.reads = [self.value_of(tensor) for tensor in inputs]
-        operation.active = [tensor in self._active for tensor in inputs]
+        operation.active = [storage in self._active for storage in storages] if in_place else actives
         operation.shapes = [tuple(tensor.shape) for tensor in outputs]
+        labelled = any(operation.inputs)
         candidates: Candidates
         if not labelled:
             candidates = [[] for _ in outputs]
         else:
-            rule = pointwise if is_pointwise else traits.rule
-            candidates = self._apply(rule, Call(self, operation, func, args, kwargs, outputs), inputs)
+            candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        self._note_vanishing(operation, traits.zero or ('never' if is_pointwise else 'all'), args, outputs)
-        if not any(operation.outputs) and all(tensor in self._uniform for tensor in outputs):
+        self._note_vanishing(operation, known.zero, storages[:len(tensors_in(args))] if kwargs else storages, written)
+        if not any(operation.outputs) and self._uniform.issuperset(written):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if traits.transparent and not operation.locks:
             for tensor in outputs:
@@ -190,10 +217,10 @@ class Tracer(TorchDispatchMode):
                 self.renew(tensor)
             operation.writes = [self._values[id(tensor)] for tensor in outputs]
             operation.scalars = self._fixed_numbers(name, traits, args, kwargs)
-            if not is_pointwise and not traits.size_free:  # a reader of constants may see how many there are
-                operation.scalars += [size for tensor in inputs for size in tensor.shape
-                                      if tensor in self._uniform and not self.fields_of(tensor)]
-            if self.counts_flops and func.overloadpacket in flop_registry:
+            if not known.is_pointwise and not traits.size_free:  # a reader of constants may see how many there are
+                operation.scalars += [size for tensor, storage in zip(inputs, storages) if storage in self._uniform
+                                      and not self.fields_of(tensor) for size in tensor.shape]
+            if self.counts_flops and known.counts_flops:
                 operation.flops = count_flops(func.overloadpacket, args, kwargs, result)
             counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
             # else a constant, kept or made anew
@@ -207,31 +234,36 @@ class Tracer(TorchDispatchMode):
             return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
                     or (traits.constant and type(value) is int)]
         if name == 'convolution':
-            return list(numbers_in(args[3:8]))
+            return numbers_in(args[3:8])
         if 'batch_norm' in name:  # in training it does the same to labels
             return [value for value in args[5:] if isinstance(value, float)]
         if name == 'slice':
             dim = int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
             if any(dim in field.dims for field in self.fields_of(args[0])):
-                return list(numbers_in(args[4:]))
+                return numbers_in(args[4:])
             return [dim, *slice(*args[2:5]).indices(args[0].shape[dim])]
-        return list(numbers_in((args, kwargs)))
+        return numbers_in((args, kwargs))
 
-    def _note_vanishing(self, operation: Operation, zero: str, args: Any, outputs: Sequence[torch.Tensor]) -> None:
+    def _note_vanishing(self, operation: Operation, zero: str, storages: Sequence[int], written: Sequence[int]) -> None:
         '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
-        vanishing = [tensor in self._vanishing for tensor in tensors_in(args)]
-        labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
-        self._vanishing.change(outputs, {
-            'any': any(labelled) or bool(operation.producers),
-            'first': vanishing[:1] == [True],
-            'terms': len(vanishing) > 1 and all(vanishing),
-            'bias': vanishing[:1] == [True] and bool(operation.producers),
-            'all': bool(labelled) and all(labelled),
-            'never': False}[zero])
+        vanishing = [storage in self._vanishing for storage in storages]
+        if zero == 'all' or zero == 'any':
+            labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
+            vanishes = bool(labelled) and all(labelled) if zero == 'all' else any([*labelled, operation.producers])
+        elif zero == 'terms':
+            vanishes = len(vanishing) > 1 and all(vanishing)
+        elif zero == 'never':
+            vanishes = False
+        else:  # 'first', 'bias'
+            vanishes = vanishing[:1] == [True] and (zero == 'first' or bool(operation.producers))
+        if vanishes:
+            self._vanishing.update(written)
+        else:
+            self._vanishing.difference_update(written)
 
     def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
         '''Refuse a network that uses values of its input in Python.'''
-        if any(tensor in self._active for tensor in tensors):
+        if any(map(self.is_active, tensors)):
             raise PruneError(
                 f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
                 f'({how}: an if, int(), float(), item() or tolist() on a tensor), so only one of its paths would be '
@@ -239,7 +271,7 @@ class Tracer(TorchDispatchMode):
 
     def refuse_counts(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
         '''Refuse a network in which sizes depend on values of its input.'''
-        if any(tensor in self._active for tensor in tensors):
+        if any(map(self.is_active, tensors)):
             where = f'module {self.calls.site.module!r}' if self.calls.site.module else 'the network itself'
             raise PruneError(
                 f'the network cannot be traced: in {where} the size of a tensor depends on '
@@ -257,7 +289,7 @@ class Tracer(TorchDispatchMode):
                 return self.fields_of(owner)
             self._fields[id(tensor)] = self.fields_of(owner)
             self._values[id(tensor)] = self.value_of(owner)
-        elif not tensor.is_meta and tensor not in self._active and tensor.numel() <= SMALL and not tensor.is_complex():
+        elif not tensor.is_meta and not self.is_active(tensor) and tensor.numel() <= SMALL and not tensor.is_complex():
             self.constant(tensor.detach().double().reshape(-1).tolist())
         return []
 

@@ -1,0 +1,97 @@
+'''Watch the calls of modules and torch functions while a network is traced.'''
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .calls import CallCounter, Frame, Site
+from .labels import Field
+from .networks import output_tensors, tensors_in
+from .recorded import Argument, FunctionCall, numbers_in
+from .tracer import Tracer
+
+MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
+                   torch.Tensor.__rmatmul__}
+FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
+TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
+
+
+class Place(NamedTuple):
+    '''Where a value can be read in another run.
+
+    The n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a module, or that a torch function
+    returns (``'function'``, called at ``site``).
+    '''
+
+    side: str
+    module: str
+    call: int
+    position: int
+    site: Site | None = None
+
+
+class Guard(CallCounter):
+    '''Count calls, and see to it that the tracer misses nothing that depends on sizes or values.'''
+
+    tracer: Tracer
+
+    def __init__(self, root: nn.Module):
+        super().__init__(root)
+        self.places: dict[int, list[Place]] = {}
+        self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
+        self.functions: list[FunctionCall] = []
+
+    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
+            args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
+                         for value in args)
+        elif self.function in FROM_NUMBERS:
+            self.tracer.constant(numbers_in(args))
+        elif self.function in TO_PYTHON:
+            self.tracer.refuse_values(self.function, tensors_in((args, kwargs)))
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        '''Run a torch function.'''
+        return func(*args, **kwargs)
+
+
+class Outputs(Guard):
+    '''Note, besides, the labels of what modules return.'''
+
+    def left(self, frame: Frame, output: Any) -> None:
+        self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
+
+
+class Boundaries(Outputs):
+    '''Note, besides, which values enter and leave modules and torch functions.'''
+
+    def entered(self, frame: Frame, inputs: Any) -> None:
+        self._note('input', frame, inputs)
+
+    def left(self, frame: Frame, output: Any) -> None:
+        self._note('output', frame, output)
+        super().left(frame, output)
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        site, tracer = self.site, self.tracer
+        tensors = tensors_in((args, kwargs))
+        arguments = [Argument(tracer.value_of(tensor), tracer.is_active(tensor), tuple(tensor.shape))
+                     for tensor in tensors]
+        before = len(tracer.operations)
+        result = func(*args, **kwargs)
+        self._note('function', Frame(site.module, '', site.call), result, site)
+        if any(argument.active for argument in arguments):
+            in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)
+            self.functions.append(FunctionCall(site, arguments, list(map(tracer.value_of, tensors_in(result))),
+                                               tracer.operations[before:], in_place))
+        return result
+
+    def _note(self, side: str, frame: Frame, tensors: Any, site: Site | None = None) -> None:
+        for position, tensor in enumerate(tensors_in(tensors)):
+            if self.tracer.fields_of(tensor):
+                place = Place(side, frame.module, frame.call, position, site)
+                self.places.setdefault(self.tracer.value_of(tensor), []).append(place)
