@@ -192,14 +192,19 @@ def batch_norm(call: Call) -> Candidates:
 
 @operation_rule('native_layer_norm', sized=True)
 def layer_norm(call: Call) -> Candidates:
-    '''The statistics run over the channels: removing one would change all others.'''
-    x, normalised = call.args[0], len(call.args[1])
-    for field in call.fields(x):
-        if max(field.dims) >= x.dim() - normalised:
-            call.lock('LayerNorm runs over it', field)
-    for tensor in call.args[2:4]:
-        call.lock('LayerNorm runs over it', *call.fields(tensor))
-    return [list(call.fields(x))] + [[] for _ in call.outputs[1:]]
+    '''The statistics run over the channels, and removing one changes all others: locked, unless they shall be those of
+    the surviving channels. These a masked network can have where it is called from Python.
+    '''
+    x, lead = call.args[0], call.args[0].dim() - len(call.args[1])
+    weights = tensors_in(call.args[2:4])
+    call.decide('normalised dimensions', len(call.args[1]))
+    if call.tracer.layernorm == 'surviving' and call.operation.site.function == 'layer_norm':
+        fields = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in (x, *weights)], x.dim())
+    else:
+        fields = call.fields(x)
+        call.lock('LayerNorm runs over it', *(field for field in fields if max(field.dims) >= lead),
+                  *(field for tensor in weights for field in call.fields(tensor)))
+    return [list(fields)] + [[] for _ in call.outputs[1:]]
 
 
 @operation_rule('native_group_norm', sized=True)

@@ -38,8 +38,10 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     ignore: sequence of str
         ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
     layernorm: str
-        ``'lock'``: channels that LayerNorm runs over stay, since removing one would change the statistics of all
-        others.
+        ``'lock'``: channels that LayerNorm runs over stay, since removing one changes the statistics of all others.
+        ``'surviving'``: they can go, and mean and variance are then taken over the channels that are left. This changes
+        the network by more than the removal: the pruned network is exact against an original whose LayerNorm runs over
+        the surviving channels only, and :meth:`Plan.apply` warns.
 
     Returns
     -------
@@ -51,11 +53,11 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
         If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
         the example is on another device; if a pattern in ``ignore`` matches nothing.
     '''
-    if layernorm != 'lock':
-        raise PruneError(f"layernorm={layernorm!r} is not supported: 'lock' keeps the channels that LayerNorm runs "
-                         'over.')
+    if layernorm not in ('lock', 'surviving'):
+        raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
+                         "over, nor 'surviving', which takes its statistics over those that are left.")
     with without_garbage_collection():
-        return ChannelGraph(unwrapped(model), example, ignore)
+        return ChannelGraph(unwrapped(model), example, ignore, layernorm)
 
 
 class ChannelGraph:
@@ -71,8 +73,8 @@ class ChannelGraph:
         What the user should know about the trace.
     '''
 
-    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = ()):
-        self.recording = record(model, example)
+    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
+        self.recording = record(model, example, layernorm)
         self.notes = list(self.recording.notes)
         self._locks: list[Lock] = list(self._ignored(model, ignore))
         self.roles = Roles(self.recording)

@@ -26,6 +26,7 @@ TRACED_BATCH = 2
 MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
                    torch.Tensor.__rmatmul__}
 FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
+SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
 TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
 
 
@@ -137,7 +138,8 @@ class Example:
     '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
 
     On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and
-    channels.
+    channels. ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in
+    :func:`zennit_prune.trace`.
     '''
 
     args: tuple[Any, ...]
@@ -146,6 +148,7 @@ class Example:
     dtype: torch.dtype | None
     device: str = 'meta'
     resize: bool = True
+    layernorm: str = 'lock'
 
     def fitted(self, model: nn.Module) -> Example:
         '''The same for a network that was moved or converted since (``model.to(device)``, ``model.half()``).'''
@@ -209,6 +212,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
+    tracer.layernorm = example.layernorm
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -220,6 +224,12 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     except PruneError:
         raise
     except Exception as error:
+        if SUBCLASS_FAILURE in str(error):
+            where = f'module {counter.failed!r}' if counter.failed else 'the network itself'
+            raise PruneError(
+                f'the network cannot be traced by torch {torch.__version__}: in {where}, '
+                'Tensor.as_subclass makes a subclass of a tensor, which this release cannot do while operations are '
+                'recorded. Newer ones can: update torch, or trace the network without as_subclass.') from error
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -272,7 +282,7 @@ class Recording:
         return [operation for run in self.runs.values() for operation in run.operations]
 
 
-def record(model: nn.Module, example: Any) -> Recording:
+def record(model: nn.Module, example: Any, layernorm: str = 'lock') -> Recording:
     '''Trace ``model`` in evaluation and in training mode.
 
     Raises
@@ -280,7 +290,7 @@ def record(model: nn.Module, example: Any) -> Recording:
     PruneError
         If the network cannot be run or traced with the example.
     '''
-    arguments = prepare_example(model, example)
+    arguments = replace(prepare_example(model, example), layernorm=layernorm)
     axes, fields = label_axes(model)
     runs: dict[str, Run] = {}
     notes: list[str] = []
