@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .attributes import Attribute, new_sizes
 from .errors import PruneError
 from .explain import Reach, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
@@ -182,9 +183,14 @@ class ChannelGraph:
                 kept.setdefault(axis.parameter, {})[axis.dim] = np.flatnonzero(~mask)
         return kept
 
+    def attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
+        '''What attributes of modules become that ``forward`` makes shapes from, where they change.'''
+        claims = [claim for run in self.recording.runs.values() for claim in run.claims]
+        return new_sizes(claims, self.removed_labels(removed))
+
     def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
         '''A copy of ``model`` without these channels; not yet proven.'''
-        return narrowed_copy(model, self.kept(removed), self.group_sizes,
+        return narrowed_copy(model, self.kept(removed), self.group_sizes, self.attributes(removed),
                              device if self.recording.example.device == 'meta' else None)
 
     def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:

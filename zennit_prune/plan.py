@@ -197,7 +197,8 @@ class Plan:
         '''
         inner = unwrapped(model)
         small = self.apply(inner, verify)
-        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes, optimizer)
+        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes,
+                   self.graph.attributes(self.removed), optimizer)
         return model
 
     def _checked_model(self, model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attributes import Claim, mark_attributes, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .errors import PruneError
 from .labels import Field
@@ -39,6 +40,7 @@ class Boundaries(CallCounter):
         self.places: dict[int, list[Place]] = {}
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
         self.functions: list[FunctionCall] = []
+        self.claims: list[Claim] = []
 
     def entered(self, frame: Frame, inputs: Any) -> None:
         self._note('input', frame, inputs)
@@ -63,6 +65,9 @@ class Boundaries(CallCounter):
         arguments, before = self._arguments(tensors), len(self.tracer.operations) if self.tracer else 0
         result = func(*args, **kwargs)
         self._note('function', Frame(site.module, '', site.call), result, site)
+        if self.tracer is not None:
+            for attribute, dim in stated_sizes(site.function, args, kwargs, result):
+                self.claims.append(Claim(attribute, self.tracer.fields_of(result), dim, result.shape[dim]))
         if self.tracer is not None and any(argument.active for argument in arguments):
             in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)
             self.functions.append(FunctionCall(site, arguments, list(map(self.tracer.value_of, tensors_in(result))),
@@ -117,7 +122,8 @@ class Run:
     '''What one pass through a network showed.
 
     Its operations; see :meth:`Tracer.keep_group_size`; where each value enters and leaves modules; the fields of every
-    tensor that a call of a module returned; and the torch functions that were called from Python.
+    tensor that a call of a module returned; the torch functions that were called from Python; and which attributes
+    of modules are sizes (``claims``).
     '''
 
     operations: list[Operation]
@@ -125,6 +131,7 @@ class Run:
     places: dict[int, list[Place]]
     outputs: dict[tuple[str, int], list[list[Field]]]
     functions: list[FunctionCall]
+    claims: list[Claim]
 
     def signature(self) -> list[Any]:
         '''Equal for two passes that did the same to labels.'''
@@ -233,7 +240,8 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions)
+    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
+               counter.claims)
 
 
 class ForwardError(Exception):
@@ -295,13 +303,13 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock') -> Recording
     runs: dict[str, Run] = {}
     notes: list[str] = []
     try:
-        runs['eval'] = run_network(structural_copy(model), arguments, False, Tracer, fields)
+        runs['eval'] = run_network(_marked_copy(model), arguments, False, Tracer, fields)
     except ForwardError as error:
         runs['eval'] = _run_otherwise(model, arguments, fields, error)
         if arguments.device == 'real':
             notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     try:
-        runs['train'] = run_network(structural_copy(model, arguments.device), arguments, True, Tracer, fields)
+        runs['train'] = run_network(_marked_copy(model, arguments.device), arguments, True, Tracer, fields)
         if runs['train'].signature() == runs['eval'].signature():
             del runs['train']
     except (ForwardError, PruneError) as error:
@@ -312,13 +320,19 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock') -> Recording
     return Recording(arguments, axes, fields, sizes, runs, notes)
 
 
+def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
+    network = structural_copy(model, device)
+    mark_attributes(network)
+    return network
+
+
 def _run_otherwise(model: nn.Module, example: Example, fields: Mapping[str, list[Field]], first: ForwardError) -> Run:
     '''Try again with the batch that was given, then with real values.'''
     last = first
     example.resize = False
     for example.device in ('meta', 'real'):
         try:
-            return run_network(structural_copy(model, example.device), example, False, Tracer, fields)
+            return run_network(_marked_copy(model, example.device), example, False, Tracer, fields)
         except ForwardError as error:
             last = error
     shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
