@@ -200,10 +200,9 @@ PATTERNS: dict[str, Pattern] = {
     'hard-coded view': Pattern(
         one_layer(lambda net, h: h.view(-1, 2, 4, 6, 6).flatten(1, 2)), {}, {'conv': 'view in the network itself'}
     ),
-    'hard-coded view in a module': Pattern(
+    'view with the sizes that a module keeps': Pattern(
         one_layer(lambda net, h: net.inner(h), inner=nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2))),
-        {},
-        {'conv': 'in inner.0'},
+        {'conv': 4},
     ),
     'uneven split': Pattern(lambda: Net(split_path, conv=conv(3, 8), head=nn.Linear(8, 4)), {}, {'conv': 'split'}),
     'computed scale': Pattern(one_layer(lambda net, h: h / h.shape[1] ** 0.5), {}, {'conv': 'a number changes'}),

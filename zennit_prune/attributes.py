@@ -16,7 +16,6 @@ from torch import nn
 
 from .labels import Field
 
-
 SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
           'layer_norm': ('normalized_shape',)}
 
@@ -93,11 +92,21 @@ def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attr
         stays = np.ones(size, bool)
         for field in fields:
             if dim in field.dims:
-                stays &= ~gone[field.labels].all(axis=tuple(other for other in range(field.labels.ndim) if other != dim))
+                others = tuple(other for other in range(field.labels.ndim) if other != dim)
+                stays &= ~gone[field.labels].all(axis=others)
         found.setdefault(attribute, set()).add(int(stays.sum()))
     sizes = {(attribute, size) for attribute, _, _, size in claims}
     return {attribute: min(new) for attribute, new in found.items()
             if len(new) == 1 and (attribute, min(new)) not in sizes}
+
+
+def keeps(network: nn.Module, attribute: Attribute) -> bool:
+    '''Whether a network has this attribute, and a whole number there.'''
+    module = dict(network.named_modules()).get(attribute.module)
+    value = None if module is None else module.__dict__.get(attribute.name)
+    if attribute.position >= 0:
+        value = value[attribute.position] if isinstance(value, tuple) and len(value) > attribute.position else None
+    return type(value) is int
 
 
 def set_attributes(network: nn.Module, sizes: Mapping[Attribute, int]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attributes import Attribute
+from .attributes import Attribute, keeps
 from .errors import PruneError
 from .files import read_tensors, write_tensors
 from .networks import unique_tensors, unwrapped
@@ -86,6 +86,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise PruneError(f'{os.fspath(path)!r} was saved from another network: {name!r} was '
                              f'{shapes.get(name, "absent")} before pruning, but is '
                              f'{"absent" if found is None else found} in the {type(model).__name__} given.')
+    for attribute in sizes:
+        if not keeps(model, attribute):
+            raise PruneError(f'{os.fspath(path)!r} was saved from another network: {attribute.name!r} of module '
+                             f'{attribute.module!r} is no whole number in the {type(model).__name__} given.')
     kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
     kept = {name: dims for name, dims in kept.items() if dims}

@@ -146,7 +146,7 @@ class Example:
 
     On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and
     channels. ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in
-    :func:`zennit_prune.trace`.
+    :func:`zennit_prune.trace`; of products of stacks of matrices at the sites ``whole``, whole matrices go.
     '''
 
     args: tuple[Any, ...]
@@ -156,6 +156,7 @@ class Example:
     device: str = 'meta'
     resize: bool = True
     layernorm: str = 'lock'
+    whole: frozenset[Site] = frozenset()
 
     def fitted(self, model: nn.Module) -> Example:
         '''The same for a network that was moved or converted since (``model.to(device)``, ``model.half()``).'''
@@ -219,7 +220,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     network.train(training).requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
-    tracer.layernorm = example.layernorm
+    tracer.layernorm, tracer.whole = example.layernorm, example.whole
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -290,15 +291,15 @@ class Recording:
         return [operation for run in self.runs.values() for operation in run.operations]
 
 
-def record(model: nn.Module, example: Any, layernorm: str = 'lock') -> Recording:
-    '''Trace ``model`` in evaluation and in training mode.
+def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
+    '''Trace ``model`` in evaluation and in training mode; see :class:`Example` for ``layernorm`` and ``whole``.
 
     Raises
     ------
     PruneError
         If the network cannot be run or traced with the example.
     '''
-    arguments = replace(prepare_example(model, example), layernorm=layernorm)
+    arguments = replace(prepare_example(model, example), layernorm=layernorm, whole=frozenset(whole))
     axes, fields = label_axes(model)
     runs: dict[str, Run] = {}
     notes: list[str] = []

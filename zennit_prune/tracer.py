@@ -50,6 +50,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.calls, self.parameters = calls, parameters
         self.layernorm = 'lock'
+        self.whole: frozenset[Site] = frozenset()
         self.operations: list[Operation] = []
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
