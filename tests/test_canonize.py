@@ -369,7 +369,8 @@ def merged(model: nn.Module) -> nn.Module:
                 last.bias = nn.Parameter(
                     module.bias - module.running_mean * scale + (0 if last.bias is None else last.bias * scale)
                 )
-                model.set_submodule(name, nn.Identity())
+                parent, _, child = name.rpartition('.')
+                setattr(model.get_submodule(parent), child, nn.Identity())
     return model
 
 

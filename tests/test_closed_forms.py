@@ -285,6 +285,8 @@ ATTENTIONS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize('way', ATTENTIONS)
 def test_attention_equals_attention_written_out(way: str) -> None:
+    if way == 'grouped' and 'enable_gqa' not in (F.scaled_dot_product_attention.__doc__ or ''):
+        pytest.skip('this release of torch has no grouped queries')
     function, reference = ATTENTIONS[way]
     with torch.no_grad():
         relevance = noise(*reference(Q, K, V).shape, seed=5)

@@ -199,7 +199,8 @@ def test_corrupted_network_is_caught(corruption: str) -> None:
         if corruption == 'another':
             wrong = index.copy()
             wrong[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), index)[0]
-        small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph.group_sizes)
+        small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph.group_sizes,
+                               found.graph.attributes(plan.removed))
         caught.append(error(run(small, found.x), oracle(found, removed)) > EXACT)
     assert len(caught) > 50
     assert np.mean(caught) > 0.97  # two concatenated channels can be equal, so that it does not matter which is which

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .attributes import Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
 from .networks import output_tensors, tensors_in
@@ -43,6 +44,7 @@ class Guard(CallCounter):
         self.places: dict[int, list[Place]] = {}
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
         self.functions: list[FunctionCall] = []
+        self.claims: list[Claim] = []
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
@@ -60,7 +62,13 @@ class Guard(CallCounter):
 
 
 class Outputs(Guard):
-    '''Note, besides, the labels of what modules return.'''
+    '''Note, besides, the labels of what modules return, and which attributes of modules are sizes.'''
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        result = super().run(func, args, kwargs)
+        for attribute, dim in stated_sizes(self.function, args, kwargs, result):
+            self.claims.append(Claim(attribute, self.tracer.fields_of(result), dim, result.shape[dim]))
+        return result
 
     def left(self, frame: Frame, output: Any) -> None:
         self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
@@ -82,7 +90,7 @@ class Boundaries(Outputs):
         arguments = [Argument(tracer.value_of(tensor), tracer.is_active(tensor), tuple(tensor.shape))
                      for tensor in tensors]
         before = len(tracer.operations)
-        result = func(*args, **kwargs)
+        result = super().run(func, args, kwargs)
         self._note('function', Frame(site.module, '', site.call), result, site)
         if any(argument.active for argument in arguments):
             in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)

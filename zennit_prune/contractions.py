@@ -35,13 +35,23 @@ def produce(call: Call, tensor: torch.Tensor, labels: Labels) -> None:
 
 
 def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
-    '''Fields of ``left @ right``, (..., n, k) times (..., k, m), batch dimensions equal.'''
+    '''Fields of ``left @ right``, (..., n, k) times (..., k, m), batch dimensions equal.
+
+    Labels that vary along matrices and within them, as those of the heads of attention do, are tied so that all
+    matrices lose the same rows or columns; or so that whole matrices go, where the trace was asked for that.
+    '''
     ndim = left.dim()
     row, column = ndim - 2, ndim - 1
     result: list[Field] = []
     contracted: list[list[Field]] = [[], []]
+    fields = [call.fields(tensor) for tensor in (left, right)]
+    joint = [field for found in fields for field in found if min(field.dims) < row <= max(field.dims)]
+    call.operation.joint += [field.labels for field in joint]
+    if joint and call.decide('whole matrices', call.operation.site in call.tracer.whole):
+        fields = [[call.tie_along(field, (row, column)) if field in joint else field for field in found]
+                  for found in fields]
     for side, (tensor, inner, outer) in enumerate(((left, column, row), (right, row, column))):
-        for field in call.fields(tensor):
+        for field in fields[side]:
             if inner not in field.dims:
                 result.append(field)
                 if outer in field.dims:
@@ -58,15 +68,16 @@ def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
     else:
         call.lock(NO_PARTNER, *contracted[0], *contracted[1])
     if row > 0:
-        combine(call, [(tensor.shape[:-2], _batch_fields(call, tensor)) for tensor in (left, right)], row)
+        combine(call, [(tensor.shape[:-2], _batch_fields(call, tensor, found))
+                       for tensor, found in zip((left, right), fields)], row)
     return result
 
 
-def _batch_fields(call: Call, tensor: torch.Tensor) -> list[Field]:
+def _batch_fields(call: Call, tensor: torch.Tensor, fields: list[Field]) -> list[Field]:
     '''The labels of a stack of matrices along its batch dimensions; those that also vary elsewhere are tied there.'''
     row = tensor.dim() - 2
     result = []
-    for field in call.fields(tensor):
+    for field in fields:
         if max(field.dims) < row:
             result.append(Field(field.labels[..., 0, 0], field.dims))
         else:
@@ -192,14 +203,24 @@ def batch_norm(call: Call) -> Candidates:
 
 @operation_rule('native_layer_norm', sized=True)
 def layer_norm(call: Call) -> Candidates:
-    '''The statistics run over the channels: removing one would change all others.'''
-    x, normalised = call.args[0], len(call.args[1])
-    for field in call.fields(x):
-        if max(field.dims) >= x.dim() - normalised:
-            call.lock('LayerNorm runs over it', field)
-    for tensor in call.args[2:4]:
-        call.lock('LayerNorm runs over it', *call.fields(tensor))
-    return [list(call.fields(x))] + [[] for _ in call.outputs[1:]]
+    '''The statistics run over the channels, and removing one changes all others: locked, unless they shall be those of
+    the surviving channels. These a masked network can have where it is called from Python.
+
+    What also varies along other dimensions, as the widths of several heads do, goes where nothing is normalised.
+    '''
+    x, lead = call.args[0], call.args[0].dim() - len(call.args[1])
+    call.decide('normalised dimensions', len(call.args[1]))
+    fields = [call.tie_along(field, range(lead, x.dim())) if min(field.dims) < lead else field
+              for field in call.fields(x)]
+    weights = tensors_in(call.args[2:4])
+    operands = [(x.shape, fields), *((tensor.shape, call.fields(tensor)) for tensor in weights)]
+    if call.tracer.layernorm == 'surviving' and call.operation.site.function == 'layer_norm':
+        fields = combine(call, operands, x.dim())
+    else:
+        call.lock('LayerNorm runs over it', *(field for _, found in operands for field in found
+                                              if field.labels.ndim < x.dim() or min(field.dims) >= lead))
+    outer = [field for field in fields if max(field.dims) < lead]
+    return [list(fields), *(list(outer) if tensor.dim() == x.dim() else [] for tensor in call.outputs[1:])]
 
 
 @operation_rule('native_group_norm', sized=True)

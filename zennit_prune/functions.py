@@ -35,6 +35,7 @@ from zennit.layer import Sum
 
 from .equivalents import Addition, Attention, Broadcast, Difference, Equivalent, Gated, Layer, Shift, Softmax
 from .recorded import FunctionCall, Operation
+from .rules import OPERATIONS, UNKNOWN
 
 LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
           'conv_transpose1d': nn.ConvTranspose1d, 'conv_transpose2d': nn.ConvTranspose2d,
@@ -179,4 +180,5 @@ def _changes_elements(operation: Operation) -> bool:
     '''Whether an operation computes each element from one of its input, and does not just pass it on.'''
     packet = getattr(torch.ops.aten, operation.name, None)
     overload = getattr(packet, packet.overloads()[0]) if packet is not None else None
-    return overload is not None and torch.Tag.pointwise in overload.tags and operation.name not in PASSING
+    known = OPERATIONS.get(operation.name, UNKNOWN).pointwise  # older releases lack some tags
+    return overload is not None and (known or torch.Tag.pointwise in overload.tags) and operation.name not in PASSING

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .attributes import Attribute, Claim, new_sizes
+from .calls import Site
 from .errors import PruneError
 from .explain import Reach, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
@@ -18,7 +20,7 @@ from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
 from .tables import Table, some, table
-from .trace import record
+from .trace import Recording, record
 
 MAX_TRIALS = 400
 
@@ -38,8 +40,10 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     ignore: sequence of str
         ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
     layernorm: str
-        ``'lock'``: channels that LayerNorm runs over stay, since removing one would change the statistics of all
-        others.
+        ``'lock'``: channels that LayerNorm runs over stay, since removing one changes the statistics of all others.
+        ``'surviving'``: they can go, and mean and variance are then taken over the channels that are left. This changes
+        the network by more than the removal: the pruned network is exact against an original whose LayerNorm runs over
+        the surviving channels only, and :meth:`Plan.apply` warns.
 
     Returns
     -------
@@ -51,11 +55,11 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
         If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
         the example is on another device; if a pattern in ``ignore`` matches nothing.
     '''
-    if layernorm != 'lock':
-        raise PruneError(f"layernorm={layernorm!r} is not supported: 'lock' keeps the channels that LayerNorm runs "
-                         'over.')
+    if layernorm not in ('lock', 'surviving'):
+        raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
+                         "over, nor 'surviving', which takes its statistics over those that are left.")
     with without_garbage_collection():
-        return ChannelGraph(unwrapped(model), example, ignore)
+        return ChannelGraph(unwrapped(model), example, ignore, layernorm)
 
 
 class ChannelGraph:
@@ -71,13 +75,37 @@ class ChannelGraph:
         What the user should know about the trace.
     '''
 
-    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = ()):
-        self.recording = record(model, example)
-        self.notes = list(self.recording.notes)
+    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
+        self._find(model, record(model, example, layernorm), ignore)
+        whole = self._stuck_stacks()
+        if whole:
+            found = vars(self).copy()
+            self._find(model, record(model, example, layernorm, whole), ignore)
+            if not any((self.solution.channel[labels] >= 0).any() for labels in self._joint(whole)):
+                self.__dict__.update(found)
+
+    def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
+        self.recording, self.notes = recording, list(recording.notes)
         self._locks: list[Lock] = list(self._ignored(model, ignore))
         self.roles = Roles(self.recording)
         self._solve()
         self._lock_what_fails(model)
+
+    def _stuck_stacks(self) -> set[Site]:
+        '''Where stacks of matrices are multiplied of which no row or column can go in all: whole matrices might.
+
+        In attention these are heads. Its two products are in one module: if one of them can lose width, heads stay.
+        A module that makes no shape from its attributes could not be told how many heads are left.
+        '''
+        stating = {claim.attribute.module for claim in self._claims()}
+        sites = {operation.site for operation in self.recording.operations
+                 if operation.joint and operation.site.module in stating}
+        loose = {site[:2] for site in sites for labels in self._joint([site]) if not self.solution.locked[labels].all()}
+        return {site for site in sites if site[:2] not in loose}
+
+    def _joint(self, sites: Iterable[Site]) -> list[Labels]:
+        return [labels for operation in self.recording.operations if operation.site in set(sites)
+                for labels in operation.joint]
 
     def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
         '''The channels that leave the modules, or come out of the parameters, that a pattern names.'''
@@ -110,15 +138,23 @@ class ChannelGraph:
     def _lock_what_fails(self, model: nn.Module) -> None:
         '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
         for _ in range(MAX_TRIALS):
-            removed = {group.name: _on_trial(group.size) for group in self.groups if group.size > 1}
-            if not removed:
-                return
-            failure = self._replayed(self.narrowed(model, removed, 'meta'), removed)
+            failure = self._failed_trial(model)
             if failure is None:
                 return
             self._lock(failure)
             self._solve()
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
+
+    def _failed_trial(self, model: nn.Module) -> Failure | None:
+        '''The replay without a third of each group, and, where ``forward`` may divide the attributes that are changed,
+        without one channel of each: with equal shares of all, a quotient would not change.
+        '''
+        for share in (1 / 3, 0.0):
+            removed = {group.name: _on_trial(group.size, share) for group in self.groups if group.size > 1}
+            failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
+            if failure is not None or not self.attributes(removed):
+                return failure
+        return None
 
     def _lock(self, failure: Failure) -> None:
         '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
@@ -180,9 +216,16 @@ class ChannelGraph:
                 kept.setdefault(axis.parameter, {})[axis.dim] = np.flatnonzero(~mask)
         return kept
 
+    def attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
+        '''What attributes of modules become that ``forward`` makes shapes from, where they change.'''
+        return new_sizes(self._claims(), self.removed_labels(removed))
+
+    def _claims(self) -> list[Claim]:
+        return [claim for run in self.recording.runs.values() for claim in run.claims]
+
     def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
         '''A copy of ``model`` without these channels; not yet proven.'''
-        return narrowed_copy(model, self.kept(removed), self.group_sizes,
+        return narrowed_copy(model, self.kept(removed), self.group_sizes, self.attributes(removed),
                              device if self.recording.example.device == 'meta' else None)
 
     def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
@@ -241,6 +284,6 @@ class ChannelGraph:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
 
 
-def _on_trial(size: int) -> list[int]:
-    '''About a third of the positions, the same at every call.'''
-    return np.random.default_rng(size).permutation(size)[:max(1, size // 3)].tolist()
+def _on_trial(size: int, share: float) -> list[int]:
+    '''About this share of the positions, at least one, the same at every call.'''
+    return np.random.default_rng(size).permutation(size)[:max(1, int(size * share))].tolist()

@@ -13,13 +13,14 @@ from torch import nn
 
 from .graph import ChannelGraph
 from .networks import copied, tensors_by_module
+from .surviving import let_survive, normalised_survivors
 
 
 def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
     '''A copy of ``model`` in which the channels at these positions of these groups are silent.
 
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;
-    there, everything that brings them forth is zero.
+    there, everything that brings them forth is zero. LayerNorm, where it runs over them, runs over the others only.
     '''
     masked = copied(model)
     tensors = dict(tensors_by_module(masked))
@@ -29,11 +30,15 @@ def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Seq
         for labels in operation.paired:
             paired[channel[labels]] = True
     paired[-1] = False
-    zeroed = graph.removed_labels(removed) & (graph.roles.consumes | paired[channel])
+    gone = graph.removed_labels(removed)
+    zeroed = gone & (graph.roles.consumes | paired[channel])
     with torch.no_grad():
         for axis in graph.recording.axes:
             at = np.flatnonzero(zeroed[axis.start:axis.start + axis.size])
             if len(at) and not axis.parameter.endswith('running_var'):
                 tensor = tensors[axis.parameter]
                 tensor.index_fill_(axis.dim, torch.from_numpy(at).to(tensor.device), 0)
+    survivors = normalised_survivors(graph.recording.operations, gone)
+    if survivors:
+        let_survive(masked, survivors)
     return masked

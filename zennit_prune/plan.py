@@ -25,6 +25,7 @@ from .notebook import panel
 from .plots import plot_plan
 from .reliability import Reliability
 from .surgery import transplant
+from .surviving import warn_of_changed_statistics
 from .tables import Share, Table, table
 from .verify import compare
 
@@ -171,6 +172,7 @@ class Plan:
         if failure is not None:
             raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or '
                              f'trace with ignore=[{failure.operation.site.module!r}].')
+        warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
         if verify:
             compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
         return small
@@ -195,7 +197,8 @@ class Plan:
         '''
         inner = unwrapped(model)
         small = self.apply(inner, verify)
-        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes, optimizer)
+        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes,
+                   self.graph.attributes(self.removed), optimizer)
         return model
 
     def _checked_model(self, model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ class Operation:
     ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
     other lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on
     the side of a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth
-    (``producers``).
+    (``producers``); labels that vary along a stack of matrices and within them (``joint``).
     '''
 
     name: str
@@ -40,6 +40,7 @@ class Operation:
     consumers: list[Labels] = field(default_factory=list)
     paired: list[Labels] = field(default_factory=list)
     producers: list[Labels] = field(default_factory=list)
+    joint: list[Labels] = field(default_factory=list)
     flops: int = 0
 
     def fields(self) -> Iterator[Field]:

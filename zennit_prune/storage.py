@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attributes import Attribute, keeps
 from .errors import PruneError
 from .files import read_tensors, write_tensors
 from .networks import unique_tensors, unwrapped
@@ -44,7 +45,8 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
             raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
                              f'{expected}.')
     metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
-                'group_sizes': json.dumps(plan.graph.group_sizes)}
+                'group_sizes': json.dumps(plan.graph.group_sizes),
+                'attributes': json.dumps([[*item] for item in plan.graph.attributes(plan.removed).items()])}
     write_tensors(path, tensors, metadata, FORMAT)
 
 
@@ -73,7 +75,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata['shapes']).items()}
         group_sizes = json.loads(metadata['group_sizes'])
-    except (KeyError, ValueError) as error:
+        sizes = {Attribute(*attribute): size for attribute, size in json.loads(metadata.get('attributes', '[]'))}
+    except (KeyError, ValueError, TypeError) as error:
         raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
     fresh = unique_tensors(model)
     for name in (*shapes, *fresh):
@@ -83,10 +86,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise PruneError(f'{os.fspath(path)!r} was saved from another network: {name!r} was '
                              f'{shapes.get(name, "absent")} before pruning, but is '
                              f'{"absent" if found is None else found} in the {type(model).__name__} given.')
+    for attribute in sizes:
+        if not keeps(model, attribute):
+            raise PruneError(f'{os.fspath(path)!r} was saved from another network: {attribute.name!r} of module '
+                             f'{attribute.module!r} is no whole number in the {type(model).__name__} given.')
     kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
     kept = {name: dims for name, dims in kept.items() if dims}
-    small = narrowed_copy(model, kept, group_sizes)
+    small = narrowed_copy(model, kept, group_sizes, sizes)
     with torch.no_grad():
         for name, tensor in unique_tensors(small).items():
             tensor.data = data[name].to(tensor.device)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from .attributes import Attribute, set_attributes
 from .errors import PruneError
 from .networks import copied, tensors_by_module
 
@@ -25,7 +26,8 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, npt.NDArray[Any]], device:
     return tensor.detach()
 
 
-def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], device: str | None = None) -> nn.Module:
+def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], sizes: Mapping[Attribute, int],
+                  device: str | None = None) -> nn.Module:
     '''A narrowed copy of a network.
 
     Parameters
@@ -36,6 +38,8 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
         The indices to keep, by parameter or buffer name and dimension.
     group_sizes: mapping of str to int
         Weights whose module has one group for so many of their first dimension (depthwise convolutions, GroupNorm).
+    sizes: mapping of Attribute to int
+        What attributes become that ``forward`` makes shapes from.
     device: ``'meta'`` or None
         ``'meta'`` makes a copy without data, for a trace.
     '''
@@ -48,12 +52,14 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
     small = copied(model, memo, for_trace=device == 'meta')
-    fix_attributes(small, kept, group_sizes)
+    fix_attributes(small, kept, group_sizes, sizes)
     return small
 
 
-def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int]) -> None:
+def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
+                   sizes: Mapping[Attribute, int]) -> None:
     '''Make every narrowed module state the sizes it now has.'''
+    set_attributes(model, sizes)
     touched = {name.rpartition('.')[0] for name in kept}
     for name, module in model.named_modules():
         if name in touched:
@@ -93,7 +99,7 @@ ATTRIBUTES: dict[type, Callable[[Any, int | None], dict[str, Any]]] = {
 
 
 def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
-               optimizer: torch.optim.Optimizer | None = None) -> None:
+               sizes: Mapping[Attribute, int], optimizer: torch.optim.Optimizer | None = None) -> None:
     '''Give ``model`` the parameters and buffers of ``small``, its narrowed copy, and the optimizer the matching state.
 
     New ``Parameter`` objects replace the narrowed ones, so that an autograd graph still alive keeps its tensors. The
@@ -120,7 +126,7 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
         for key, value in module.__dict__.items():
             if key != '_modules':
                 module.__dict__[key] = _exchanged(value, new)
-    fix_attributes(model, kept, group_sizes)
+    fix_attributes(model, kept, group_sizes, sizes)
     for before, after, indices in replaced.values():
         after.__dict__.update(before.__dict__)
         if before.grad is not None:

@@ -7,7 +7,7 @@ instead; one whose Python branches on values of its input is refused, for only o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attributes import Claim, mark_attributes
 from .boundaries import Boundaries, Guard, Outputs, Place
+from .calls import Site
 from .errors import PruneError
 from .labels import Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
@@ -24,6 +26,7 @@ from .shapes import Shapes
 from .tracer import Tracer
 
 TRACED_BATCH = 2
+SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
 
 
 class Axis(NamedTuple):
@@ -56,6 +59,7 @@ class Run:
     places: dict[int, list[Place]]
     outputs: dict[tuple[str, int], list[list[Field]]]
     functions: list[FunctionCall]
+    claims: list[Claim]
 
     def signature(self) -> list[Any]:
         '''Equal for two passes that did the same to labels.'''
@@ -69,7 +73,8 @@ class Example:
     '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
 
     On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and
-    channels.
+    channels. ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in
+    :func:`zennit_prune.trace`; of products of stacks of matrices at the sites ``whole``, whole matrices go.
     '''
 
     args: tuple[Any, ...]
@@ -78,6 +83,8 @@ class Example:
     dtype: torch.dtype | None
     device: str = 'meta'
     resize: bool = True
+    layernorm: str = 'lock'
+    whole: frozenset[Site] = frozenset()
 
     def fitted(self, model: nn.Module) -> Example:
         '''The same for a network that was moved or converted since (``model.to(device)``, ``model.half()``).'''
@@ -159,6 +166,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         tensor.requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
     tracer.activate(tensors_in((args, kwargs)))
+    tracer.layernorm, tracer.whole = example.layernorm, example.whole
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -170,11 +178,18 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     except PruneError:
         raise
     except Exception as error:
+        if SUBCLASS_FAILURE in str(error):
+            where = f'module {counter.failed!r}' if counter.failed else 'the network itself'
+            raise PruneError(
+                f'the network cannot be traced by torch {torch.__version__}: in {where}, '
+                'Tensor.as_subclass makes a subclass of a tensor, which this release cannot do while operations are '
+                'recorded. Newer ones can: update torch, or trace the network without as_subclass.') from error
         raise ForwardError(counter.failed, len(tracer.operations), error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
-    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions)
+    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
+               counter.claims)
 
 
 class ForwardError(Exception):
@@ -226,15 +241,15 @@ class Recording:
         return [operation for run in self.runs.values() for operation in run.operations]
 
 
-def record(model: nn.Module, example: Any) -> Recording:
-    '''Trace ``model`` in evaluation and in training mode.
+def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
+    '''Trace ``model`` in evaluation and in training mode; see :class:`Example` for ``layernorm`` and ``whole``.
 
     Raises
     ------
     PruneError
         If the network cannot be run or traced with the example.
     '''
-    arguments = prepare_example(model, example)
+    arguments = replace(prepare_example(model, example), layernorm=layernorm, whole=frozenset(whole))
     axes, fields = label_axes(model)
     runs: dict[str, Run] = {}
     notes: list[str] = []
@@ -245,13 +260,13 @@ def record(model: nn.Module, example: Any) -> Recording:
         return run_network(network, arguments, training, Tracer, fields, shapes, guard)
 
     try:
-        runs['eval'] = run(structural_copy(model), False)
+        runs['eval'] = run(_marked_copy(model), False)
     except ForwardError as error:
         runs['eval'] = _run_otherwise(model, arguments, run, error)
         if arguments.device == 'real':
             notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     try:
-        runs['train'] = run(structural_copy(model, arguments.device), True)
+        runs['train'] = run(_marked_copy(model, arguments.device), True)
         if runs['train'].signature() == runs['eval'].signature():
             del runs['train']
     except (ForwardError, PruneError) as error:
@@ -262,6 +277,12 @@ def record(model: nn.Module, example: Any) -> Recording:
     return Recording(arguments, axes, fields, sizes, runs, notes, shapes)
 
 
+def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
+    network = structural_copy(model, device)
+    mark_attributes(network)
+    return network
+
+
 def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run],
                    first: ForwardError) -> Run:
     '''Try again with the batch that was given, then with real values.'''
@@ -269,7 +290,7 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
     example.resize = False
     for example.device in ('meta', 'real'):
         try:
-            return run(structural_copy(model, example.device), False)
+            return run(_marked_copy(model, example.device), False)
         except ForwardError as error:
             last = error
     shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]

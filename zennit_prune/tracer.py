@@ -65,6 +65,8 @@ class Tracer(TorchDispatchMode):
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
         super().__init__()
         self.calls, self.parameters = calls, parameters
+        self.layernorm = 'lock'
+        self.whole: frozenset[Site] = frozenset()
         self.operations: list[Operation] = []
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}

@@ -105,6 +105,8 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.key.startswith('aten.convolution') and not args[6]:  # a depthwise one has as many groups as channels
             args = (*args[:8], args[0].shape[1] // args[1].shape[1])
+        if self.key.startswith('aten.native_layer_norm'):
+            args = (args[0], args[0].shape[-len(args[1]):], *args[2:])
         return lambda: self.function(*args, **kwargs)
 
 

@@ -1,0 +1,118 @@
+'''Numbers that a module keeps and its ``forward`` makes shapes from: ``num_heads``, ``embed_dim``, ``hidden_dim``.
+
+While a copy of the network is traced, its whole numbers know which attribute they are. Where one is the size of a
+dimension that carries labels, as in ``x.reshape(n, t, self.num_heads, -1)``, the attribute states a number of channels,
+and the narrowed network gets another. Whether all else that the attribute is used for goes with it, the replay shows.
+'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from .labels import Field
+
+SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
+          'layer_norm': ('normalized_shape',)}
+
+
+class Attribute(NamedTuple):
+    '''A whole number that a module keeps under a name, or in a tuple of that name, at ``position`` (else -1).'''
+
+    module: str
+    name: str
+    position: int = -1
+
+
+class Claim(NamedTuple):
+    '''An attribute is the size of a dimension of a tensor with these fields.'''
+
+    attribute: Attribute
+    fields: list[Field]
+    dim: int
+    size: int
+
+
+class Known(int):
+    '''A whole number that knows which attribute it is; what is computed from it is an ordinary number.'''
+
+    attribute: Attribute
+
+    def __new__(cls, value: int, attribute: Attribute) -> Known:
+        '''The same number.'''
+        known = super().__new__(cls, value)
+        known.attribute = attribute
+        return known
+
+
+def mark_attributes(network: nn.Module) -> None:
+    '''Replace the whole numbers that modules of a structural copy keep.'''
+    for module_name, module in network.named_modules():
+        for name, value in module.__dict__.items():
+            if type(value) is int and value > 1:
+                module.__dict__[name] = Known(value, Attribute(module_name, name))
+            elif type(value) is tuple and value and all(type(item) is int for item in value):
+                module.__dict__[name] = tuple(Known(item, Attribute(module_name, name, position))
+                                              for position, item in enumerate(value))
+
+
+def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
+                 result: Any) -> Iterable[tuple[Attribute, int]]:
+    '''The attributes that a call of a torch function was given as sizes of its result, each with the dimension.'''
+    if function not in SHAPED or not isinstance(result, torch.Tensor):
+        return
+    given = (*args[1:], *(kwargs[name] for name in SHAPED[function] if name in kwargs))
+    start = 0
+    if function == 'unflatten':
+        start, given = int(given[0]) % args[0].dim(), given[1:]
+    sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+    if function == 'layer_norm':
+        start = result.dim() - len(sizes)
+    for dim, size in enumerate(sizes, start):
+        if isinstance(size, Known):
+            yield size.attribute, dim
+
+
+def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, int]:
+    '''What attributes become when labels go; those that state several sizes which part company stay.
+
+    Parameters
+    ----------
+    claims: iterable of Claim
+        What the trace showed.
+    gone: numpy.ndarray
+        For each label, whether it is removed.
+    '''
+    found: dict[Attribute, set[int]] = {}
+    for attribute, fields, dim, size in claims:
+        stays = np.ones(size, bool)
+        for field in fields:
+            if dim in field.dims:
+                others = tuple(other for other in range(field.labels.ndim) if other != dim)
+                stays &= ~gone[field.labels].all(axis=others)
+        found.setdefault(attribute, set()).add(int(stays.sum()))
+    sizes = {(attribute, size) for attribute, _, _, size in claims}
+    return {attribute: min(new) for attribute, new in found.items()
+            if len(new) == 1 and (attribute, min(new)) not in sizes}
+
+
+def keeps(network: nn.Module, attribute: Attribute) -> bool:
+    '''Whether a network has this attribute, and a whole number there.'''
+    module = dict(network.named_modules()).get(attribute.module)
+    value = None if module is None else module.__dict__.get(attribute.name)
+    if attribute.position >= 0:
+        value = value[attribute.position] if isinstance(value, tuple) and len(value) > attribute.position else None
+    return type(value) is int
+
+
+def set_attributes(network: nn.Module, sizes: Mapping[Attribute, int]) -> None:
+    '''Write new sizes into the modules.'''
+    for attribute, size in sizes.items():
+        module = network.get_submodule(attribute.module)
+        value = getattr(module, attribute.name)
+        setattr(module, attribute.name, size if attribute.position < 0 else
+                (*value[:attribute.position], size, *value[attribute.position + 1:]))
