@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from .errors import PruneError
-from .explain import Reach, couplings, graph_tables, group_text, locked_inputs, reach
+from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
@@ -110,7 +110,7 @@ class ChannelGraph:
     def _lock_what_fails(self, model: nn.Module) -> None:
         '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
         for _ in range(MAX_TRIALS):
-            removed = {group.name: _on_trial(group.size) for group in self.groups if group.size > 1}
+            removed = {group.name: _on_trial(group) for group in self.groups if group.size > group.step}
             if not removed:
                 return
             failure = self._replayed(self.narrowed(model, removed, 'meta'), removed)
@@ -163,6 +163,11 @@ class ChannelGraph:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
+    def balanced_by(self, group: ChannelGroup) -> list[str]:
+        '''The operations for which the blocks of a group must lose equally many channels.'''
+        found = balances(self.recording, self.solution)
+        return found.get(int(self.solution.group[group.channels[0]]), []) if group.blocks is not None else []
+
     def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''For each label, whether it goes when the channels at these positions of these groups go.'''
         gone = np.zeros(len(self.solution.group) + 1, bool)
@@ -171,13 +176,16 @@ class ChannelGraph:
         return gone[self.solution.channel]
 
     def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
-        '''The indices that stay, by parameter or buffer and dimension, where any go.'''
+        '''The indices that stay, by parameter or buffer and dimension, where any go; see :func:`surgery.narrowed`.'''
         gone = self.removed_labels(removed)
         kept: dict[str, dict[int, Labels]] = {}
         for axis in self.recording.axes:
             mask = gone[axis.start:axis.start + axis.size]
             if mask.any():
-                kept.setdefault(axis.parameter, {})[axis.dim] = np.flatnonzero(~mask)
+                index = np.flatnonzero(~mask)
+                if axis.blocks > 1:
+                    index = index.reshape(axis.blocks, -1).T % axis.length
+                kept.setdefault(axis.parameter, {})[axis.dim] = index
         return kept
 
     def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
@@ -214,7 +222,8 @@ class ChannelGraph:
         coupled, lines = self._couplings(), []
         for group in self.groups:
             if name == group.name or name in group.layers():
-                lines += group_text(group, name, coupled.get(int(self.solution.group[group.channels[0]]), []))
+                number = int(self.solution.group[group.channels[0]])
+                lines += group_text(group, name, coupled.get(number, []), self.balanced_by(group))
         if name in self.locked:
             lines.append(f'{name}: output channels are locked: {self.locked[name]}')
         lines += locked_inputs(self.recording, self.solution, self.roles, name)
@@ -241,6 +250,7 @@ class ChannelGraph:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
 
 
-def _on_trial(size: int) -> list[int]:
+def _on_trial(group: ChannelGroup) -> list[int]:
     '''About a third of the positions, the same at every call.'''
-    return np.random.default_rng(size).permutation(size)[:max(1, size // 3)].tolist()
+    order = group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+    return order[:max(1, group.size // group.step // 3) * group.step].tolist()

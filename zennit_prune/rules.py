@@ -130,6 +130,10 @@ class Call:
         '''Labels at the same position of two arrays go or stay together (arrays broadcast).'''
         self.operation.ties.append((left, right))
 
+    def balance(self, blocks: Labels) -> None:
+        '''Every row of ``blocks``, shape (blocks, positions), must lose equally many labels, whichever they are.'''
+        self.operation.balances.append(blocks)
+
     def tie_along(self, field: Field, dims: Iterable[int]) -> Field:
         '''Tie the labels along ``dims``; return the field without these dimensions.'''
         labels = field.labels
