@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from generated import FIXED, Generated, Generator, Identities, identify
+from small import drawn_of
 from torch import nn
 
 import zennit_prune as zp
@@ -64,17 +65,18 @@ def case(seed: int) -> Case:
 
 
 def removable(graph: zp.ChannelGraph) -> bool:
-    return any(group.size > 1 for group in graph.groups)
+    return any(group.size > group.step for group in graph.groups)
 
 
 def random_plan(graph: zp.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
-    '''From one channel to all but one of some groups.'''
-    groups = [group for group in graph.groups if group.size > 1]
+    '''From one channel to all but one of some groups, or of each of their blocks.'''
+    groups = [group for group in graph.groups if group.size > group.step]
     chosen = [group for group in groups if rng.random() < 0.7] or groups[:1]
     removed = {}
     for group in chosen:
-        count = group.size - 1 if rng.random() < 0.3 else int(rng.integers(1, group.size))
-        removed[group.name] = rng.permutation(group.size)[:count].tolist()
+        blocks = group.size // group.step
+        count = blocks - 1 if rng.random() < 0.3 else int(rng.integers(1, blocks))
+        removed[group.name] = drawn_of(group, rng, count * group.step)
     return zp.Plan(graph, removed)
 
 
@@ -198,7 +200,8 @@ def test_corrupted_network_is_caught(corruption: str) -> None:
         wrong = np.roll(index, 1)
         if corruption == 'another':
             wrong = index.copy()
-            wrong[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), index)[0]
+            for block in wrong.reshape(len(wrong), -1).T:
+                block[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), block)[0]
         small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph.group_sizes)
         caught.append(error(run(small, found.x), oracle(found, removed)) > EXACT)
     assert len(caught) > 50

@@ -12,7 +12,7 @@ import pytest
 import test_patterns
 import torch
 import torchvision
-from small import Residual, apart, chain, images, lived_in, same, seeded, snapshot
+from small import Residual, apart, chain, drawn_of, images, lived_in, same, seeded, snapshot
 from test_pretrained import loaders, references  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import functional as F
@@ -63,7 +63,7 @@ def duplicated(model: nn.Module, graph: zp.ChannelGraph, name: str, removed: lis
 
 def half_removed(graph: zp.ChannelGraph, seed: int = 0) -> zp.Plan:
     rng = np.random.default_rng(seed)
-    return zp.Plan(graph, {group.name: rng.permutation(group.size)[:group.size // 2].tolist()
+    return zp.Plan(graph, {group.name: drawn_of(group, rng, group.size // 2)
                            for group in graph.groups if group.size > 1})
 
 

@@ -64,7 +64,9 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
         further = list(_rectangular_ties(joint, np.where(kept[component], 0, component)))
         if not further:
             solution = _channels(recording, component, kept, reasons, balances)
-            further = list(_unbalanced(balances, solution)) if balances else []
+            tied = _unbalanced(balances, solution) if balances else []
+            balances = [labels for labels in balances if not any(labels is other for other in tied)]
+            further = [(labels, labels[:1]) for labels in tied]
         if not further:
             return solution
         blocks += further
@@ -147,16 +149,18 @@ def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tu
             labels = first(labels, dim)
 
 
-def _unbalanced(balances: Iterable[Labels], solution: Solution) -> Iterable[tuple[Labels, Labels]]:
-    '''Where removing equally many of each block of every group would not keep rows equal, tie equal positions.
+def _unbalanced(balances: Iterable[Labels], solution: Solution) -> list[Labels]:
+    '''The arrays whose rows do not stay equal when equally many of each block of every group go.
 
-    As with :func:`_rectangular_ties`, channels that are tied wait for the next round.
+    Equal positions of their rows must be tied instead. As with :func:`_rectangular_ties`, channels that one of them
+    ties wait for the next round.
     '''
     uneven = np.zeros(len(solution.group) + 1, bool)  # by channel, none last: its group has blocks that differ in size
     pairs, sizes = np.unique(np.stack([solution.group, solution.block]), axis=1, return_counts=True)
     for group in np.unique(pairs[0]):
         held = sizes[pairs[0] == group]
         uneven[:-1][solution.group == group] = len(held) > 1 and (held[0] == 1 or (held != held[0]).any())
+    found: list[Labels] = []
     tied, numbers = np.zeros(len(uneven), bool), np.append(solution.group, -1)
     for labels in balances:
         channel = solution.channel[labels]
@@ -164,7 +168,8 @@ def _unbalanced(balances: Iterable[Labels], solution: Solution) -> Iterable[tupl
         if (uneven[channel].any() or (groups != groups[:1]).any()) and not tied[channel].any():
             tied[channel] = True
             tied[-1] = False
-            yield labels, labels[:1]
+            found.append(labels)
+    return found
 
 
 def _group(recording: Recording, channel: Labels, count: int, balances: Sequence[Labels]) -> tuple[Labels, Labels]:
