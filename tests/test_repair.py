@@ -206,7 +206,8 @@ RECOVERABLE: dict[str, tuple[Build, Callable[[int, int], torch.Tensor], str, lis
     'gate': (Excited, pictures, 'squeeze', [2, 3]),
     'grouped': (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.BatchNorm2d(6),
-                              nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)), pictures, '0', [1]),
+                              nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+        pictures, '0', [1, 6]),
     'sequences': (lambda: convolved(1, padding=1), lambda count, seed: noise(count, 3, 9, seed=seed), '0', [3]),
     'volumes': (lambda: convolved(3, stride=(1, 2, 1)), lambda count, seed: noise(count, 3, 6, 7, 6, seed=seed), '0',
                 [3]),

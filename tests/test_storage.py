@@ -65,7 +65,8 @@ def pruned(net: str, model: nn.Module | None = None) -> tuple[nn.Module, zp.Plan
     model = model or NETS[net]()
     graph = zp.trace(model, images(dtype=next(model.parameters()).dtype))
     random = np.random.default_rng(0)
-    plan = zp.Plan(graph, {group.name: drawn_of(group, random, max(group.step, group.size // 3)) for group in graph.groups})
+    plan = zp.Plan(graph, {group.name: drawn_of(group, random, max(group.step, group.size // 3))
+                           for group in graph.groups})
     return plan.apply(model), plan
 
 

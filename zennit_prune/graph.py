@@ -182,7 +182,7 @@ class ChannelGraph:
         for axis in self.recording.axes:
             mask = gone[axis.start:axis.start + axis.size]
             if mask.any():
-                index = np.flatnonzero(~mask)
+                index: Labels = np.flatnonzero(~mask)
                 if axis.blocks > 1:
                     index = index.reshape(axis.blocks, -1).T % axis.length
                 kept.setdefault(axis.parameter, {})[axis.dim] = index

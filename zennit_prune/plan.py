@@ -254,8 +254,13 @@ class Plan:
             raise PruneError(f'{source!r} is no plan: "groups" and "removed" are objects by group name.')
         for name, size in data.get('groups', {}).items():
             if sizes.get(name) != size:
+                blocks = next((group.step for group in graph.groups if group.name == name), 1)
+                hint = ''
+                if blocks > 1 and sizes[name] == size * blocks:
+                    hint = (f' If it was saved when the {blocks} blocks of this group had to lose equal positions, '
+                            'make it again: each block loses positions of its own now.')
                 raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, '
-                                 f'here it has {sizes.get(name, "none")}.')
+                                 f'here it has {sizes.get(name, "none")}.{hint}')
         reliability = data.get('reliability')
         return cls(graph, removed, None if reliability is None else Reliability.from_dict(reliability, source))
 

@@ -17,9 +17,9 @@ class Operation:
     '''One recorded ATen call.
 
     ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
-    other lists are what its rule stated: ``ties`` and ``locks``; ``balances``, whose rows must lose equally many; labels
-    that were ``contracted``; of these, those on the side of a weight (``consumers``) or between two activations
-    (``paired``); labels that a weight brought forth (``producers``).
+    other lists are what its rule stated: ``ties`` and ``locks``; arrays whose rows must lose equally many labels
+    (``balances``); labels that were ``contracted``; of these, those on the side of a weight (``consumers``) or between
+    two activations (``paired``); labels that a weight brought forth (``producers``).
     '''
 
     name: str

@@ -196,9 +196,9 @@ def register_operation(*names: str, pointwise: bool = False,
 
     A rule says what the operation does to label fields. It is called with one :class:`~zennit_prune.rules.Call`, while
     the network is traced: ``call.args`` and ``call.kwargs`` are the arguments, ``call.fields(tensor)`` the fields of a
-    tensor, ``call.tie(left, right)`` couples labels, ``call.lock(reason, field, ...)`` keeps channels. It returns, for
-    every output tensor, the list of its fields: :class:`~zennit_prune.labels.Field`, or label arrays that broadcast to
-    the tensor. Everything is proven all the same: the narrowed network is traced again under the same rule, and must be
+    tensor, ``call.tie(left, right)`` couples labels, ``call.balance(blocks)`` makes rows of labels lose equally many,
+    ``call.lock(reason, field, ...)`` keeps channels. It returns, for every output tensor, the list of its fields:
+    :class:`~zennit_prune.labels.Field`, or label arrays that broadcast to the tensor. Everything is proven all the same: the narrowed network is traced again under the same rule, and must be
     the original with the removed channels deleted; numbers are compared after.
 
     The operator needs a kernel for meta tensors (``torch.library.register_fake``), or the trace runs on real values.

@@ -186,4 +186,5 @@ def _group(recording: Recording, channel: Labels, count: int, balances: Sequence
     for rows in balances:
         np.add.at(signature, channel[rows], rng.integers(1, 2 ** 63, dtype=np.uint64))
         np.add.at(by_row, channel[rows], rng.integers(1, 2 ** 63, size=(len(rows), 1), dtype=np.uint64))
-    return tuple(np.unique(found[:-1], return_inverse=True)[1] for found in (signature, by_row))
+    group, block = (np.unique(found[:-1], return_inverse=True)[1].astype(np.int64) for found in (signature, by_row))
+    return group, block
