@@ -158,6 +158,15 @@ def test_nearly_every_network_has_something_to_prune() -> None:
     assert np.mean([removable(case(seed).graph) for seed in SEEDS]) > 0.9
 
 
+def test_blocks_are_among_them_and_unbalanced_plans_are_refused() -> None:
+    found = [(case(seed).graph, group) for seed in SEEDS for group in case(seed).graph.groups if group.step > 1]
+    assert len(found) > 30
+    for graph, group in found:
+        with pytest.raises(zp.PruneError, match='must lose equally many'):
+            zp.Plan(graph, {group.name: [0]})
+        assert len({tuple(group.blocks.tolist().count(block) for block in set(group.blocks.tolist()))}) == 1
+
+
 def test_most_channels_that_could_go_can_be_removed() -> None:
     free = found = 0
     for seed in SEEDS:

@@ -167,9 +167,9 @@ def split(call: Call) -> Candidates:
         blocks = [field.labels[(slice(None),) * dim + (slice(stop - size, stop),)] for size, stop in zip(sizes, stops)]
         if len(set(sizes)) > 1:
             call.lock('it is split into parts of different sizes', field)
-        elif len(field.dims) == 1:
+        elif sizes[0] and len(field.dims) == 1:
             call.balance(field.labels.reshape(len(blocks), -1))
-        else:
+        elif sizes[0]:
             for block in blocks[1:]:
                 call.tie(blocks[0], block)
         for result, block in zip(results, blocks):
