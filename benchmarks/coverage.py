@@ -183,8 +183,8 @@ def measure(case: Case) -> dict[str, Any]:
             reasons = Counter(reason for reason in graph.locked.values())
             return {**row, 'refusal': f'nothing is in reach: {reasons.most_common(1)[0][0]}'}
         generator = np.random.default_rng(0)
-        plan = zp.Plan(graph, {group.name: generator.permutation(group.size)[:group.size // 2].tolist()
-                               for group in graph.groups if group.size > 1})
+        plan = zp.Plan(graph, {group.name: group.in_turn(generator.random(group.size))[
+            :group.size // group.step // 2 * group.step].tolist() for group in graph.groups})
         small = plan.apply(model, verify=False)
         row['seconds'] = time.process_time() - start
         row['error'] = zp.verify(model, small, plan, example)

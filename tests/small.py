@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from zennit.composites import COMPOSITES
 from zennit.core import Composite, Hook
 from zennit.layer import Sum
+
+import zennit_prune as zp
 
 
 def images(count: int = 4, size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -256,3 +259,8 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
     '''The largest difference over the largest value.'''
     left, right = left.detach(), right.detach()
     return float((left - right).abs().max() / right.abs().max())
+
+
+def drawn_of(group: zp.ChannelGroup, random: np.random.Generator, count: int) -> list[int]:
+    '''Random channels of a group, at most ``count``, equally many of each of its blocks.'''
+    return group.in_turn(random.random(group.size))[: count // group.step * group.step].tolist()

@@ -23,6 +23,7 @@ OPTIONS = st.fixed_dictionaries({
     'round_to': st.sampled_from([None, 1, 2, 3, 4]),
     'per_cost': st.booleans(),
 })
+BLOCKS = {('mixed', 'point'): 2, ('mixed', 'right'): 2}  # the inputs and outputs of a grouped convolution
 
 
 def fat() -> nn.Module:
@@ -44,11 +45,19 @@ def skewed(pruner: zp.Pruner, seed: int) -> zp.Relevance:
                          for group in pruner.graph.groups})
 
 
-def ladder(size: int, options: dict[str, Any]) -> list[int]:
-    '''How many channels may be left of a group, descending.'''
-    least = max(options['min_channels'], math.ceil(options['floor'] * size - 1e-9))
+def ladder(group: zp.ChannelGroup, blocks: int, options: dict[str, Any]) -> list[int]:
+    '''How many channels may be left of a group, descending; equally many of each block.'''
+    least = max(options['min_channels'], math.ceil(options['floor'] * group.size - 1e-9))
     step = options['round_to'] or 1
-    return [size, *(left for left in range(size - 1, 0, -1) if left >= least and left % step == 0)]
+    return [group.size, *(left for left in range(group.size - 1, 0, -1)
+                          if left >= least and left % step == 0 and left % blocks == 0)]
+
+
+def lowest(scores: torch.Tensor, blocks: int, count: int) -> list[int]:
+    '''The positions of the lowest scores, equally many of each of as many contiguous blocks.'''
+    rows = scores.view(blocks, -1)
+    at = rows.argsort(1)[:, :count // blocks] + torch.arange(0, len(scores), rows.shape[1]).view(-1, 1)
+    return at.flatten().sort().values.tolist()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -61,7 +70,8 @@ def test_budgets_are_reached_from_below(net: str, unit: str, share: float, seed:
     sizes = np.array([group.size for group in groups])
     whole = costs(unit, 0 * sizes)
     budget = zp.Budget(**{unit: max(int(share * whole), 2) if absolute else share})
-    ladders = [ladder(group.size, options) for group in groups]
+    blocks = [BLOCKS.get((net, group.name), 1) for group in groups]
+    ladders = [ladder(group, count, options) for group, count in zip(groups, blocks)]
     try:
         plan = pruner.plan(scores, budget, **options)
     except zp.PruneError as error:
@@ -78,8 +88,7 @@ def test_budgets_are_reached_from_below(net: str, unit: str, share: float, seed:
             more = removed.copy()
             more[number] = group.size - rungs[at - 1]
             assert costs(unit, more) > budget.limit(whole)
-        lowest = scores[group.name].argsort()[:removed[number]].sort().values.tolist()
-        assert list(plan.removed.get(group.name, ())) == lowest
+        assert list(plan.removed.get(group.name, ())) == lowest(scores[group.name], blocks[number], removed[number])
 
 
 def assert_nearest(error: zp.PruneError, pruner: zp.Pruner, scores: zp.Relevance, unit: str,

@@ -37,7 +37,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 CUTS = {
     'chain': {'0': [1, 4], '5': [0, 6], '9': [2]},
     'residual': {'stem': [0, 3], 'block1.conv1': [2], 'block2.conv1': [6, 1]},
-    'mixed': {'stem': [0], 'point': [1], 'left': [4, 2], 'right': [1]},
+    'mixed': {'stem': [0], 'point': [1, 3], 'left': [4, 2], 'right': [1, 6]},
 }
 
 

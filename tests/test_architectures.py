@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from small import drawn_of
 from torch import nn
 
 import zennit_prune as zp
@@ -56,8 +57,8 @@ def test_pruned_exactly_and_nearly_everywhere(name: str) -> None:
     assert sum(numbers[key] for key in held & set(numbers)) / sum(numbers.values()) >= share - 0.0101
 
     rng = np.random.default_rng(0)
-    removed = {group.name: rng.permutation(group.size)[:max(1, group.size // 2)]
-               for group in graph.groups if group.size > 1}
+    removed = {group.name: drawn_of(group, rng, max(group.step, group.size // 2))
+               for group in graph.groups if group.size > group.step}
     plan = zp.Plan(graph, removed)
     small = plan.apply(model, verify=False)
     assert type(small) is type(model)

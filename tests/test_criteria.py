@@ -114,8 +114,7 @@ def mixed() -> Case:
         seeded(Mixed()).double(),
         images(5, dtype=torch.float64),
         mixed_forward,
-        {'stem': each(8), 'point': [[0, 3], [1, 4], [2, 5]], 'left': each(5),
-         'right': [[0, 4], [1, 5], [2, 6], [3, 7]], 'join': [[0, 1], [2, 3], [4, 5]]},
+        {'stem': each(8), 'point': each(6), 'left': each(5), 'right': each(8), 'join': [[0, 1], [2, 3], [4, 5]]},
         {name: [name] for name in names},
         {'stem': ['point'], 'point': ['left', 'right'], 'left': ['join'], 'right': ['join'], 'join': ['fc']},
         {'stem': ['norm'], 'point': ['bn']},
@@ -210,8 +209,8 @@ def wanda(case: Case) -> dict[str, torch.Tensor]:
                 positions = [[at * space + offset for at in channel for offset in range(space)]
                              for channel in positions]
             size = rows(x, positions, dim).norm(dim=1) / len(x) ** 0.5
-            if weight.shape[1] < wide:  # two groups
-                positions = [[channel[0]] for channel in positions]
+            if weight.shape[1] < wide:  # two groups, each of which reads its own channels
+                weight = torch.cat(weight.chunk(2), 1)
             scores[name].append((rows(weight, positions, 1).abs().sum(1) * size) ** 2)
     return {name: stacked_mean(values).sqrt() for name, values in scores.items()}
 

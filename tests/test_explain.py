@@ -76,7 +76,7 @@ def test_residual_network() -> None:
     assert 0.99 < graph.reach.params < 1 and 0.99 < graph.reach.flops <= 1
 
 
-def test_grouped_convolutions_couple_their_own_blocks() -> None:
+def test_grouped_convolutions_balance_their_own_blocks() -> None:
     class Grouped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -87,5 +87,6 @@ def test_grouped_convolutions_couple_their_own_blocks() -> None:
             return self.head(self.mixed(self.stem(x)).mean((2, 3)))
 
     graph = zp.trace(seeded(Grouped()), torch.zeros(1, 3, 4, 4))
-    assert 'coupled by convolution in mixed' in graph.why('stem').replace('\n', ' ')
-    assert {group.name: group.size for group in graph.groups} == {'stem': 4, 'mixed': 4}
+    assert 'in 2 blocks that must lose equally many, for convolution in mixed' in graph.why('stem')
+    assert 'blocks' in str(graph) and 'coupled by convolution' not in graph.why('stem')
+    assert {group.name: group.size for group in graph.groups} == {'stem': 8, 'mixed': 8}

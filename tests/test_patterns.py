@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from small import drawn_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -422,8 +423,8 @@ PATTERNS: dict[str, Pattern] = {
     'even split': Pattern(
         one_layer(lambda net, h: torch.cat(h.split(4, 1)[::-1], 1), out=8), None, {'conv': 'split'}
     ),
-    'even chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1), 1)), {'conv': 4}),
-    'crossed chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1)[::-1], 1)), {'conv': 4}),
+    'even chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1), 1)), {'conv': 8}),
+    'crossed chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1)[::-1], 1)), {'conv': 8}),
     'gated linear unit': Pattern(one_layer(lambda net, h: F.glu(h, 1), out=4), {}, {'conv': 'glu'}),
     'gated by its other half': Pattern(
         one_layer(lambda net, h: (lambda a, b: a * b.sigmoid())(*h.chunk(2, 1)), out=4), {'conv': 4}
@@ -529,7 +530,8 @@ def plans(graph: zp.ChannelGraph) -> list[zp.Plan]:
         plan = zp.Plan(graph)
         for group in graph.groups:
             if group.size > 2:
-                plan = plan.remove(group.name, rng.permutation(group.size)[: rng.integers(1, group.size - 1)].tolist())
+                positions = drawn_of(group, rng, int(rng.integers(1, group.size - 1)))
+                plan = plan.remove(group.name, positions)
         if plan.removed:
             found.append(plan)
     return found

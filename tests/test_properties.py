@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from generated import FIXED, Generated, Generator, Identities, identify
+from small import drawn_of
 from torch import nn
 
 import zennit_prune as zp
@@ -64,17 +65,18 @@ def case(seed: int) -> Case:
 
 
 def removable(graph: zp.ChannelGraph) -> bool:
-    return any(group.size > 1 for group in graph.groups)
+    return any(group.size > group.step for group in graph.groups)
 
 
 def random_plan(graph: zp.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
-    '''From one channel to all but one of some groups.'''
-    groups = [group for group in graph.groups if group.size > 1]
+    '''From one channel to all but one of some groups, or of each of their blocks.'''
+    groups = [group for group in graph.groups if group.size > group.step]
     chosen = [group for group in groups if rng.random() < 0.7] or groups[:1]
     removed = {}
     for group in chosen:
-        count = group.size - 1 if rng.random() < 0.3 else int(rng.integers(1, group.size))
-        removed[group.name] = rng.permutation(group.size)[:count].tolist()
+        blocks = group.size // group.step
+        count = blocks - 1 if rng.random() < 0.3 else int(rng.integers(1, blocks))
+        removed[group.name] = drawn_of(group, rng, count * group.step)
     return zp.Plan(graph, removed)
 
 
@@ -156,6 +158,15 @@ def test_nearly_every_network_has_something_to_prune() -> None:
     assert np.mean([removable(case(seed).graph) for seed in SEEDS]) > 0.9
 
 
+def test_blocks_are_among_them_and_unbalanced_plans_are_refused() -> None:
+    found = [(case(seed).graph, group) for seed in SEEDS for group in case(seed).graph.groups if group.step > 1]
+    assert len(found) > 30
+    for graph, group in found:
+        with pytest.raises(zp.PruneError, match='must lose equally many'):
+            zp.Plan(graph, {group.name: [0]})
+        assert len({tuple(group.blocks.tolist().count(block) for block in set(group.blocks.tolist()))}) == 1
+
+
 def test_most_channels_that_could_go_can_be_removed() -> None:
     free = found = 0
     for seed in SEEDS:
@@ -198,9 +209,10 @@ def test_corrupted_network_is_caught(corruption: str) -> None:
         wrong = np.roll(index, 1)
         if corruption == 'another':
             wrong = index.copy()
-            wrong[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), index)[0]
+            for block in wrong.reshape(len(wrong), -1).T:
+                block[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), block)[0]
         small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph.group_sizes,
-                               found.graph.attributes(plan.removed))
+                              found.graph.attributes(plan.removed))
         caught.append(error(run(small, found.x), oracle(found, removed)) > EXACT)
     assert len(caught) > 50
     assert np.mean(caught) > 0.97  # two concatenated channels can be equal, so that it does not matter which is which

@@ -12,7 +12,7 @@ import pytest
 import test_patterns
 import torch
 import torchvision
-from small import Residual, apart, chain, images, lived_in, same, seeded, snapshot
+from small import Residual, apart, chain, drawn_of, images, lived_in, same, seeded, snapshot
 from test_pretrained import loaders, references  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import functional as F
@@ -63,7 +63,7 @@ def duplicated(model: nn.Module, graph: zp.ChannelGraph, name: str, removed: lis
 
 def half_removed(graph: zp.ChannelGraph, seed: int = 0) -> zp.Plan:
     rng = np.random.default_rng(seed)
-    return zp.Plan(graph, {group.name: rng.permutation(group.size)[:group.size // 2].tolist()
+    return zp.Plan(graph, {group.name: drawn_of(group, rng, group.size // 2)
                            for group in graph.groups if group.size > 1})
 
 
@@ -206,7 +206,8 @@ RECOVERABLE: dict[str, tuple[Build, Callable[[int, int], torch.Tensor], str, lis
     'gate': (Excited, pictures, 'squeeze', [2, 3]),
     'grouped': (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.BatchNorm2d(6),
-                              nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)), pictures, '0', [1]),
+                              nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+        pictures, '0', [1, 6]),
     'sequences': (lambda: convolved(1, padding=1), lambda count, seed: noise(count, 3, 9, seed=seed), '0', [3]),
     'volumes': (lambda: convolved(3, stride=(1, 2, 1)), lambda count, seed: noise(count, 3, 6, 7, 6, seed=seed), '0',
                 [3]),

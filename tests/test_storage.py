@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import Mixed, Residual, chain, composite, images, labels, same, seeded, snapshot
+from small import Mixed, Residual, chain, composite, drawn_of, images, labels, same, seeded, snapshot
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,7 +64,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 def pruned(net: str, model: nn.Module | None = None) -> tuple[nn.Module, zp.Plan]:
     model = model or NETS[net]()
     graph = zp.trace(model, images(dtype=next(model.parameters()).dtype))
-    plan = zp.Plan(graph, {group.name: range(group.size // 3) for group in graph.groups})
+    random = np.random.default_rng(0)
+    plan = zp.Plan(graph, {group.name: drawn_of(group, random, max(group.step, group.size // 3))
+                           for group in graph.groups})
     return plan.apply(model), plan
 
 
@@ -227,7 +229,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_a_network_that_the_plan_does_not_make_is_not_saved(tmp_path: Path) -> None:
     small, plan = pruned('chain')
-    other = plan.keep('0', [0])
+    other = plan.keep('0', plan.removed['0'][:1])
     for network in (chain(), seeded(Residual()), small):
         with pytest.raises(zp.PruneError, match='not made by this plan'):
             zp.save(network, other, tmp_path / 'small.safetensors')

@@ -61,10 +61,10 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         if group.name not in scores or savings[number] <= 0:
             continue
         score = np.asarray(scores[group.name], float)
-        orders[number] = np.argsort(score, kind='stable')
+        orders[number] = group.in_turn(score)
         ascending = score[orders[number]] / (savings[number] if per_cost else 1.0)
         least = max(min_channels, math.ceil(floor * group.size - 1e-9))
-        sizes = np.array(_steps(group.size, least, round_to), int)
+        sizes = np.array(_steps(group.size, least, round_to, group.step), int)
         starts = np.cumsum(sizes) - sizes
         means = np.add.reduceat(ascending[:sizes.sum()], starts) / sizes if len(sizes) else np.zeros(0)
         priorities += np.maximum.accumulate(means).tolist()
@@ -112,10 +112,9 @@ def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.
     return counts
 
 
-def _steps(size: int, least: int, round_to: int | None) -> list[int]:
-    '''How a group shrinks: one channel at a time, or to multiples of ``round_to``.'''
-    if round_to is None:
-        return [1] * max(size - least, 0)
+def _steps(size: int, least: int, round_to: int | None, together: int = 1) -> list[int]:
+    '''How a group shrinks: ``together`` channels at a time, one of each block, or also to multiples of ``round_to``.'''
+    round_to = math.lcm(round_to or 1, together)
     steps: list[int] = []
     left = size
     while True:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .graph import ChannelGraph
+from .labels import Labels
 from .networks import unique_tensors
 from .plan import Plan
 from .relevance import Relevance
@@ -62,7 +63,14 @@ def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torc
     had, has = (plan.graph.kept(plan.removed) for plan in (earlier, later))
     values = {}
     for name, tensor in unique_tensors(network).items():
-        index = {dim: np.searchsorted(had[name][dim], kept) if dim in had.get(name, {}) else kept
+        index = {dim: _within(had[name][dim], kept) if dim in had.get(name, {}) else kept
                  for dim, kept in has.get(name, {}).items()}
         values[name] = narrowed(tensor, index)
     return values
+
+
+def _within(had: Labels, has: Labels) -> Labels:
+    '''Where the indices ``has`` are among ``had``, both ascending, block by block.'''
+    if had.ndim == 1:
+        return np.searchsorted(had, has)
+    return np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .labels import Field, Labels
+from .labels import BlockField, Field, Labels
 from .networks import tensors_in
 from .operations import combine
 from .rules import KERNEL, Call, Candidates, operation_rule
@@ -101,21 +101,23 @@ def addmm(call: Call) -> Candidates:
 @operation_rule('convolution', zero='any')
 @operation_rule('_convolution')
 def convolution(call: Call) -> Candidates:
-    '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose the same positions.'''
+    '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose equally many.'''
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     outgoing = incoming = None
     flowing = call.vector(x, 1)
+    per_group = weight.shape[in_dim] // (groups if transposed else 1)
+    kind = call.decide('kind', 'dense' if groups == 1 else 'depthwise' if per_group == 1 else 'grouped')
     for field in call.fields(weight):
         if field.dims == (out_dim,):
             outgoing = field.labels.reshape(-1)
         elif field.dims == (in_dim,):
             incoming = field.labels.reshape(-1)
+        elif isinstance(field, BlockField) and kind == 'grouped':
+            incoming = field.blocks(groups)
         else:
             call.lock(KERNEL, field)
-    per_group = weight.shape[in_dim] // (groups if transposed else 1)
-    kind = call.decide('kind', 'dense' if groups == 1 else 'depthwise' if per_group == 1 else 'grouped')
     if kind == 'dense':
         if flowing is None or incoming is None:
             call.lock(NO_PARTNER, *(labels for labels in (flowing, incoming) if labels is not None))
@@ -159,17 +161,22 @@ def _depthwise(call: Call, flowing: Labels | None, outgoing: Labels | None, inco
 
 def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incoming: Labels | None, groups: int,
              x: torch.Tensor, weight: torch.Tensor) -> Labels | None:
-    '''Several input channels a group: every group loses the same positions, the number of groups stays.'''
+    '''Several input channels a group: every group loses equally many, the number of groups stays.
+
+    Where the weight has no labels by block (it is no module's), every group loses the same input positions.
+    '''
     if flowing is None or incoming is None:
         call.lock(NO_PARTNER, *(labels for labels in (flowing, incoming) if labels is not None))
     else:
-        contract(call, flowing.reshape(groups, -1), x, incoming.reshape(1, -1), weight)
+        incoming = incoming if incoming.ndim > 1 else incoming.reshape(1, -1)
+        contract(call, flowing.reshape(groups, -1), x, incoming, weight)
+        call.balance(flowing.reshape(groups, -1))
     if outgoing is not None:
         blocks = outgoing.reshape(groups, -1)
         if call.decide('one output channel a group', blocks.shape[1] == 1):
             call.lock('one output channel a group', outgoing)
         else:
-            call.tie(blocks, blocks[:1])
+            call.balance(blocks)
         produce(call, weight, outgoing)
     return outgoing
 

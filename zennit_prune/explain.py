@@ -95,6 +95,18 @@ def couplings(recording: Recording, solution: Solution, roles: Roles) -> dict[in
     return found
 
 
+def balances(recording: Recording, solution: Solution) -> dict[int, list[str]]:
+    '''For each group of the solution, the operations that keep its blocks equally large.'''
+    found: dict[int, list[str]] = {}
+    for operation in recording.operations:
+        for labels in operation.balances:
+            channel = solution.channel[labels]
+            for number in np.unique(solution.group[channel[channel >= 0]]).tolist():
+                if str(operation) not in found.setdefault(number, []):
+                    found[number].append(str(operation))
+    return found
+
+
 def _folded(left: Labels, right: Labels, group: Labels, roles: Roles) -> set[int]:
     '''The groups where several channels of one producer are tied to one label of another tensor.'''
     other = roles.produces[left] & (roles.axis[left] != roles.axis[right])
@@ -105,15 +117,17 @@ def _folded(left: Labels, right: Labels, group: Labels, roles: Roles) -> set[int
 
 def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solution: Solution,
                  coupled: Mapping[int, list[str]]) -> list[Table]:
-    '''What printing a graph shows: the groups, and what is locked.'''
-    rows = [(group.name, group.size, some(group.layers('producer')[1:], 3), some(group.layers('consumer'), 3),
+    '''What printing a graph shows: the groups, with their blocks if any has some, and what is locked.'''
+    blocks = any(group.blocks is not None for group in groups)
+    rows = [(group.name, group.size, *['' if group.blocks is None else group.step] * blocks,
+             some(group.layers('producer')[1:], 3), some(group.layers('consumer'), 3),
              some(coupled.get(int(solution.group[group.channels[0]]), []), 3)) for group in groups]
-    return [(('group', 'channels', 'together with', 'read by', 'coupled by'), rows),
+    return [(('group', 'channels', *['blocks'] * blocks, 'together with', 'read by', 'coupled by'), rows),
             *([(('locked', 'why'), list(locked.items()))] if locked else [])]
 
 
-def group_text(group: ChannelGroup, name: str, coupled: list[str]) -> list[str]:
-    '''What couples the channels of a group, as the layer ``name`` sees it.'''
+def group_text(group: ChannelGroup, name: str, coupled: list[str], balanced: list[str]) -> list[str]:
+    '''What couples and balances the channels of a group, as the layer ``name`` sees it.'''
     roles = [member.role for member in group.members if member.layer == name]
     verb = 'reads' if roles and all(role == 'consumer' for role in roles) else 'holds'
     lines = [f'{name} {verb} the {group.size} channels of group {group.name!r}:',
@@ -123,6 +137,8 @@ def group_text(group: ChannelGroup, name: str, coupled: list[str]) -> list[str]:
         lines.append(f'  followed by {some(group.layers("follower"))}')
     if coupled:
         lines.append(f'  coupled by {some(coupled)}')
+    if group.blocks is not None:
+        lines.append(f'  in {group.step} blocks that must lose equally many, for {some(balanced)}')
     return lines
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from .attributes import Attribute, Claim, new_sizes
 from .calls import Site
 from .errors import PruneError
-from .explain import Reach, couplings, graph_tables, group_text, locked_inputs, reach
+from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
@@ -150,7 +150,7 @@ class ChannelGraph:
         without one channel of each: with equal shares of all, a quotient would not change.
         '''
         for share in (1 / 3, 0.0):
-            removed = {group.name: _on_trial(group.size, share) for group in self.groups if group.size > 1}
+            removed = {group.name: _on_trial(group, share) for group in self.groups if group.size > group.step}
             failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
             if failure is not None or not self.attributes(removed):
                 return failure
@@ -199,6 +199,11 @@ class ChannelGraph:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
+    def balanced_by(self, group: ChannelGroup) -> list[str]:
+        '''The operations for which the blocks of a group must lose equally many channels.'''
+        found = balances(self.recording, self.solution)
+        return found.get(int(self.solution.group[group.channels[0]]), []) if group.blocks is not None else []
+
     def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''For each label, whether it goes when the channels at these positions of these groups go.'''
         gone = np.zeros(len(self.solution.group) + 1, bool)
@@ -207,13 +212,16 @@ class ChannelGraph:
         return gone[self.solution.channel]
 
     def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
-        '''The indices that stay, by parameter or buffer and dimension, where any go.'''
+        '''The indices that stay, by parameter or buffer and dimension, where any go; see :func:`surgery.narrowed`.'''
         gone = self.removed_labels(removed)
         kept: dict[str, dict[int, Labels]] = {}
         for axis in self.recording.axes:
             mask = gone[axis.start:axis.start + axis.size]
             if mask.any():
-                kept.setdefault(axis.parameter, {})[axis.dim] = np.flatnonzero(~mask)
+                index: Labels = np.flatnonzero(~mask)
+                if axis.blocks > 1:
+                    index = index.reshape(axis.blocks, -1).T % axis.length
+                kept.setdefault(axis.parameter, {})[axis.dim] = index
         return kept
 
     def attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
@@ -257,7 +265,8 @@ class ChannelGraph:
         coupled, lines = self._couplings(), []
         for group in self.groups:
             if name == group.name or name in group.layers():
-                lines += group_text(group, name, coupled.get(int(self.solution.group[group.channels[0]]), []))
+                number = int(self.solution.group[group.channels[0]])
+                lines += group_text(group, name, coupled.get(number, []), self.balanced_by(group))
         if name in self.locked:
             lines.append(f'{name}: output channels are locked: {self.locked[name]}')
         lines += locked_inputs(self.recording, self.solution, self.roles, name)
@@ -284,6 +293,7 @@ class ChannelGraph:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
 
 
-def _on_trial(size: int, share: float) -> list[int]:
-    '''About this share of the positions, at least one, the same at every call.'''
-    return np.random.default_rng(size).permutation(size)[:max(1, int(size * share))].tolist()
+def _on_trial(group: ChannelGroup, share: float) -> list[int]:
+    '''About this share of the positions, as few as go at once at least, the same at every call.'''
+    order = group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+    return order[:max(1, int(group.size // group.step * share)) * group.step].tolist()

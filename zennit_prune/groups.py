@@ -29,12 +29,16 @@ class Member:
         or shifts them (norms, biases, depthwise kernels, layer scales).
     index: numpy.ndarray
         int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
+    blocks: int
+        With several, the dimension is that of the input channels of a grouped convolution, and the index counts those
+        of the first block of dimension 0, then those of the second, and so on.
     '''
 
     parameter: str
     dim: int
     role: str
     index: Labels = field(repr=False)
+    blocks: int = 1
 
     @property
     def layer(self) -> str:
@@ -56,12 +60,28 @@ class ChannelGroup:
         Every dimension that holds these channels.
     channels: numpy.ndarray
         Their numbers in the solution of the graph.
+    blocks: numpy.ndarray or None
+        Where equally many channels of several blocks must go (the groups of a convolution, the parts of a split), the
+        number of each channel's block, from 0; None where any channel may go.
     '''
 
     name: str
     size: int
     members: tuple[Member, ...] = field(repr=False)
     channels: Labels = field(repr=False)
+    blocks: Labels | None = field(default=None, repr=False)
+
+    @property
+    def step(self) -> int:
+        '''How many channels go at once, one of each block; 1 where any channel may go.'''
+        return 1 if self.blocks is None else int(self.blocks.max()) + 1
+
+    def in_turn(self, scores: npt.ArrayLike) -> Labels:
+        '''The positions by ascending score, one of each block in turn: the first ``n * step`` can go.'''
+        order = np.argsort(np.asarray(scores, float), kind='stable')
+        if self.blocks is None:
+            return order
+        return order[np.argsort(self.blocks[order], kind='stable')].reshape(self.step, -1).T.reshape(-1)
 
     def layers(self, *roles: str) -> list[str]:
         '''The names of the layers that hold the channels in one of ``roles`` (any, if none is given), each once.'''
@@ -132,8 +152,14 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     for _, _, name, members, channels in drafts:
         seen[name] += 1
         suffix = f'#{seen[name]}' if shared[name] > 1 else ''
-        groups.append(ChannelGroup(name + suffix, len(channels), members, channels))
+        groups.append(ChannelGroup(name + suffix, len(channels), members, channels, _blocks(solution, channels)))
     return tuple(groups)
+
+
+def _blocks(solution: Solution, channels: Labels) -> Labels | None:
+    '''The block of each channel, numbered as they come; None if there is only one.'''
+    _, starts, inverse = np.unique(solution.block[channels], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(starts))[inverse] if len(starts) > 1 else None
 
 
 def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels,
@@ -146,7 +172,7 @@ def _member(recording: Recording, solution: Solution, roles: Roles, number: int,
         position = order[np.searchsorted(channels, numbers, sorter=order)]
         at = at[np.argsort(position, kind='stable')]
     role = 'consumer' if roles.consumes[labels].any() else 'producer' if roles.produces[labels].any() else 'follower'
-    return Member(axis.parameter, axis.dim, role, at.reshape(len(channels), -1))
+    return Member(axis.parameter, axis.dim, role, at.reshape(len(channels), -1), axis.blocks)
 
 
 def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict[str, str]:

@@ -29,6 +29,11 @@ class Field:
 
     __slots__ = ('dims', 'labels')
 
+    @property
+    def narrowing(self) -> tuple[int, ...]:
+        '''The dimensions that shrink when labels go.'''
+        return self.dims
+
     def __init__(self, labels: Labels, dims: tuple[int, ...]):
         self.labels = labels
         self.dims = dims
@@ -47,6 +52,45 @@ class Field:
 
     def __repr__(self) -> str:
         return f'Field(shape={self.labels.shape}, dims={self.dims})'
+
+
+class BlockField(Field):
+    '''The input channels that the weight of a grouped convolution reads, of shape (outputs, inputs per group, ...).
+
+    The outputs of one group form a block of dimension 0, and an index of dimension 1 means another channel in each
+    block: the labels vary along both. What goes is an index of dimension 1 within its block, equally many in each.
+
+    Parameters
+    ----------
+    labels: numpy.ndarray
+        int64, shape (outputs, inputs per group, 1, ...).
+    '''
+
+    __slots__ = ()
+
+    def __init__(self, labels: Labels):
+        super().__init__(labels, (0, 1))
+
+    @property
+    def narrowing(self) -> tuple[int, ...]:
+        return (1,)
+
+    @classmethod
+    def of_blocks(cls, rows: Labels, shape: tuple[int, ...]) -> BlockField:
+        '''The field of a weight of this shape, given the labels of each block as rows.'''
+        labels = np.repeat(rows, shape[0] // len(rows), 0)
+        return cls(labels.reshape(labels.shape + (1,) * (len(shape) - 2)))
+
+    def blocks(self, count: int) -> Labels:
+        '''The labels of each of ``count`` blocks, shape (count, inputs per group).'''
+        return self.labels.reshape(count, -1, self.labels.shape[1])[:, 0]
+
+    def without(self, gone: npt.NDArray[np.bool_]) -> BlockField | None:
+        '''The field of the weight without these labels; None where its blocks lose different numbers.'''
+        lost = gone[self.labels].sum(1)
+        if (lost != lost[:1]).any():
+            return None
+        return BlockField(self.labels[~gone[self.labels]].reshape(len(lost), -1, *self.labels.shape[2:]))
 
 
 def first(array: Labels, dim: int) -> Labels:

@@ -216,10 +216,12 @@ class LatencyModel(CostModel):
         ladders = {key: _ladder(call, device) for key, call in kinds.items()}
         points = [(key, widths) for key, ladder in ladders.items() if ladder for widths in product(*ladder)]
         nothing = np.zeros(len(self.sizes))
-        gone = [nothing, *(np.array([size - _odd(size * share) for size in self.sizes]) for share in NARROWED)]
-        networks = [model, *(self.graph.narrowed(model, {group.name: range(int(count)) for group, count
-                                                         in zip(self.graph.groups, counts) if count})
-                             for counts in gone[1:])]
+        together = np.array([group.step for group in self.graph.groups])
+        gone = [nothing, *(np.array([size - _odd(size * share) for size in self.sizes / together]) * together
+                           for share in NARROWED)]
+        networks = [model, *(self.graph.narrowed(model, {
+            group.name: group.in_turn(range(group.size))[:int(count)].tolist()
+            for group, count in zip(self.graph.groups, counts) if count}) for counts in gone[1:])]
         with running(networks, self.graph.recording.example.fitted(model)) as runs:
             found = medians([*(partial(kinds[key].prepared, widths, device) for key, widths in points), *runs],
                             device, ROUNDS, seconds, 'latencies' if progress else None)

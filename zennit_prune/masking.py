@@ -36,8 +36,9 @@ def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Seq
         for axis in graph.recording.axes:
             at = np.flatnonzero(zeroed[axis.start:axis.start + axis.size])
             if len(at) and not axis.parameter.endswith('running_var'):
-                tensor = tensors[axis.parameter]
-                tensor.index_fill_(axis.dim, torch.from_numpy(at).to(tensor.device), 0)
+                tensor = tensors[axis.parameter].unflatten(0, (axis.blocks, -1))
+                block, index = (torch.from_numpy(part).to(tensor.device) for part in np.divmod(at, axis.length))
+                tensor[(block, *[slice(None)] * axis.dim, index)] = 0
     survivors = normalised_survivors(graph.recording.operations, gone)
     if survivors:
         let_survive(masked, survivors)

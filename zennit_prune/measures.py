@@ -218,8 +218,8 @@ class Wanda(Activations):
         read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}
         for member in group.members:
             if (member.parameter, member.dim) in read:
-                weight = tensors[member.parameter].detach().cpu().double().abs()
-                sums = weight.movedim(member.dim, 0).flatten(1).sum(1)
+                weight = tensors[member.parameter].detach().cpu().double().abs().unflatten(0, (member.blocks, -1))
+                sums = weight.movedim(member.dim + 1, 1).flatten(2).sum(2).flatten()
                 total += sums[torch.from_numpy(member.index)].sum(1)
         return total
 

@@ -154,7 +154,7 @@ def im2col(call: Call) -> Candidates:
 
 @operation_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', sized=True)
 def split(call: Call) -> Candidates:
-    '''Equal blocks of a labelled dimension lose the same positions, so that the blocks stay equal.'''
+    '''Equal blocks of a labelled dimension lose equally many positions, so that the blocks stay equal.'''
     dim = call.dim(2)
     sizes = [tensor.shape[dim] for tensor in call.outputs]
     stops = np.cumsum(sizes)
@@ -167,7 +167,9 @@ def split(call: Call) -> Candidates:
         blocks = [field.labels[(slice(None),) * dim + (slice(stop - size, stop),)] for size, stop in zip(sizes, stops)]
         if len(set(sizes)) > 1:
             call.lock('it is split into parts of different sizes', field)
-        elif sizes[0] > 0:
+        elif sizes[0] and len(field.dims) == 1:
+            call.balance(field.labels.reshape(len(blocks), -1))
+        elif sizes[0]:
             for block in blocks[1:]:
                 call.tie(blocks[0], block)
         for result, block in zip(results, blocks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +26,7 @@ from .plots import plot_plan
 from .reliability import Reliability
 from .surgery import transplant
 from .surviving import warn_of_changed_statistics
-from .tables import Share, Table, table
+from .tables import Share, Table, some, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'
@@ -56,7 +56,8 @@ class Plan:
     Raises
     ------
     PruneError
-        For an unknown or locked name, a position out of range or given twice, or a dimension that would be emptied.
+        For an unknown or locked name, a position out of range or given twice, blocks of a group that lose different
+        numbers of channels, or a dimension that would be emptied.
     '''
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
@@ -70,6 +71,7 @@ class Plan:
             if group.name in found:
                 raise PruneError(f'{name!r} names group {group.name!r}, which is given twice: join the positions.')
             found[group.name] = _checked(group, positions)
+            _check_balance(graph, group, found[group.name])
         self._removed = {group.name: found[group.name] for group in graph.groups if found.get(group.name)}
         self._check_not_emptied()
 
@@ -87,7 +89,10 @@ class Plan:
 
     # editing
     def remove(self, name: str, positions: Iterable[int]) -> Plan:
-        '''A plan that also removes these positions of a group (or of the only group of a layer).'''
+        '''A plan that also removes these positions of a group (or of the only group of a layer).
+
+        Of a group with blocks (``group.blocks``), equally many positions of each block go.
+        '''
         group = self.graph.group(name)
         fresh = _checked(group, positions)
         removed = {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})}
@@ -207,10 +212,10 @@ class Plan:
         tensors = dict(tensors_by_module(model))
         for axis in self.graph.recording.axes:
             shape = tuple(tensors[axis.parameter].shape) if axis.parameter in tensors else ()
-            if len(shape) <= axis.dim or shape[axis.dim] != axis.size:
+            if len(shape) <= axis.dim or shape[axis.dim] != axis.length:
                 has = f'has shape {shape}' if shape else 'is missing'
                 raise PruneError(f'this is not the network that was traced: {axis.parameter!r} {has}, but had '
-                                 f'{axis.size} indices along dimension {axis.dim}. Trace it again.')
+                                 f'{axis.length} indices along dimension {axis.dim}. Trace it again.')
         return model
 
     # files
@@ -252,8 +257,13 @@ class Plan:
             raise PruneError(f'{source!r} is no plan: "groups" and "removed" are objects by group name.')
         for name, size in data.get('groups', {}).items():
             if sizes.get(name) != size:
+                blocks = next((group.step for group in graph.groups if group.name == name), 1)
+                hint = ''
+                if blocks > 1 and sizes[name] == size * blocks:
+                    hint = (f' If it was saved when the {blocks} blocks of this group had to lose equal positions, '
+                            'make it again: each block loses positions of its own now.')
                 raise PruneError(f'{source!r} is a plan for another network: its group {name!r} has {size} channels, '
-                                 f'here it has {sizes.get(name, "none")}.')
+                                 f'here it has {sizes.get(name, "none")}.{hint}')
         reliability = data.get('reliability')
         return cls(graph, removed, None if reliability is None else Reliability.from_dict(reliability, source))
 
@@ -363,3 +373,17 @@ def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
         twice = next(number for number in numbers if numbers.count(number) > 1)
         raise PruneError(f'position {twice} of group {group.name!r} is given twice.')
     return tuple(sorted(numbers))
+
+
+def _check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[int]) -> None:
+    '''Refuse to remove different numbers of channels from the blocks of a group.'''
+    if group.blocks is None:
+        return
+    counts = np.bincount(group.blocks[list(positions)], minlength=group.step).tolist()
+    if len(set(counts)) > 1:
+        most, least = counts.index(max(counts)), counts.index(min(counts))
+        spare = np.setdiff1d(np.flatnonzero(group.blocks == least), positions)
+        raise PruneError(f'the {group.step} blocks of group {group.name!r} must lose equally many channels, for '
+                         f'{some(graph.balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
+                         f'{counts[least]}. Choose all of them in one call; the block of each position is in '
+                         f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')

@@ -17,9 +17,10 @@ class Operation:
     '''One recorded ATen call.
 
     ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
-    other lists are what its rule stated: ``ties`` and ``locks``; labels that were ``contracted``; of these, those on
-    the side of a weight (``consumers``) or between two activations (``paired``); labels that a weight brought forth
-    (``producers``); labels that vary along a stack of matrices and within them (``joint``).
+    other lists are what its rule stated: ``ties`` and ``locks``; arrays whose rows must lose equally many labels
+    (``balances``); labels that were ``contracted``; of these, those on the side of a weight (``consumers``) or between
+    two activations (``paired``); labels that a weight brought forth (``producers``); labels that vary along a stack of
+    matrices and within them (``joint``).
     '''
 
     name: str
@@ -36,6 +37,7 @@ class Operation:
     decisions: dict[str, Any] = field(default_factory=dict)
     ties: list[tuple[Labels, Labels]] = field(default_factory=list)
     locks: list[tuple[Labels, str]] = field(default_factory=list)
+    balances: list[Labels] = field(default_factory=list)
     contracted: list[Labels] = field(default_factory=list)
     consumers: list[Labels] = field(default_factory=list)
     paired: list[Labels] = field(default_factory=list)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .calls import CallCounter
-from .labels import Field, Labels, flat_pairs, varies
+from .labels import BlockField, Field, Labels, flat_pairs, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
@@ -90,6 +90,11 @@ class Deletion:
         for dim, mask in kept.items():
             if dim in field.dims:
                 labels = np.compress(mask, labels, dim)
+        if isinstance(field, BlockField):
+            narrowed = BlockField(labels).without(self.removed)
+            if narrowed is None:
+                raise Mismatch('the blocks of a grouped convolution lose different numbers of channels')
+            return narrowed
         if len(field.dims) > 1 and self.removed[labels].any():
             raise Mismatch('the removed channels do not form a block of the tensor')
         return field if labels is field.labels else Field(labels, field.dims)

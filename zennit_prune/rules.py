@@ -130,6 +130,10 @@ class Call:
         '''Labels at the same position of two arrays go or stay together (arrays broadcast).'''
         self.operation.ties.append((left, right))
 
+    def balance(self, blocks: Labels) -> None:
+        '''Every row of ``blocks``, shape (blocks, ...), must lose equally many labels, whichever they are.'''
+        self.operation.balances.append(blocks.reshape(len(blocks), -1))
+
     def tie_along(self, field: Field, dims: Iterable[int]) -> Field:
         '''Tie the labels along ``dims``; return the field without these dimensions.'''
         labels = field.labels
@@ -192,10 +196,11 @@ def register_operation(*names: str, pointwise: bool = False,
 
     A rule says what the operation does to label fields. It is called with one :class:`~zennit_prune.rules.Call`, while
     the network is traced: ``call.args`` and ``call.kwargs`` are the arguments, ``call.fields(tensor)`` the fields of a
-    tensor, ``call.tie(left, right)`` couples labels, ``call.lock(reason, field, ...)`` keeps channels. It returns, for
-    every output tensor, the list of its fields: :class:`~zennit_prune.labels.Field`, or label arrays that broadcast to
-    the tensor. Everything is proven all the same: the narrowed network is traced again under the same rule, and must be
-    the original with the removed channels deleted; numbers are compared after.
+    tensor, ``call.tie(left, right)`` couples labels, ``call.balance(blocks)`` makes rows of labels lose equally many,
+    ``call.lock(reason, field, ...)`` keeps channels. It returns, for every output tensor, the list of its fields:
+    :class:`~zennit_prune.labels.Field`, or label arrays that broadcast to the tensor. Everything is proven all the
+    same: the narrowed network is traced again under the same rule, and must be the original with the removed channels
+    deleted; numbers are compared after.
 
     The operator needs a kernel for meta tensors (``torch.library.register_fake``), or the trace runs on real values.
 

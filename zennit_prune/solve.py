@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .labels import Labels, components, first, flat_pairs
+from .labels import BlockField, Labels, components, first, flat_pairs
 from .recorded import Operation
 from .trace import Recording
 
@@ -28,6 +28,8 @@ class Solution:
         For each label, the number of its channel, or -1 where it must stay.
     group: numpy.ndarray
         For each channel, the number of its group: channels of one group sit equally often in the same dimensions.
+    block: numpy.ndarray
+        For each channel, the number of its block: from the blocks of one group, equally many channels must go.
     reasons: dict of int to str
         Why the labels of a component must stay.
     '''
@@ -35,6 +37,7 @@ class Solution:
     component: Labels
     channel: Labels
     group: Labels
+    block: Labels
     reasons: dict[int, str]
 
     @cached_property
@@ -50,6 +53,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     ties = [tie for operation in recording.operations for tie in operation.ties]
     blocks: list[tuple[Labels, Labels]] = []
     joint = joint_fields(recording.operations)
+    balances = unique_arrays(labels for operation in recording.operations for labels in operation.balances)
     while True:
         edges = flat_pairs(ties + blocks)
         component = components(recording.size, edges[:, (edges != 0).all(0)])
@@ -59,8 +63,18 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
         kept[0] = True
         further = list(_rectangular_ties(joint, np.where(kept[component], 0, component)))
         if not further:
-            break
+            solution = _channels(recording, component, kept, reasons, balances)
+            tied = _unbalanced(balances, solution) if balances else []
+            balances = [labels for labels in balances if not any(labels is other for other in tied)]
+            further = [(labels, labels[:1]) for labels in tied]
+        if not further:
+            return solution
         blocks += further
+
+
+def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool_], reasons: dict[int, str],
+              balances: Sequence[Labels]) -> Solution:
+    '''Number the components that can go, and group them.'''
     read = np.zeros(recording.size, bool)
     for operation in recording.operations:
         for labels in operation.contracted:
@@ -74,7 +88,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     number = np.full(recording.size, -1, np.int64)
     number[roots] = np.arange(len(roots))
     channel = number[component]
-    return Solution(component, channel, _group(recording, channel, len(roots)), reasons)
+    return Solution(component, channel, *_group(recording, channel, len(roots), balances), reasons)
 
 
 def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[tuple[Labels, Labels]],
@@ -107,9 +121,14 @@ def _beside_zero(left: Labels, right: Labels) -> Labels:
 
 def joint_fields(operations: Iterable[Operation]) -> list[Labels]:
     '''The label arrays that vary along several dimensions, each once.'''
-    found = {id(field): field for operation in operations for field in operation.fields() if len(field.dims) > 1}
-    unique = {(field.labels.shape, field.labels.tobytes()): field.labels for field in found.values()}
-    return list(unique.values())
+    found = {id(field): field for operation in operations for field in operation.fields()
+             if len(field.dims) > 1 and not isinstance(field, BlockField)}
+    return unique_arrays(field.labels for field in found.values())
+
+
+def unique_arrays(arrays: Iterable[Labels]) -> list[Labels]:
+    '''Equal arrays once.'''
+    return list({(labels.shape, labels.tobytes()): labels for labels in arrays}.values())
 
 
 def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tuple[Labels, Labels]]:
@@ -130,11 +149,42 @@ def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tu
             labels = first(labels, dim)
 
 
-def _group(recording: Recording, channel: Labels, count: int) -> Labels:
-    '''Number the groups: channels with equal counts on every labelled axis.'''
-    hashes = np.random.default_rng(0).integers(1, 2 ** 63, size=len(recording.axes), dtype=np.uint64)
+def _unbalanced(balances: Iterable[Labels], solution: Solution) -> list[Labels]:
+    '''The arrays whose rows do not stay equal when equally many of each block of every group go.
+
+    Equal positions of their rows must be tied instead. As with :func:`_rectangular_ties`, channels that one of them
+    ties wait for the next round.
+    '''
+    uneven = np.zeros(len(solution.group) + 1, bool)  # by channel, none last: its group has blocks that differ in size
+    pairs, sizes = np.unique(np.stack([solution.group, solution.block]), axis=1, return_counts=True)
+    for group in np.unique(pairs[0]):
+        held = sizes[pairs[0] == group]
+        uneven[:-1][solution.group == group] = len(held) > 1 and (held[0] == 1 or (held != held[0]).any())
+    found: list[Labels] = []
+    tied, numbers = np.zeros(len(uneven), bool), np.append(solution.group, -1)
+    for labels in balances:
+        channel = solution.channel[labels]
+        groups = np.sort(numbers[channel], 1)
+        if (uneven[channel].any() or (groups != groups[:1]).any()) and not tied[channel].any():
+            tied[channel] = True
+            tied[-1] = False
+            found.append(labels)
+    return found
+
+
+def _group(recording: Recording, channel: Labels, count: int, balances: Sequence[Labels]) -> tuple[Labels, Labels]:
+    '''Number the groups, channels with equal counts on every labelled axis and in every array of ``balances``.
+
+    Channels of a group with equal counts also in every row of these form a block.
+    '''
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(1, 2 ** 63, size=len(recording.axes), dtype=np.uint64)
     on_axis = np.repeat(hashes, [axis.size for axis in recording.axes])
-    signature = np.zeros(count, np.uint64)
+    signature, by_row = np.zeros((2, count + 1), np.uint64)  # one more for what must stay
     labels = np.flatnonzero(channel >= 0)
     np.add.at(signature, channel[labels], on_axis[labels - 1])
-    return np.unique(signature, return_inverse=True)[1]
+    for rows in balances:
+        np.add.at(signature, channel[rows], rng.integers(1, 2 ** 63, dtype=np.uint64))
+        np.add.at(by_row, channel[rows], rng.integers(1, 2 ** 63, size=(len(rows), 1), dtype=np.uint64))
+    group, block = (np.unique(found[:-1], return_inverse=True)[1].astype(np.int64) for found in (signature, by_row))
+    return group, block

@@ -12,17 +12,27 @@ from .attributes import Attribute, set_attributes
 from .errors import PruneError
 from .networks import copied, tensors_by_module
 
-Kept = Mapping[str, Mapping[int, npt.NDArray[Any]]]
+Indices = npt.NDArray[Any]
+Kept = Mapping[str, Mapping[int, Indices]]
 
 
-def narrowed(tensor: torch.Tensor, kept: Mapping[int, npt.NDArray[Any]], device: str | None = None) -> torch.Tensor:
-    '''Keep the given indices of each dimension; on ``'meta'``, without data.'''
+def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | None = None) -> torch.Tensor:
+    '''Keep the given indices of each dimension; on ``'meta'``, without data.
+
+    Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
+    input channels of a grouped convolution.
+    '''
     if device == 'meta':
         shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
         return torch.empty(shape, dtype=tensor.dtype, device='meta')
     with torch.no_grad():
-        for dim, index in kept.items():
-            tensor = tensor.index_select(dim, torch.as_tensor(index, device=tensor.device))
+        for dim, index in sorted(kept.items()):
+            at = torch.as_tensor(index, device=tensor.device)
+            if at.dim() == 1:
+                tensor = tensor.index_select(dim, at)
+            else:
+                blocks = tensor.chunk(at.shape[1])
+                tensor = torch.cat([block.index_select(dim, rows) for block, rows in zip(blocks, at.unbind(1))])
     return tensor.detach()
 
 
@@ -35,7 +45,7 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
     model: torch.nn.Module
         The original; it is not touched.
     kept: mapping of str to mapping of int to numpy.ndarray
-        The indices to keep, by parameter or buffer name and dimension.
+        The indices to keep, by parameter or buffer name and dimension, as for :func:`narrowed`.
     group_sizes: mapping of str to int
         Weights whose module has one group for so many of their first dimension (depthwise convolutions, GroupNorm).
     sizes: mapping of Attribute to int

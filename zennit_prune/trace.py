@@ -19,7 +19,7 @@ from .attributes import Claim, mark_attributes
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError
-from .labels import Field
+from .labels import BlockField, Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
 from .recorded import FunctionCall, Operation
 from .shapes import Shapes
@@ -30,12 +30,22 @@ SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4,
 
 
 class Axis(NamedTuple):
-    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.'''
+    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.
+
+    With several ``blocks``, they stand for the indices of the dimension in the first block of dimension 0, then for
+    those in the second, and so on: the input channels of a grouped convolution.
+    '''
 
     parameter: str
     dim: int
     size: int
     start: int
+    blocks: int = 1
+
+    @property
+    def length(self) -> int:
+        '''The size of the dimension.'''
+        return self.size // self.blocks
 
 
 class TensorSize(NamedTuple):
@@ -300,16 +310,27 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
 
 
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
-    '''Give every index of every dimension of every parameter and buffer a label of its own, from 1 on.'''
+    '''Give every index of every dimension of every parameter and buffer a label of its own, from 1 on.
+
+    An index of the input dimension of a grouped convolution is another channel in each group: it gets a label for each.
+    '''
     axes: list[Axis] = []
     fields: dict[str, list[Field]] = {}
     start = 1
+    grouped = {id(module.weight): module.groups for module in model.modules()
+               if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1}
     for name, tensor in unique_tensors(model).items():
         if not tensor.is_floating_point():
             continue
         fields[name] = []
         for dim, size in enumerate(tensor.shape):
-            if size > 1:
+            blocks = grouped.get(id(tensor), 1) if dim == 1 else 1
+            if size > 1 and blocks > 1:
+                labels = np.arange(start, start + blocks * size).reshape(blocks, size)
+                axes.append(Axis(name, dim, blocks * size, start, blocks))
+                fields[name].append(BlockField.of_blocks(labels, tuple(tensor.shape)))
+                start += blocks * size
+            elif size > 1:
                 axes.append(Axis(name, dim, size, start))
                 fields[name].append(Field.along(np.arange(start, start + size), dim, tensor.dim()))
                 start += size

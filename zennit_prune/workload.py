@@ -150,7 +150,7 @@ def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int]
     calls = []
     for operation, function, arguments in tracers[0].made:
         axes = {(tensor, dim): axis for tensor, fields in enumerate(operation.inputs) for field in fields
-                for dim in field.dims for axis in [axis_of(field.labels, dim)] if axis}
+                for dim in field.narrowing for axis in [axis_of(field.labels, dim)] if axis}
         if axes and any(operation.active) and not _is_view(function):
             calls.append(Call(function, arguments, axes))
     return calls
