@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -162,6 +161,7 @@ def test_heads_of_a_width_tied_to_the_stream_stay(make: type[nn.Module], layerno
 
 
 def test_heads_of_timm() -> None:
+    timm = pytest.importorskip('timm')
     model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=4)
     model, x = seeded(model).double(), images(2, 16, dtype=torch.float64)
     graph = zp.trace(model, x, layernorm='surviving')

@@ -37,7 +37,7 @@ def normalised_survivors(operations: Iterable[Operation], gone: npt.NDArray[np.b
     found: Survivors = {}
     for operation in operations:
         if operation.name == 'native_layer_norm':
-            rank, normalised = len(operation.shapes[0]), operation.decisions['normalised dimensions']
+            rank, normalised = len(operation.shapes[0]), operation.decisions.get('normalised dimensions', 0)
             kept = {dim - rank: np.flatnonzero(mask) for dim, mask in deletion(operation.outputs[0])[1].items()
                     if dim >= rank - normalised}
             if kept:
