@@ -195,8 +195,8 @@ def run_command(**options: Any) -> None:
 main.command('inspect', epilog=examples('inspect'))(shared(inspect_command))
 main.command('run', epilog=examples('run'))(
     click.option('--plan', type=FILE, help='Carry out this plan, in place of a budget.')(
-        click.option('--repair', type=click.Choice(METHODS), default='refit', show_default=True, help='How weights make '
-                     'up for what is gone, by the references without their labels.')(shared(run_command))))
+        click.option('--repair', type=click.Choice(METHODS), default='refit', show_default=True, help='How weights '
+                     'make up for what is gone, by the references without their labels.')(shared(run_command))))
 
 
 def _carry_out(cut: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
