@@ -196,7 +196,8 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
         with torch.no_grad():
             target = main_output(job.network(inputs)).argmax(1)
     rows = {'before': job.pruner.heatmap(inputs, target), name: heatmap(network, job.pruner.composite, inputs, target)}
-    heatmap_image(path, job.prepare.shown(inputs), rows, [(Path(name).parent.name or Path(name).name)[-20:] for name in names])
+    captions = [(Path(name).parent.name or Path(name).name)[-20:] for name in names]
+    heatmap_image(path, job.prepare.shown(inputs), rows, captions)
 
 
 def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tuple[Any, Any]]:
