@@ -215,7 +215,10 @@ def test_weights_from_a_file(here: Path) -> None:
 
 def test_without_jinja(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'jinja2', None)
-    fails(typed('inspect', '--flops', '0.5', '--per-class', '2'), 1, 'jinja2')
+    for more in ([], ['--dry-run']):
+        result = typed('inspect', '--flops', '0.5', '--per-class', '2', *more)
+        fails(result, 1, "pip install 'zennit-prune[report]'")
+        assert 'collecting' not in result.stderr  # said before the work, not after
     result = typed('inspect', '--flops', '0.5', '--per-class', '2', '--no-report')
     assert result.exit_code == 0
     assert {path.name for path in (here / 'pruned').iterdir()} == INSPECTED - {'report.html'}

@@ -16,6 +16,7 @@ from .files import all_at_once, check_absent
 from .heatmap import heatmap, heatmap_image
 from .iterate import costs_left
 from .jobs import Job
+from .optional import needed
 from .plan import Plan
 from .references import References, warn_of_missing_classes
 from .relevance import Relevance
@@ -63,11 +64,19 @@ def files_of(job: Job, cut: bool) -> list[str]:
             *['small.safetensors'] * cut]
 
 
+def _check(job: Job, cut: bool) -> list[str]:
+    '''The files to write, after a look at what would keep them from being written in the end.'''
+    names = files_of(job, cut)
+    if job.options.report:
+        needed('jinja2', 'report', 'report.html')
+    if not job.options.force:
+        check_absent(job.options.out, names)
+    return names
+
+
 def foresee(job: Job, cut: bool) -> Outcome:
     '''Say what would be done; nothing is computed or written.'''
-    options, files = job.options, [str(job.options.out / name) for name in files_of(job, cut)]
-    if not options.force:
-        check_absent(options.out, files_of(job, cut))
+    options, files = job.options, [str(job.options.out / name) for name in _check(job, cut)]
     aim = f'the plan {options.plan}' if options.plan else repr(options.budget)
     lines = [f'would collect {options.criterion} from {len(job.drawn)} references',
              f'would plan by {aim}' if options.budget else f'would take {aim}',
@@ -84,9 +93,7 @@ def execute(job: Job, cut: bool) -> Outcome:
     PruneError
         Whatever keeps the result from being exact or from being written; then nothing is.
     '''
-    began, options, names = time.perf_counter(), job.options, files_of(job, cut)
-    if not options.force:
-        check_absent(options.out, names)
+    began, options, names = time.perf_counter(), job.options, _check(job, cut)
     _doubt(job, _score(job, job.network, job.drawn))
     references = References(job.images(job.drawn).loader(options.batch), seed=options.seed)
     relevance = _collect(job, references)
@@ -189,7 +196,8 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
         with torch.no_grad():
             target = main_output(job.network(inputs)).argmax(1)
     rows = {'before': job.pruner.heatmap(inputs, target), name: heatmap(network, job.pruner.composite, inputs, target)}
-    heatmap_image(path, job.prepare.shown(inputs), rows, [name[-20:] for name in names])
+    captions = [(Path(name).parent.name or Path(name).name)[-20:] for name in names]
+    heatmap_image(path, job.prepare.shown(inputs), rows, captions)
 
 
 def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tuple[Any, Any]]:

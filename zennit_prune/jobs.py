@@ -18,9 +18,11 @@ from .images import Images, find_images, preparation, split
 from .plan import Plan
 from .pruner import Pruner
 from .sources import Source, build, categories, load_weights, weights_url
+from .tables import some
 
 PER_CLASS = 10
 WITHOUT_CLASSES = 100
+LISTED = 20  # folders in the line about classes; --json has all
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Job:
         self.mapping: dict[str, int] | None = None
         if names and rule != 'none':
             self.mapping = dict(zip(names, class_outputs(names, rule, outputs, known)))
-            self.say('classes: ' + ', '.join(f'{name} = output {number}' for name, number in self.mapping.items()))
+            self.say('classes: ' + some([f'{name} = output {number}' for name, number in self.mapping.items()], LISTED))
         elif rule not in ('auto', 'none'):
             raise PruneError(f'--classes {rule} needs a sub-folder for every class; {str(self.options.images)!r} has '
                              'none.')

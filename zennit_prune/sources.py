@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .errors import PruneError
+from .tables import some
 
 FORMS = 'torchvision:NAME, timm:NAME or FILE.py:FUNCTION'
 WRAPPERS = ('state_dict', 'model', 'model_state_dict')  # what training scripts call the weights in their files
@@ -167,8 +168,8 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
         notes.append(f'the weights are those under {inner[0]!r} in {path.name}')
     others = [str(key) for key, value in contents.items() if not isinstance(value, torch.Tensor)]
     if others or not contents:
-        raise PruneError(f'{str(path)!r} is no file of weights: it holds {_some(others) or "nothing"}. Save them with '
-                         'torch.save(network.state_dict(), path).')
+        raise PruneError(f'{str(path)!r} is no file of weights: it holds {some(others, NAMED) or "nothing"}. Save them '
+                         'with torch.save(network.state_dict(), path).')
     expected = network.state_dict()
     if all(key.startswith(PARALLEL) for key in contents) and not any(key.startswith(PARALLEL) for key in expected):
         contents = {key.removeprefix(PARALLEL): value for key, value in contents.items()}
@@ -178,7 +179,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     unexpected = [key for key in contents if key not in expected]
     wrong = [f'{key} is {tuple(contents[key].shape)}, not {tuple(value.shape)}' for key, value in expected.items()
              if key in contents and contents[key].shape != value.shape]
-    problems = [f'{what}: {_some(names)}' for what, names in (
+    problems = [f'{what}: {some(names, NAMED)}' for what, names in (
         ('missing', missing), ('unexpected', unexpected), ('of another shape', wrong)) if names]
     if problems:
         heads = bool(wrong) and not missing and not unexpected
@@ -222,8 +223,3 @@ def categories(source: Source, outputs: int) -> list[str]:
     from torchvision import models
     names = list(models.get_model_weights(source.place)['DEFAULT'].meta['categories'])
     return names if len(names) == outputs else []
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ', '.join(names[:NAMED]) + (f' and {len(names) - NAMED} more' if len(names) > NAMED else '')
