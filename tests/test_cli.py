@@ -250,8 +250,10 @@ def test_as_a_process(here: Path) -> None:
 
 
 HANGS = '''
+import signal
 import time
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, and so would we
 import zennit_prune.commands as commands
 from zennit_prune.cli import main
 
