@@ -45,7 +45,7 @@ ROWS = [('ResNet-56', 10, (0.7, 0.5, 0.35)), ('ResNet-56', 1, (0.5,)), ('ResNet-
         ('ResNet-8', 10, (0.7, 0.5)), ('MobileNetV1', 10, (0.6, 0.45))]
 OTHERS = ('taylor', 'l1', 'l1 uniform', 'random', 'paper')
 REPAIRS = ('none', 'bias', 'batchnorm', 'refit')
-PEERS = ('L1', 'L2', 'LAMP', 'Taylor', 'Hessian')
+PEERS = ('L1', 'L2', 'LAMP', 'Taylor')
 Accuracy = Callable[[nn.Module], float]
 
 
@@ -144,8 +144,7 @@ def peers(case: Case) -> Iterator[tuple[Case, dict[str, float]]]:
         for everywhere in (False, True):
             importance = {'L1': lambda: tp.importance.MagnitudeImportance(p=1),
                           'L2': lambda: tp.importance.MagnitudeImportance(p=2),
-                          'LAMP': tp.importance.LAMPImportance, 'Taylor': tp.importance.TaylorImportance,
-                          'Hessian': tp.importance.OBDCImportance}[name]()
+                          'LAMP': tp.importance.LAMPImportance, 'Taylor': tp.importance.TaylorImportance}[name]()
             low, high, best = 0.0, 0.95, None
             for _ in range(8):  # the least share of channels that reaches the budget
                 middle = (low + high) / 2
@@ -155,11 +154,8 @@ def peers(case: Case) -> Iterator[tuple[Case, dict[str, float]]]:
                 ignored = [module for module in small.modules() if isinstance(module, nn.Linear)]
                 pruner = tp.pruner.BasePruner(small, images[:1], importance, global_pruning=everywhere,
                                               pruning_ratio=middle, ignored_layers=ignored)
-                if name in ('Taylor', 'Hessian'):
-                    loss = nn.functional.cross_entropy(small(images), labels)
-                    loss.backward()
-                    if name == 'Hessian':
-                        importance._prepare_model(small, pruner) if hasattr(importance, '_prepare_model') else None
+                if name == 'Taylor':
+                    nn.functional.cross_entropy(small(images), labels).backward()
                 pruner.step()
                 small.zero_grad()
                 if zp.cost(small, images[:1]).flops <= case.left * whole:
