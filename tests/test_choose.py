@@ -39,8 +39,8 @@ def test_the_better_criterion_is_chosen(criteria: Any) -> None:
     before = snapshot(one.model)
     choice = zp.choose(one, data(), HALF, criteria, 'none', **QUIET)
     assert choice.criterion == 'relevance' and same(before, snapshot(one.model))
-    assert choice.divergences['relevance'].kl < min(  # type: ignore[union-attr]
-        found.kl for name, found in choice.divergences.items() if name != 'relevance')  # type: ignore[union-attr]
+    assert choice.divergences['relevance'].error < min(  # type: ignore[union-attr]
+        found.error for name, found in choice.divergences.items() if name != 'relevance')  # type: ignore[union-attr]
     assert 'chosen' in str(choice) and 'upside_down' in str(choice)
 
 

@@ -42,9 +42,9 @@ class Choice:
     divergences: Mapping[str, Divergence | str]
 
     def __str__(self) -> str:
-        rows = [(name, f'{found.kl:.4g}', f'{found.error:.4g}', 'chosen' * (name == named(self.criterion)))
+        rows = [(name, f'{found.error:.4g}', f'{found.kl:.4g}', 'chosen' * (name == named(self.criterion)))
                 if isinstance(found, Divergence) else (name, '', '', found) for name, found in self.divergences.items()]
-        return table(('criterion', 'KL', 'squared error', ''), rows)
+        return table(('criterion', 'squared error', 'KL', ''), rows)
 
 
 def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequence[Criterion] = CANDIDATES,
@@ -75,8 +75,8 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
     Returns
     -------
     Choice
-        The criterion with the least Kullback-Leibler divergence from the original's predictions, or, where outputs are
-        no classes, the least squared error.
+        The criterion with the least squared error of the outputs. The Kullback-Leibler divergence of the predictions
+        is told, too; a few samples with confident mistakes decide it, so that it is a worse guide.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
                 found[named(criterion)] = divergence(outputs(small.eval(), held), wanted)
         except PruneError as error:
             found[named(criterion)] = str(error)
-    judged = {name: (each.kl, each.error) for name, each in found.items() if isinstance(each, Divergence)}
+    judged = {name: each.error for name, each in found.items() if isinstance(each, Divergence)}
     if not judged:
         raise PruneError(f'no criterion works: {"; ".join(f"{name}: {error}" for name, error in found.items())}')
     best = min(judged, key=lambda name: judged[name])
