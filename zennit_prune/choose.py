@@ -113,8 +113,6 @@ def _split(loader: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
     '''Three quarters of the samples with their targets, and the others.'''
     references = References((((inputs, _tensor(target)), None) for inputs, target in batches(as_loader(loader))), KEPT,
                             seed=seed)
-    for _ in references:
-        pass
     chunks = references.chosen()
     sizes = [batch_size(chunk) for chunk in chunks]
     if sum(sizes) < LEAST:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,10 @@ class CostModel:
                 terms['flops'].append((operation.flops / graph.recording.example.batch, list(dict.fromkeys(axes))))
                 self._layers['flops'].append(operation.site.module)
         self._terms = {unit: self._packed(found) for unit, found in terms.items()}
+
+    def counts(self, removed: Mapping[str, Collection[int]]) -> npt.NDArray[np.float64]:
+        '''How many channels each group loses when these positions go, by the name of the group.'''
+        return np.array([len(removed.get(group.name, ())) for group in self.graph.groups], float)
 
     def _axis(self, labels: Labels, dim: int | None = None) -> int:
         '''The number of a dimension with these labels; 0 where it never shrinks.'''

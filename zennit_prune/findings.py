@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -98,7 +97,8 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
     PruneError
         If ``evaluation`` is no mapping of names to pairs.
     '''
-    costs, counts = CostModel(plan.graph), removed_counts(plan)
+    costs = CostModel(plan.graph)
+    counts = costs.counts(plan.removed)
     found = []
     for unit, name in UNITS.items():
         before, after = costs(unit, 0 * counts), costs(unit, counts)
@@ -117,14 +117,10 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
     return found
 
 
-def removed_counts(plan: Plan) -> Any:
-    '''How many channels each group loses, as a float64 array.'''
-    return np.array([len(plan.removed.get(group.name, ())) for group in plan.graph.groups], float)
-
-
 def layer_costs(plan: Plan) -> Costs:
     '''Widths of the groups; FLOPs and parameters of the layers that compute, in execution order.'''
-    costs, counts = CostModel(plan.graph), removed_counts(plan)
+    costs = CostModel(plan.graph)
+    counts = costs.counts(plan.removed)
     found = {unit: (costs.by_layer(unit, 0 * counts), costs.by_layer(unit, counts)) for unit in ('flops', 'params')}
     names = list(found['flops'][0])
     layers = [Layer(name or '(the network itself)', *((before.get(name, 0.0), after.get(name, 0.0))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from .carry import carried_back, carried_on
@@ -211,8 +210,8 @@ class Loop:
 
 def costs_left(plan: Plan) -> dict[str, float]:
     '''What a plan leaves, by unit.'''
-    removed = np.array([len(plan.removed.get(group.name, ())) for group in plan.graph.groups], float)
     costs = CostModel(plan.graph)
+    removed = costs.counts(plan.removed)
     return {unit: costs(unit, removed) for unit in UNITS}
 
 

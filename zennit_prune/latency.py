@@ -316,7 +316,7 @@ def timed(costs: LatencyModel, model: nn.Module, removed: Mapping[str, Sequence[
         The budget in seconds.
     '''
     graph, device = costs.graph, costs.latencies.device
-    counts = np.array([len(removed.get(group.name, ())) for group in graph.groups], float)
+    counts = costs.counts(removed)
     whole = costs('latency', 0 * counts)
     shares = costs('latency', counts) / whole, limit / whole
     if device != device_name(device_of(model)):

@@ -286,8 +286,8 @@ class Plan:
             gone = len(self.removed.get(group.name, ()))
             agreement = [f'{stability[group.name]:.2f}' if group.name in stability else ''] if stability else []
             rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *agreement))
-        counts = np.array([len(self.removed.get(group.name, ())) for group in self.graph.groups], float)
         costs = CostModel(self.graph)
+        counts = costs.counts(self.removed)
         totals = []
         for unit in ('flops', 'params', 'channels'):
             before, after = costs(unit, 0 * counts), costs(unit, counts)

@@ -76,7 +76,10 @@ class References:
                             for keys, inputs, kept in chosen if kept.any()]
 
     def chosen(self) -> list[Any]:
-        '''What the last pass of this process kept, in the order of the loader.'''
+        '''What the last pass of this process kept, in the order of the loader; passes once if none was.'''
+        if not self._chunks:
+            for _ in self:
+                pass
         return [inputs for _, inputs in self._chunks]
 
     def inputs(self, device: torch.device) -> list[tuple[Any, None]]:
@@ -87,9 +90,6 @@ class References:
         PruneError
             If the loader is empty.
         '''
-        if not self._chunks:  # scores that do not look at data
-            for _ in self:
-                pass
         chunks = self.chosen()
         if rank_and_world()[1] > 1:
             parts = gathered(map_tensors(lambda tensor: tensor.cpu(), chunks), device)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -172,8 +171,8 @@ def _left(plan: Plan, budget: Budget) -> float:
     '''What a plan leaves of the network, as a share.'''
     if plan.timing is not None:
         return plan.timing.left
-    counts = np.array([len(plan.removed.get(group.name, ())) for group in plan.graph.groups], float)
     costs = CostModel(plan.graph)
+    counts = costs.counts(plan.removed)
     return costs(budget.unit, counts) / costs(budget.unit, 0 * counts)
 
 
