@@ -39,6 +39,10 @@ def test_features_of_convolutions(dim: int, options: dict[str, Any], kernel: tup
     channels = 4 // groups
     parts = [call.features(slice(start, start + 2)) for start in range(0, channels, 2)]
     assert torch.equal(torch.cat(parts, 2), whole)
+    thinned = [slice(1, None, 2), slice(0, None, 3), slice(2, None, 1)][:dim]
+    here = torch.arange(whole.shape[3]).reshape(result.shape[2:])[tuple(thinned)].flatten()
+    assert torch.equal(call.features(slice(None), thinned), whole[..., here])
+    assert torch.equal(call.outputs(result, groups, thinned), call.outputs(result, groups)[..., here])
 
 
 @pytest.mark.parametrize('shape', [(3,), (3, 4), (3, 4, 2), (4, 3), (12,)])

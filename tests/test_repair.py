@@ -5,6 +5,7 @@ import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from tqdm import TMonitor
 import zennit_prune as zp
 from zennit_prune import walk
 from zennit_prune.chunks import Inputs
+from zennit_prune.layers import LayerCall
 from zennit_prune.norms import settle
-from zennit_prune.repair import METHODS, repair
+from zennit_prune.repair import ENOUGH, METHODS, _thinning, repair
 
 Build = Callable[[], nn.Module]
 
@@ -382,11 +384,10 @@ def test_batch_norm_states_what_it_reads(build: Build) -> None:
     plan = half_removed(zp.trace(model, images()))
     small = plan.apply(model)
     repaired = repair(small, model, plan, x, progress=False)
-    both = torch.cat([x, x.flip(-1)])
     read: dict[str, torch.Tensor] = {}
     handles = [module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].detach()}))
                for name, module in repaired.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    evaluated = repaired(both)
+    evaluated = repaired(x)
     for handle in handles:
         handle.remove()
     assert read
@@ -394,20 +395,20 @@ def test_batch_norm_states_what_it_reads(build: Build) -> None:
         norm = repaired.get_submodule(name)
         assert torch.allclose(norm.running_mean, values.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
         assert torch.allclose(norm.running_var, values.var((0, 2, 3), unbiased=False), rtol=1e-3, atol=1e-4)
-    trained = repaired.train()(both)
+    trained = repaired.train()(x)
     assert apart(trained, evaluated) < 1e-3
     optimizer = torch.optim.SGD(repaired.parameters(), 0.01, momentum=0.9)
     with torch.no_grad():
-        wanted = model(both)
+        wanted = model(x)
     losses = []
     for _ in range(20):
-        loss = (repaired(both) - wanted).square().mean()
+        loss = (repaired(x) - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] and max(losses) < 1.5 * losses[0]
-    assert error(repaired.eval(), model, both) < 1
+    assert error(repaired.eval(), model, x) < 1
 
 
 def test_statistics_do_not_change_what_is_returned() -> None:
@@ -960,6 +961,33 @@ def test_pretrained(loaders: Any) -> None:  # noqa: F811
     assert results['refit'] >= 0.82 and results['refit'] > max(results['bias'], results['batchnorm'])
 
 
+def test_pictures_come_mirrored_and_moved_in_the_fold_of_the_original() -> None:
+    pictures = torch.arange(7 * 3 * 32 * 40).reshape(7, 3, 32, 40)
+    whole, mirrored, moved = Inputs(pictures, torch.device('cpu')).chunks(torch.arange(7), varied=True)
+    assert torch.equal(whole.inputs, pictures) and not whole.varied and mirrored.varied and moved.varied
+    assert torch.equal(mirrored.inputs[..., 2:, 3:], pictures.flip(-1)[..., :-2, :-3])
+    assert torch.equal(moved.inputs[..., :-2, 2:], pictures[..., 2:, :-2])
+    assert torch.equal(moved.inputs[..., -2:, 2:], pictures[..., -1:, :-2].expand(-1, -1, 2, -1))  # the edge
+    assert torch.equal(whole.folds, mirrored.folds) and torch.equal(whole.folds, moved.folds)
+    assert [chunk.inputs.shape for chunk in Inputs(pictures[..., :1, :1], torch.device('cpu')).chunks(
+        torch.arange(7), varied=True)] == [(7, 3, 1, 1)] * 3
+    assert len(Inputs(pictures[..., 0], torch.device('cpu')).chunks(torch.arange(7), varied=True)) == 1
+
+
+@pytest.mark.parametrize('samples,area', [(ENOUGH, 1), (ENOUGH * 2 - 1, 1), (ENOUGH * 2, 2), (ENOUGH * 7, 6),
+                                          (10 ** 9, 8 * 32)])
+def test_positions_are_thinned_out_evenly(samples: int, area: int) -> None:
+    x, weight = torch.zeros(1, 2, 8, 32), torch.zeros(2, 2, 1, 1)
+    call = LayerCall('conv2d', (x, weight), {}, x, 1)
+    thinned = _thinning(call, samples, 18, 24)
+    seen = {(row, column) for rows, columns in thinned for row in range(8)[rows] for column in range(32)[columns]}
+    steps = {(rows.step, columns.step) for rows, columns in thinned}
+    assert len(steps) == 1 and prod(steps.pop()) == area
+    assert area > 24 or len(seen) == 8 * 32  # each position in some chunk
+    linear = LayerCall('linear', (torch.zeros(4, 5), torch.zeros(6, 5)), {}, torch.zeros(4, 6), 4)
+    assert _thinning(linear, 10 ** 9, 5, 3) == [(), (), ()]
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan, small, _ = setting()
     seen: list[int] = []
@@ -967,7 +995,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     refit = module._refit
 
     def counted(*args: Any) -> bool:
-        seen.append(sum(len(folds) for _, folds in args[4]) // 2)  # with mirror images
+        seen.append(sum(len(chunk.folds) for chunk in args[4] if not chunk.varied))
         return bool(refit(*args))
 
     monkeypatch.setattr(module, '_refit', counted)

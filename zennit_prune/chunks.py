@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from math import ceil, copysign
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +17,15 @@ from .regression import FOLDS
 CHUNK = 50  # inputs that run at once
 LEAST = 16  # inputs, however large they are
 HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
-Chunk = tuple[Any, torch.Tensor]
+SHIFT = 16  # pictures are moved by one of so many parts of their size
+
+
+class Chunk(NamedTuple):
+    '''Inputs that run at once, the fold of each, and whether they are variants of others.'''
+
+    inputs: Any
+    folds: torch.Tensor
+    varied: bool = False
 
 
 class Inputs:
@@ -61,19 +70,40 @@ class Inputs:
         '''Go on with so many, at random.'''
         self.order = self.order[:max(count, LEAST)]
 
-    def chunks(self, chosen: torch.Tensor, mirrored: bool = False) -> list[Chunk]:
-        '''Some inputs in parts, and the fold of each; the mirror image of a picture is in its fold.'''
-        return list(self._chunks(chosen.sort().values, mirrored))
+    def chunks(self, chosen: torch.Tensor, varied: bool = False) -> list[Chunk]:
+        '''Some inputs in parts; with variants, pictures come three times, all in one fold.'''
+        return list(self._chunks(chosen.sort().values, varied))
 
-    def _chunks(self, chosen: torch.Tensor, mirrored: bool) -> Iterator[Chunk]:
+    def _chunks(self, chosen: torch.Tensor, varied: bool) -> Iterator[Chunk]:
         for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
             inside = (start <= chosen) & (chosen < end)
-            for where, fold in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
+            for where, folds in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
                 part = only(inputs, end - start, where)
                 part = map_tensors(lambda tensor: wide(tensor.detach().to(self.device)), part)
-                yield part, fold
-                if mirrored and all(tensor.dim() == 4 for tensor in tensors_in(part)):
-                    yield map_tensors(lambda tensor: tensor.flip(-1), part), fold
+                yield Chunk(part, folds)
+                if varied and all(tensor.dim() == 4 for tensor in tensors_in(part)):
+                    for variant in (_mirrored, _moved):
+                        yield Chunk(map_tensors(variant, part), folds, True)
+
+
+def _mirrored(pictures: torch.Tensor) -> torch.Tensor:
+    '''The mirror images, moved down and to the right: they meet the strides of layers at other pixels.'''
+    return _shifted(pictures.flip(-1), 1, 1)
+
+
+def _moved(pictures: torch.Tensor) -> torch.Tensor:
+    '''The pictures moved up, and to the right by half as much.'''
+    return _shifted(pictures, -1, 0.5)
+
+
+def _shifted(pictures: torch.Tensor, down: float, right: float) -> torch.Tensor:
+    '''Moved by shares of ``1 / SHIFT`` of their size, at least a pixel; the edge is repeated.'''
+    for dim, way in ((2, down), (3, right)):
+        size = pictures.shape[dim]
+        pixels = copysign(ceil(abs(way) * size / SHIFT), way)
+        source = (torch.arange(size, device=pictures.device) - int(pixels)).clamp(0, size - 1)
+        pictures = pictures.index_select(dim, source)
+    return pictures
 
 
 def _parts(*aligned: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

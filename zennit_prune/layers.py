@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import product, repeat
 from typing import Any
 
 import torch
@@ -54,9 +54,9 @@ class LayerCall:
         '''The output for another weight, without bias.'''
         return getattr(F, self.function)(self.input, weight, None, **self.options)
 
-    def features(self, channels: slice, skip: int = 1) -> torch.Tensor:
+    def features(self, channels: slice, thinned: Sequence[slice] = ()) -> torch.Tensor:
         '''What is multiplied with the weights of some input channels of each group, shape (inputs, groups, features,
-        positions).
+        positions); ``thinned`` says which positions, by direction of space.
         '''
         if self.function == 'linear':
             return self._by_input(self.input[..., channels])
@@ -65,19 +65,17 @@ class LayerCall:
         stride, dilation = (self._numbers(name, rank) for name in ('stride', 'dilation'))
         kernel, sizes = self.weight.shape[2:], self.shape[2:]
         x = F.pad(x.flatten(1, 2), self._padding(kernel, dilation)).unflatten(1, x.shape[1:3])
-        first = skip // 2
-        shifted = [x[(..., *(slice(offset * apart + first * step, offset * apart + (size - 1) * step + 1, step * skip)
-                             for offset, apart, size, step in zip(offsets, dilation, sizes, stride)))]
+        chosen = [range(size)[where] for size, where in zip(sizes, thinned or repeat(slice(None)))]
+        shifted = [x[(..., *(slice(offset * apart + at.start * step, offset * apart + at[-1] * step + 1, at.step * step)
+                             for offset, apart, at, step in zip(offsets, dilation, chosen, stride)))]
                    for offsets in product(*map(range, kernel))]
         return torch.stack(shifted, 3).flatten(4).flatten(2, 3)
 
-    def outputs(self, tensor: torch.Tensor, groups: int, skip: int = 1) -> torch.Tensor:
+    def outputs(self, tensor: torch.Tensor, groups: int, thinned: Sequence[slice] = ()) -> torch.Tensor:
         '''A tensor shaped as the output, as (inputs, groups, outputs, positions).'''
         if self.function == 'linear':
             return self._by_input(tensor)
-        for dim in range(2, tensor.dim()):
-            tensor = tensor[(slice(None),) * dim + (slice(skip // 2, None, skip),)]
-        return tensor.flatten(2).unflatten(1, (groups, -1))
+        return tensor[(slice(None), slice(None), *thinned)].flatten(2).unflatten(1, (groups, -1))
 
     def _by_input(self, tensor: torch.Tensor) -> torch.Tensor:
         '''(..., features) as (inputs, 1, features, positions); inputs may come second, or several times in a row.'''

@@ -54,7 +54,7 @@ class Moments:
                 self._shift = features.mean(2, keepdim=True)
             features = features - self._shift
         count = torch.tensor(float(features.shape[2]), dtype=torch.float64, device=features.device)
-        sums = [features @ features.mT, features @ errors.mT, features.sum(2), errors.sum(2), errors.square().sum(2)]
+        sums = [_gram(features), features @ errors.mT, features.sum(2), errors.sum(2), errors.square().sum(2)]
         terms = [*(term.double() for term in sums), count]
         held = self._folds.get(fold)
         self._folds[fold] = terms if held is None else [old + new for old, new in zip(held, terms)]
@@ -65,6 +65,8 @@ class Moments:
         The search for the best of ``ridges`` starts at a ``guess``: layers that follow each other are alike.
         '''
         folds = sorted(self._folds)
+        for sums in self._folds.values():
+            sums[0] = sums[0].tril() + sums[0].tril(-1).mT
         total = self._total(folds)
         nothing = float(total[4].sum())
         if not nothing > 0:
@@ -92,6 +94,17 @@ class Moments:
 
     def _total(self, folds: list[int]) -> list[torch.Tensor]:
         return [torch.stack(terms).sum(0) for terms in zip(*(self._folds[fold] for fold in folds))]
+
+
+def _gram(features: torch.Tensor) -> torch.Tensor:
+    '''The products of features with each other; above the diagonal, some are missing.'''
+    width = features.shape[1]
+    products = features.new_zeros(len(features), width, width)
+    size = max(width // 4, 64)
+    for start in range(0, width, size):
+        rows = slice(start, start + size)
+        products[:, rows, :start + size] = features[:, rows] @ features[:, :start + size].mT
+    return products
 
 
 def _descend(error: Callable[[float], float], ridges: Sequence[float], guess: float) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product, repeat
+from math import prod
 from typing import Any
 
 import torch
@@ -85,10 +87,10 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
             inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
 
         def repaired(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
-            network, chunks = _widened(small), inputs.chunks(chosen, mirrored=method == 'refit')
+            network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
             fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
             if not fitted:
-                reestimate(network, [part for part, _ in chunks], needed=method != 'batchnorm')
+                reestimate(network, [chunk.inputs for chunk in chunks], needed=method != 'batchnorm')
             return network.eval(), fitted
 
         network, fitted = repaired(inputs.order)
@@ -119,9 +121,8 @@ def _widened(network: nn.Module) -> nn.Module:
 
 
 def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
-    '''The bytes that are held for an input in the middle of a refit, about: in both networks, and mirrored.'''
-    part, _ = inputs.chunks(inputs.order[:1])[0]
-    walk = Walk(network, part, {target.site for target in targets},
+    '''The bytes that are held for an input in the middle of a refit, about: in both networks, three times.'''
+    walk = Walk(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
                 {layer.site for target in targets for layer in target.layers})
     most = 1
     try:
@@ -135,7 +136,7 @@ def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) ->
                 stop.calls.pop(layer.site, None)
     finally:
         walk.leave()
-    return 4 * most
+    return 6 * most
 
 
 def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
@@ -148,10 +149,10 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
     walks: list[tuple[Walk, Walk]] = []
     found, changed, ridge = False, False, 0.1
     try:
-        for inputs, _ in chunks:
-            walks.append((Walk(model, inputs, sites), Walk(small, inputs, sites, wanted)))
+        for chunk in chunks:
+            walks.append((Walk(model, chunk.inputs, sites), Walk(small, chunk.inputs, sites, wanted)))
         for target in tqdm(targets, method, disable=not progress, leave=False):
-            views = [View(target, pair, folds) for pair, (_, folds) in zip(walks, chunks)]
+            views = [View(target, pair, chunk.folds) for pair, chunk in zip(walks, chunks)]
             layers = [Layer(small, layer, [view.calls[number] for view in views], parameters)
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
@@ -171,7 +172,7 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
             for walk in pair:
                 walk.leave()
     if changed:
-        settle(small, [inputs for inputs, _ in chunks])
+        settle(small, [chunk.inputs for chunk in chunks if not chunk.varied])
     return found
 
 
@@ -238,11 +239,21 @@ def _samples(call: LayerCall) -> int:
     return call.shape.numel() // call.shape[call.channel_dim]
 
 
-def _skip(call: LayerCall, samples: int, width: int) -> int:
-    '''Take every so many positions in each direction of space: neighbours show much the same.'''
+def _thinning(call: LayerCall, samples: int, width: int, chunks: int) -> list[tuple[slice, ...]]:
+    '''For each chunk, the positions to take in each direction of space: neighbours show much the same.
+
+    Each chunk starts elsewhere, so that all alignments with the strides of layers are seen.
+    '''
     space = call.shape[2:] if call.function != 'linear' else ()
+    skips = [1] * len(space)
     enough = max(PER_FEATURE * width, ENOUGH)
-    return int(min(*space, (samples / enough) ** (1 / len(space)))) if len(space) and samples > enough else 1
+    while any(skip < size for skip, size in zip(skips, space)):
+        least = min((skip, dim) for dim, skip in enumerate(skips) if skip < space[dim])[1]
+        if samples * skips[least] < enough * prod(skips) * (skips[least] + 1):
+            break
+        skips[least] += 1
+    starts = list(product(*map(range, skips)))
+    return [tuple(map(slice, starts[chunk * len(starts) // chunks], repeat(None), skips)) for chunk in range(chunks)]
 
 
 def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
@@ -264,10 +275,10 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
     samples = sum(map(_samples, pieces[0][0].calls))
-    skip = _skip(pieces[0][0].calls[0], samples, width)
+    thinned = _thinning(pieces[0][0].calls[0], samples, width, len(views))
 
     def features(position: int) -> torch.Tensor:
-        read = [layer.calls[position].features(channels, skip) for layer, channels in pieces]
+        read = [layer.calls[position].features(channels, thinned[position]) for layer, channels in pieces]
         return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
 
     basis: torch.Tensor | None = None
@@ -280,7 +291,7 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         errors = view.wanted - view.value
         for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
             errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
-        errors = call.outputs(errors, groups, skip)
+        errors = call.outputs(errors, groups, thinned[position])
         read = features(position) if ridges else errors[:, :, :0]
         if basis is not None:
             read = basis.mT @ read

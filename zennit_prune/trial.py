@@ -29,7 +29,7 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
         Repairs ``small`` with some of the inputs.
     '''
     def compared(network: nn.Module, chosen: torch.Tensor) -> tuple[Divergence, Divergence]:
-        parts = [part for part, _ in inputs.chunks(chosen)]
+        parts = [chunk.inputs for chunk in inputs.chunks(chosen)]
         after, before, wanted = (outputs(each, parts) for each in (network, small, model))
         return divergence(after, wanted), divergence(before, wanted)
 
