@@ -221,6 +221,9 @@ def test_iterating_and_latency_budgets_know_these_channels() -> None:
     assert result.model.stem.out_channels < WIDTH
     plan = pruner.plan(result.relevance, zp.Budget(latency_fraction=0.96))
     assert plan.timing is not None
+    with quiet():
+        small = zp.prune(model, None, [(x, labels(8))], zp.Budget(flops=0.3), progress=False, layernorm='surviving')
+    assert small.stem.out_channels < WIDTH
 
 
 def test_permutes_are_seen_through() -> None:

@@ -17,7 +17,7 @@ from .pruner import Criterion, Pruner
 
 def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
           ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit',
-          criterion: Criterion = 'relevance') -> nn.Module:
+          criterion: Criterion = 'relevance', layernorm: str = 'lock') -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
@@ -38,6 +38,8 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
         ``'none'`` leaves the weights that stay as they are; see :meth:`Pruner.prune`.
     criterion: str or callable
         Likewise, e.g. ``'auto'``.
+    layernorm: str
+        See :func:`trace`.
 
     Returns
     -------
@@ -55,5 +57,5 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
-    pruner = Pruner(model, composite, example, ignore)
+    pruner = Pruner(model, composite, example, ignore, layernorm)
     return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress).model
