@@ -50,7 +50,7 @@ Accuracy = Callable[[nn.Module], float]
 
 
 class Case(NamedTuple):
-    '''What is measured; ``kept``: patterns of layers whose channels stay, as text.'''
+    '''What is measured; ``kept``: patterns of layers whose channels stay, as text; ``cost``: what is left a part of.'''
 
     network: str
     per_class: int
@@ -59,6 +59,7 @@ class Case(NamedTuple):
     criterion: str
     repair: str
     kept: str = ''
+    cost: str = 'flops'
 
 
 def draw(labels: torch.Tensor, per_class: int, seed: int) -> torch.Tensor:
@@ -123,7 +124,7 @@ def measured(cases: Sequence[Case]) -> Iterator[tuple[Case, dict[str, float]]]:
     start = time.process_time()
     relevance = scored(pruner, images, labels, case.criterion, case.draw)
     seconds = time.process_time() - start
-    plan = pruner.plan(relevance, zp.Budget(flops=case.left),
+    plan = pruner.plan(relevance, zp.Budget(**{case.cost: case.left}),
                        per_cost=case.criterion != 'paper' and not case.criterion.endswith('uniform'))
     small = plan.apply(network)
     for each in cases:
@@ -207,13 +208,14 @@ def table() -> None:
     found: defaultdict[Any, list[dict[str, float]]] = defaultdict(list)
     for case, values in known().items():
         found[case._replace(draw=0)].append(values)
-    print('| network | a class | FLOPs left | criterion | kept | repair | accuracy | draws | scores, s | repair, s |')
-    print('| --- |' + ' --- |' * 9)
+    print('| network | a class | left | of | criterion | kept | repair | accuracy | draws | scores, s | repair, s |')
+    print('| --- |' + ' --- |' * 10)
     for case, values in sorted(found.items()):
         seconds = [f'{statistics.median([each[key] for each in values]):.1f}' if key in values[0] else ''
                    for key in ('scores', 'repair')]
-        print(f'| {case.network} | {case.per_class} | {case.left:.0%} | {case.criterion} | {case.kept} | {case.repair} '
-              f'| {summary([each["accuracy"] for each in values])} | {len(values)} | {" | ".join(seconds)} |')
+        print(f'| {case.network} | {case.per_class} | {case.left:.0%} | {case.cost} | {case.criterion} '
+              f'| {case.kept} | {case.repair} | {summary([each["accuracy"] for each in values])} | {len(values)} '
+              f'| {" | ".join(seconds)} |')
 
 
 def plot() -> None:
@@ -221,7 +223,7 @@ def plot() -> None:
 
     found: defaultdict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
     for case, values in known().items():
-        if case.per_class == 10 and case.repair == 'refit' and not case.kept:
+        if case.per_class == 10 and case.repair == 'refit' and not case.kept and case.cost == 'flops':
             found[case.network, case.criterion].setdefault(case.left, []).append(values['accuracy'])
     networks = [name for name in NETWORKS if (name, 'relevance') in found]
     figure = Figure((3 * len(networks), 3.2), layout='constrained')
@@ -254,8 +256,8 @@ def main(mode: str) -> None:
         run(case._replace(criterion=criterion) for case in rows if case.draw < 2 for criterion in OTHERS)
     elif mode == 'streams':
         kept = ' '.join(streams('ResNet-8'))  # MobileNetV1 has none
-        run(Case('ResNet-8', 10, seed, left, 'relevance', 'refit', which) for seed in DRAWS for left in (0.8, 0.7, 0.6)
-            for which in ('', kept))
+        run(Case('ResNet-8', 10, seed, left, 'relevance', 'refit', which, cost) for seed in DRAWS
+            for cost in ('flops', 'latency_fraction') for left in (0.8, 0.7, 0.6) for which in ('', kept))
     elif mode == 'table':
         table()
     elif mode == 'plot':
