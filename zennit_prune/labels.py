@@ -6,7 +6,7 @@ every tensor, the positions that bear its labels. Label 0 marks what must stay.
 '''
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -144,30 +144,57 @@ def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
     return np.broadcast_to(field.labels, source).reshape(target)
 
 
-def components(count: int, edges: Labels) -> Labels:
-    '''The connected components of ``count`` labels under the given ties.
+def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
+    '''The connected components after further ties.
 
-    Each label maps to the smallest label of its component (hooking to the minimum with pointer jumping).
+    Most ties meet labels that nothing was tied to before: these take the component of the other side, at once. What
+    remains is hooked to the minimum with pointer jumping. Label 0 is tied to nothing.
 
     Parameters
     ----------
-    count: int
-        The number of labels.
-    edges: numpy.ndarray
-        int64, shape (2, number of ties).
+    component: numpy.ndarray
+        For each label, the smallest label of its component so far; a label by itself is its own.
+    ties: iterable of pairs of numpy.ndarray
+        Labels at the same position of two arrays (they broadcast) belong together.
+
+    Returns
+    -------
+    numpy.ndarray
+        For each label, the smallest label of its component.
     '''
-    parent = np.arange(count)
+    parent = component.copy()
+    alone = np.bincount(component, minlength=len(component))[component] == 1
+    alone[0] = False
+    rest: list[Labels] = []
+    for left, right in ties:
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left.reshape(-1), right.reshape(-1)
+        if not (left.all() and right.all()):
+            both = (left != 0) & (right != 0)
+            left, right = left[both], right[both]
+        if not alone[left].all():
+            left, right = right, left
+        roots = parent[right]
+        if alone[left].all():
+            parent[left] = roots
+            if (parent[roots] != roots).any():  # a label is on both sides
+                parent[left] = left
+        apart = parent[left] != roots  # or comes twice
+        if apart.any():
+            rest.append(np.stack([left[apart], right[apart]]))
+        alone[left] = alone[right] = False
+    edges = np.concatenate(rest, 1) if rest else np.zeros((2, 0), np.int64)
     while edges.shape[1]:
         left, right = parent[edges[0]], parent[edges[1]]
         apart = left != right
         edges, left, right = edges[:, apart], left[apart], right[apart]
         np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
-        while True:
-            grand = parent[parent]
-            if np.array_equal(grand, parent):
-                break
+        while not np.array_equal(grand := parent[parent], parent):
             parent = grand
-    return parent
+    smallest = np.empty_like(parent)
+    smallest[parent[::-1]] = np.arange(len(parent))[::-1]  # what is written last stays
+    return smallest[parent]
 
 
 def flat_pairs(pairs: Sequence[tuple[Labels, Labels]]) -> Labels:

@@ -1,10 +1,11 @@
 '''What a trace keeps: the recorded operations, and facts about tensors.'''
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import flop_registry
 
@@ -45,6 +46,29 @@ class Operation:
     joint: list[Labels] = field(default_factory=list)
     flops: int = 0
 
+    def repeated(self, reads: list[int], writes: list[int]) -> Operation:
+        '''The same operation on other values, with the lists of this one; see :func:`distinct`.'''
+        return Operation(self.name, self.site, self.kind, self.inputs, self.outputs, reads, writes, self.active,
+                         self.shapes, self.scalars, self.layouts, self.decisions, self.ties, self.locks, self.balances,
+                         self.contracted, self.consumers, self.paired, self.producers, self.joint, self.flops)
+
+    def states_the_same(self, other: Operation) -> bool:
+        '''Whether it says of the same fields what another one says, as batch norm does in both modes.'''
+        if self.outputs is other.outputs:
+            return True
+        if [list(map(id, found)) for found in self.inputs] != [list(map(id, found)) for found in other.inputs]:
+            return False
+        if [reason for _, reason in self.locks] != [reason for _, reason in other.locks]:
+            return False
+        return all(len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+                   for mine, theirs in zip(self._statements(), other._statements()))
+
+    def _statements(self) -> Iterator[list[Labels]]:
+        yield [labels for tie in self.ties for labels in tie]
+        yield [labels for labels, _ in self.locks]
+        yield from (self.balances, self.contracted, self.consumers, self.paired, self.producers, self.joint)
+        yield [field.labels for found in self.outputs[:1] for field in found]
+
     def fields(self) -> Iterator[Field]:
         '''All fields that meet in the operation.'''
         for found in (*self.inputs, *self.outputs):
@@ -52,6 +76,18 @@ class Operation:
 
     def __str__(self) -> str:
         return f'{self.name} in {self.site.module or "the network itself"}'
+
+
+def distinct(operations: Iterable[Operation]) -> list[Operation]:
+    '''Operations without those that state what an earlier one at the same site did.'''
+    found: list[Operation] = []
+    earlier: dict[tuple[str, Site], list[Operation]] = {}
+    for operation in operations:
+        alike = earlier.setdefault((operation.name, operation.site), [])
+        if not any(operation.states_the_same(other) for other in alike):
+            alike.append(operation)
+            found.append(operation)
+    return found
 
 
 class Argument(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 
 from .calls import CallCounter
-from .labels import BlockField, Field, Labels, flat_pairs, varies
+from .labels import BlockField, Field, Labels, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
 from .trace import ForwardError, Recording, run_network
-from .tracer import Tracer
+from .tracer import Outcome, Tracer
 
 Kept = dict[int, npt.NDArray[np.bool_]]
 
@@ -110,6 +111,11 @@ class Replayer(Tracer):
         super().__init__(calls, parameters)
         self.expected, self.deletion, self.solution = expected, deletion, solution
         self._equal: set[tuple[int, int]] = set()
+        self._new: list[Operation] = []  # that no other run has met
+
+    def context(self, name: str) -> int | None:
+        expected = self._counterpart(name)
+        return None if expected is None else id(expected.outputs)
 
     def begin(self, name: str) -> Operation:
         operation = super().begin(name)
@@ -153,24 +159,27 @@ class Replayer(Tracer):
                     if old.dims != new.dims or not np.array_equal(old.labels, new.labels):
                         raise Mismatch('other channels come out')
                     self._equal.add((id(old), id(new)))
+        self._new.append(operation)
         super().record(operation)
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''Check, at last, that nothing is tied or locked that the original does not tie or lock.'''
         super().finish(outputs)
-        if self._new_statement(self.operations):
-            index = next(index for index, operation in enumerate(self.operations) if self._new_statement([operation]))
-            reason = self._new_statement([self.operations[index]])
-            del self.operations[index:]
-            raise Mismatch(reason)
+        for operation in self._new:
+            reason = self._new_statement(operation)
+            if reason:
+                index = next(index for index, found in enumerate(self.operations) if found is operation)
+                del self.operations[index:]
+                raise Mismatch(reason)
 
-    def _new_statement(self, operations: Sequence[Operation]) -> str:
-        left, right = flat_pairs([tie for operation in operations for tie in operation.ties])
-        apart = self.solution.component[left] != self.solution.component[right]
-        if apart.any() and not self.solution.locked[np.concatenate([left[apart], right[apart]])].all():
-            return 'other channels meet'
-        locks = [lock for operation in operations for lock in operation.locks]
-        return next((reason for labels, reason in locks if not self.solution.locked[labels].all()), '')
+    def _new_statement(self, operation: Operation) -> str:
+        component, locked = self.solution.component, self.solution.locked
+        for left, right in operation.ties:
+            apart = component[left] != component[right]
+            if apart.any() and not all(locked[np.broadcast_to(side, apart.shape)[apart]].all()
+                                       for side in (left, right)):
+                return 'other channels meet'
+        return next((reason for labels, reason in operation.locks if not locked[labels].all()), '')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module,
@@ -194,6 +203,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
         The first difference, or None if there is none.
     '''
     deletion = Deletion(removed)
+    outcomes: dict[Any, Outcome] = {}
     example = recording.example.fitted(pruned)
     fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
     for mode, run in recording.runs.items():
@@ -207,7 +217,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
         last = mode == list(recording.runs)[-1]
         network = pruned if last else structural_copy(pruned, recording.example.device)
         try:
-            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes)
+            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes, outcomes=outcomes)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
         except ForwardError as error:
             mismatch = isinstance(error.__cause__, Mismatch)

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .labels import BlockField, Labels, components, first, flat_pairs
+from .labels import BlockField, Labels, first, flat_pairs, joined
 from .recorded import Operation
 from .trace import Recording
 
@@ -51,12 +51,11 @@ class Solution:
 def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     '''Find the removable channels, given further ``locks`` (labels, reason) beside those recorded.'''
     ties = [tie for operation in recording.operations for tie in operation.ties]
+    component = joined(np.arange(recording.size), ties)
     blocks: list[tuple[Labels, Labels]] = []
     joint = joint_fields(recording.operations)
     balances = unique_arrays(labels for operation in recording.operations for labels in operation.balances)
     while True:
-        edges = flat_pairs(ties + blocks)
-        component = components(recording.size, edges[:, (edges != 0).all(0)])
         reasons = _lock_reasons(recording, locks, blocks, component)
         kept = np.zeros(recording.size, bool)
         kept[list(reasons)] = True
@@ -70,6 +69,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
         if not further:
             return solution
         blocks += further
+        component = joined(component, further)
 
 
 def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool_], reasons: dict[int, str],
