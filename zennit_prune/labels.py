@@ -93,6 +93,16 @@ class BlockField(Field):
         return BlockField(self.labels[~gone[self.labels]].reshape(len(lost), -1, *self.labels.shape[2:]))
 
 
+def same(left: Labels, right: Labels) -> bool:
+    '''Whether two arrays are equal; numpy's own way takes ten times as long where they are short.'''
+    return left is right or (left.shape == right.shape and left.tobytes() == right.tobytes())
+
+
+def every(flags: npt.NDArray[np.bool_]) -> bool:
+    '''``flags.all()``, of which the same is true.'''
+    return b'\0' not in flags.tobytes()
+
+
 def first(array: Labels, dim: int) -> Labels:
     '''The slice of size 1 at the start of dimension ``dim``.'''
     return array[(slice(None),) * dim + (slice(0, 1),)]
@@ -100,12 +110,17 @@ def first(array: Labels, dim: int) -> Labels:
 
 def varies(array: Labels, dim: int) -> bool:
     '''Whether the labels differ along dimension ``dim``.'''
-    return array.shape[dim] > 1 and array.strides[dim] != 0 and bool((array != first(array, dim)).any())
+    if array.shape[dim] < 2 or array.strides[dim] == 0:
+        return False
+    corner = [0] * array.ndim
+    corner[dim] = -1  # mostly the two ends say it already
+    return array[tuple(corner)] != array[(0,) * array.ndim] or bool((array != first(array, dim)).any())
 
 
 def varying_dims(array: Labels) -> tuple[int, ...]:
     '''The dimensions along which the labels differ.'''
-    array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
+    if 0 in array.strides:
+        array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
     return tuple(dim for dim in range(array.ndim) if varies(array, dim))
 
 
@@ -164,24 +179,25 @@ def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
     '''
     parent = component.copy()
     alone = np.bincount(component, minlength=len(component))[component] == 1
-    alone[0] = False
+    real = np.ones(len(component), bool)
+    alone[0] = real[0] = False
     rest: list[Labels] = []
     for left, right in ties:
         if left.shape != right.shape:
             left, right = np.broadcast_arrays(left, right)
         left, right = left.reshape(-1), right.reshape(-1)
-        if not (left.all() and right.all()):
-            both = (left != 0) & (right != 0)
+        if not (every(real[left]) and every(real[right])):
+            both = real[left] & real[right]
             left, right = left[both], right[both]
-        if not alone[left].all():
+        if not every(alone[left]):
             left, right = right, left
         roots = parent[right]
-        if alone[left].all():
+        if every(alone[left]):
             parent[left] = roots
-            if (parent[roots] != roots).any():  # a label is on both sides
+            if not same(parent[roots], roots):  # a label is on both sides
                 parent[left] = left
-        apart = parent[left] != roots  # or comes twice
-        if apart.any():
+        if not same(parent[left], roots):  # or comes twice
+            apart = parent[left] != roots
             rest.append(np.stack([left[apart], right[apart]]))
         alone[left] = alone[right] = False
     edges = np.concatenate(rest, 1) if rest else np.zeros((2, 0), np.int64)

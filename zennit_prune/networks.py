@@ -55,7 +55,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
     '''All tensors a network returned, in nested tuples, lists, dicts and the attributes of objects.'''
-    return list(_found(output, set()))
+    return [output] if isinstance(output, torch.Tensor) else list(_found(output, set()))
 
 
 def _found(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import flop_registry
 
 from .calls import Site
-from .labels import Field, Labels
+from .labels import Field, Labels, same
 
 
 @dataclass(slots=True)
@@ -60,7 +59,7 @@ class Operation:
             return False
         if [reason for _, reason in self.locks] != [reason for _, reason in other.locks]:
             return False
-        return all(len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+        return all(len(mine) == len(theirs) and all(map(same, mine, theirs))
                    for mine, theirs in zip(self._statements(), other._statements()))
 
     def _statements(self) -> Iterator[list[Labels]]:
@@ -124,6 +123,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
     '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
+    if packet is torch.ops.aten.addmm:  # whose formula asks for that of mm, with its wrapper
+        packet, args = torch.ops.aten.mm, args[1:3]
     formula = getattr(flop_registry[packet], '__wrapped__', None)
     if formula is None or not isinstance(result, torch.Tensor):
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
@@ -141,8 +142,9 @@ def numbers_in(value: Any) -> list[float]:
         return []
     found: list[float] = []
     for item in value:
-        if isinstance(item, (int, float)):
+        kind = type(item)
+        if kind is int or kind is float or kind is bool:
             found.append(item)
-        elif isinstance(item, (tuple, list, dict)):
+        elif kind is list or isinstance(item, (int, float, tuple, list, dict)):
             found += numbers_in(item)
     return found

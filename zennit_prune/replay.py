@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from .calls import CallCounter
-from .labels import BlockField, Field, Labels, varies
+from .known import Outcome
+from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
 from .trace import ForwardError, Recording, run_network
-from .tracer import Outcome, Tracer
+from .tracer import Tracer
 
 Kept = dict[int, npt.NDArray[np.bool_]]
 
@@ -156,7 +157,7 @@ class Replayer(Tracer):
                 raise Mismatch('other channels come out')
             for old, new in zip(narrowed, new_fields):
                 if old is not new and (id(old), id(new)) not in self._equal:
-                    if old.dims != new.dims or not np.array_equal(old.labels, new.labels):
+                    if old.dims != new.dims or not same(old.labels, new.labels):
                         raise Mismatch('other channels come out')
                     self._equal.add((id(old), id(new)))
         self._new.append(operation)
@@ -175,11 +176,14 @@ class Replayer(Tracer):
     def _new_statement(self, operation: Operation) -> str:
         component, locked = self.solution.component, self.solution.locked
         for left, right in operation.ties:
-            apart = component[left] != component[right]
+            left_roots, right_roots = component[left], component[right]
+            if same(left_roots, right_roots):
+                continue
+            apart = left_roots != right_roots
             if apart.any() and not all(locked[np.broadcast_to(side, apart.shape)[apart]].all()
                                        for side in (left, right)):
                 return 'other channels meet'
-        return next((reason for labels, reason in operation.locks if not locked[labels].all()), '')
+        return next((reason for labels, reason in operation.locks if not every(locked[labels])), '')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module,

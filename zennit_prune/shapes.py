@@ -13,6 +13,7 @@ import torch
 
 from .networks import ATOMIC, tensors_in
 
+META = torch.device('meta')
 IN_PLACE = 'the first argument itself'
 
 
@@ -110,15 +111,18 @@ FORMULAS: dict[str, Callable[..., Any]] = {
 class Case:
     '''How to make the tensors that an operation returns: their sizes, strides and types.'''
 
-    __slots__ = ('kind', 'likes')
+    __slots__ = ('kind', 'likes', 'one')
 
     def __init__(self, outputs: Sequence[torch.Tensor], kind: type):
         self.likes = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in outputs]
-        self.kind = kind
+        self.kind, self.one = kind, self.likes[0] if kind is torch.Tensor else None
 
     def made(self) -> Any:
-        made = [torch.empty_strided(shape, strides, dtype=dtype, device='meta') for shape, strides, dtype in self.likes]
-        return made[0] if self.kind is torch.Tensor else self.kind(made)
+        if self.one is not None:
+            shape, strides, dtype = self.one
+            return torch.empty_strided(shape, strides, dtype=dtype, device=META)
+        return self.kind(torch.empty_strided(shape, strides, dtype=dtype, device=META)
+                         for shape, strides, dtype in self.likes)
 
 
 class Shapes:
@@ -189,10 +193,12 @@ def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[An
         if kind in ATOMIC:
             parts += kind, value  # 1, 1.0 and True are equal, and give results of other types
         elif isinstance(value, torch.Tensor):
-            if not is_plain(value):
+            if not value.is_meta or value.layout is not torch.strided or value.is_complex():
                 raise Irregular
             tensors.append(value)
             parts += value.shape, value.stride(), value.dtype
+        elif kind is list and ATOMIC.issuperset(kinds := tuple(map(type, value))):
+            parts += kinds, tuple(value)
         elif isinstance(value, (tuple, list)):
             parts.append(described(value, tensors))
         elif kind.__hash__ is None:
@@ -202,11 +208,14 @@ def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[An
     return tuple(parts)
 
 
-def is_regular(func: Any, in_place: bool) -> bool:
-    '''Whether an operation returns new tensors, or (``in_place``) just writes into its first argument.'''
+def is_regular(func: Any, in_place: bool, constant: bool = False) -> bool:
+    '''Whether an operation returns new tensors, or (``in_place``) just writes into its first argument.
+
+    One that is given no tensor may make one on any device, and (``constant``) does nothing else.
+    '''
     schema = func._schema
-    if not any('Tensor' in str(argument.type) for argument in schema.arguments):
-        return False  # it makes a tensor on any device
+    if not constant and not any('Tensor' in str(argument.type) for argument in schema.arguments):
+        return False
     aliases = [argument.alias_info for argument in schema.arguments]
     if any(aliases):
         return in_place and aliases[0] is not None and aliases[0].is_write and not any(aliases[1:])

@@ -20,12 +20,21 @@ from .attributes import Claim, mark_attributes
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError
+from .known import Outcome
 from .labels import BlockField, Field
 from .networks import (
-    map_tensors, modules_by_name, output_tensors, set_mode, structural_copy, tensors_by_module, tensors_in, unique_tensors)
+    map_tensors,
+    modules_by_name,
+    output_tensors,
+    set_mode,
+    structural_copy,
+    tensors_by_module,
+    tensors_in,
+    unique_tensors,
+)
 from .recorded import FunctionCall, Operation, distinct
 from .shapes import Shapes
-from .tracer import Outcome, Tracer
+from .tracer import Tracer
 
 TRACED_BATCH = 2
 SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
@@ -73,11 +82,16 @@ class Run:
     functions: list[FunctionCall]
     claims: list[Claim]
 
-    def signature(self) -> list[Any]:
-        '''Equal for two passes that did the same to labels.'''
+    def is_like(self, other: Run) -> bool:
+        '''Whether two passes did the same to labels.'''
+        return (self._signature() == other._signature()
+                and len(distinct([*other.operations, *self.operations])) == len(distinct(other.operations)))
+
+    def _signature(self) -> list[Any]:
         seen: dict[int, int] = {}
         return [(operation.name, operation.shapes[:1], operation.scalars, len(operation.ties), len(operation.locks),
-                 [seen.setdefault(value, len(seen)) for value in operation.reads]) for operation in self.operations]
+                 [seen.setdefault(value, len(seen)) for value in (*operation.reads, *operation.writes)])
+                for operation in self.operations]
 
 
 @dataclass
@@ -286,7 +300,7 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
             notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     try:
         runs['train'] = run(_marked_copy(model, arguments.device), True)
-        if runs['train'].signature() == runs['eval'].signature():
+        if runs['train'].is_like(runs['eval']):
             del runs['train']
     except (ForwardError, PruneError) as error:
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '

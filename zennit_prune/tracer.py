@@ -2,62 +2,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from . import contractions  # noqa: F401  (registers its rules)
 from .calls import CallCounter, Site
 from .errors import PruneError
+from .known import ACTIVE, OWN, UNIFORM, VANISHING, Known, Outcome, fixed_numbers, vanishes
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
-from .operations import pointwise
-from .recorded import Operation, count_flops, numbers_in, storage_key
-from .rules import OF_USERS, OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, check_candidates, operation_name
-from .shapes import Shapes, described_call, is_regular
+from .recorded import Operation, count_flops, storage_key
+from .rules import Call, Candidates, NoRule, Rule, check_candidates
+from .shapes import Shapes, described_call
 
-SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
-ACTIVE, UNIFORM, VANISHING, OWN = 1, 2, 4, 8  # what is known of a storage
 NO_FIELDS: list[Field] = []
 SMALL = 64  # constants with more values are hardly made from a width
-
-
-class Known(NamedTuple):
-    '''What is known of an operation, looked up once a run.'''
-
-    name: str
-    traits: Traits
-    is_pointwise: bool
-    rule: Rule | None
-    zero: str
-    stays_uniform: bool
-    counts_flops: bool
-    is_regular: bool
-    may_be_refused: bool
-    is_repeatable: bool
-
-    @classmethod
-    def of(cls, func: Any) -> Known:
-        name = operation_name(func._schema.name)
-        name = SAME.get(name, name)
-        traits = OPERATIONS.get(name, UNKNOWN)
-        is_pointwise = traits.rule is None and (traits.pointwise or torch.Tag.pointwise in func.tags)
-        return cls(name, traits, is_pointwise, pointwise if is_pointwise else traits.rule,
-                   traits.zero or ('never' if is_pointwise else 'all'), is_pointwise or traits.refills,
-                   func.overloadpacket in flop_registry,
-                   is_regular(func, is_pointwise or traits.refills),
-                   traits.needs_value or traits.counts or name == 'index',
-                   not traits.transparent and name not in OF_USERS)
-
-
-class Outcome(NamedTuple):
-    '''What an operation did to labels, and whether its result is zero in a channel once its weights are.'''
-
-    operation: Operation
-    vanishes: bool
 
 
 class Tracer(TorchDispatchMode):
@@ -183,6 +145,9 @@ class Tracer(TorchDispatchMode):
             self._refuse(known, args, inputs)
         result = self.shapes(func, args, kwargs, key) if known.is_regular else func(*args, **kwargs)
         outputs = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
+        if not inputs and known.traits.constant:
+            self._make(known, args, kwargs, outputs)
+            return result
         aliased = [field for tensor in inputs if id(tensor) not in self._alive for field in self._meet(tensor)]
         ids = [id(tensor) for tensor in inputs]
         in_place = bool(outputs) and id(outputs[0]) in ids
@@ -216,8 +181,8 @@ class Tracer(TorchDispatchMode):
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        vanishes = self._vanishes(operation, known.zero, facts[:len(tensors_in(args))] if kwargs else facts)
-        self._mark(written, VANISHING, vanishes)
+        vanish = vanishes(operation, known.zero, facts[:len(tensors_in(args))] if kwargs else facts)
+        self._mark(written, VANISHING, vanish)
         if not any(operation.outputs) and all(self._facts[storage] & UNIFORM for storage in written):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if known.traits.transparent and not operation.locks:
@@ -225,7 +190,7 @@ class Tracer(TorchDispatchMode):
                 self._values[id(tensor)] = operation.reads[0]
             return result
         operation.writes = self._renewed(outputs)
-        operation.scalars = self._fixed_numbers(known, args, kwargs)
+        operation.scalars = fixed_numbers(known, args, kwargs, fields[0] if fields else NO_FIELDS)
         if not known.is_pointwise and not known.traits.size_free:  # a reader of constants may see how many there are
             operation.scalars += [size for tensor, found, fact in zip(inputs, fields, facts)
                                   if fact & UNIFORM and not found for size in tensor.shape]
@@ -236,12 +201,25 @@ class Tracer(TorchDispatchMode):
         if labelled or any(operation.active) or (operation.scalars and not counter):
             self.record(operation)
         if case is not None:
-            self.outcomes[case] = Outcome(operation, vanishes)  # type: ignore[index]
+            self.outcomes[case] = Outcome(operation, vanish)  # type: ignore[index]
         return result
+
+    def _make(self, known: Known, args: Any, kwargs: Any, outputs: Sequence[torch.Tensor]) -> None:
+        '''Record a constant or independent noise, as large as asked for, if numbers say what it holds.'''
+        operation = self.begin(known.name)
+        self._alive.update((id(tensor), tensor) for tensor in outputs)
+        self._mark([storage_key(tensor) for tensor in outputs], UNIFORM, True)
+        operation.writes = self._renewed(outputs)
+        operation.outputs, operation.layouts = [[] for _ in outputs], [[] for _ in outputs]
+        for tensor in outputs:
+            self._fields[id(tensor)] = []
+        operation.scalars = fixed_numbers(known, args, kwargs, NO_FIELDS)
+        if operation.scalars:
+            self.record(operation)
 
     def _settle_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
                       written: Sequence[int], in_place: bool) -> list[int]:
-        '''Note of what an operation wrote whether it is active and uniform; returned is what was known of the inputs.'''
+        '''Note whether what an operation wrote is active and uniform; returned is what was known of its inputs.'''
         facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
         some, every = 0, ~0
         for fact in facts:
@@ -288,35 +266,6 @@ class Tracer(TorchDispatchMode):
         masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if known.name == 'index' else []
         if known.traits.counts or masks:
             self.refuse_counts(known.name, masks or inputs)
-
-    def _fixed_numbers(self, known: Known, args: Any, kwargs: Any) -> list[float]:
-        '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
-        name, traits = known.name, known.traits
-        if traits.sized:
-            return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
-                    or (traits.constant and type(value) is int)]
-        if name == 'convolution':
-            return numbers_in(args[3:8])
-        if 'batch_norm' in name:  # in training it does the same to labels
-            return [value for value in args[5:] if isinstance(value, float)]
-        if name == 'slice':
-            dim = int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
-            if any(dim in field.dims for field in self.fields_of(args[0])):
-                return numbers_in(args[4:])
-            return [dim, *slice(*args[2:5]).indices(args[0].shape[dim])]
-        return numbers_in((args, kwargs))
-
-    def _vanishes(self, operation: Operation, zero: str, facts: Sequence[int]) -> bool:
-        '''Whether a result is zero in a channel once all weights that bring it forth are.'''
-        vanishing = [bool(fact & VANISHING) for fact in facts]
-        if zero == 'all' or zero == 'any':
-            labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
-            return bool(labelled) and all(labelled) if zero == 'all' else any(labelled) or bool(operation.producers)
-        if zero == 'terms':
-            return len(vanishing) > 1 and all(vanishing)
-        if zero == 'never':
-            return False
-        return vanishing[:1] == [True] and (zero == 'first' or bool(operation.producers))  # 'first', 'bias'
 
     def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
         '''Refuse a network that uses values of its input in Python.'''
@@ -378,8 +327,9 @@ class Tracer(TorchDispatchMode):
                 elif isinstance(option, Field) and option.dims == dims:
                     fields.append(option)
                 else:
-                    shape = [size if dim in dims else 1 for dim, size in enumerate(tensor.shape)]
-                    fields.append(Field(np.broadcast_to(narrowed_to(labels, dims), shape), dims))
+                    labels = narrowed_to(labels, dims)
+                    shape = tuple([size if dim in dims else 1 for dim, size in enumerate(tensor.shape)])
+                    fields.append(Field(labels if labels.shape == shape else np.broadcast_to(labels, shape), dims))
             operation.layouts.append(layout)
             operation.outputs.append(fields)
             self._fields[id(tensor)] = fields
