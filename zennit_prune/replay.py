@@ -57,7 +57,7 @@ class Deletion:
         if id(field) not in self._kept:
             kept: Kept = {}
             gone = self.removed[field.labels]
-            if gone.any():
+            if not every(~gone):
                 if len(field.dims) == 1:
                     kept[field.dims[0]] = np.logical_not(gone.reshape(-1))
                 for dim in field.dims if not kept else ():
@@ -207,7 +207,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
         The first difference, or None if there is none.
     '''
     deletion = Deletion(removed)
-    outcomes: dict[Any, Outcome] = {}
+    outcomes: dict[Any, Outcome] | None = {} if len(recording.runs) > 1 else None
     example = recording.example.fitted(pruned)
     fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
     for mode, run in recording.runs.items():
