@@ -41,12 +41,12 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    before, of_users = dict(rules.OPERATIONS), set(rules._OF_USERS)
+    before, of_users = dict(rules.OPERATIONS), set(rules.OF_USERS)
     yield
     rules.OPERATIONS.clear()
     rules.OPERATIONS.update(before)
-    rules._OF_USERS.clear()
-    rules._OF_USERS.update(of_users)
+    rules.OF_USERS.clear()
+    rules.OF_USERS.update(of_users)
 
 
 def traced(operator: Callable[[torch.Tensor], torch.Tensor]) -> tuple[nn.Module, torch.Tensor, zp.ChannelGraph]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from zennit_prune.shapes import FORMULAS, Shapes, is_regular
+from zennit_prune.shapes import FORMULAS, Shapes, described_call, is_regular
 
 aten = torch.ops.aten
 X, W = (2, 6, 5, 7), (4, 3, 3, 3)
@@ -20,6 +20,10 @@ def kind(result: Any) -> Any:
     if isinstance(result, torch.Tensor):
         return tuple(result.shape), result.stride(), result.dtype, result.device.type
     return type(result), *map(kind, result)
+
+
+def made(shapes: Shapes, func: Any, args: Any, **kwargs: Any) -> Any:
+    return shapes(func, args, kwargs, described_call(func, args, kwargs, []))
 
 
 CASES = [
@@ -55,14 +59,14 @@ def test_the_first_and_the_later_results_are_what_torch_returns(func: Any, args:
     assert is_regular(func, in_place)
     want = kind(func(*args))
     for _ in range(2):
-        result = shapes(func, args, {})
+        result = made(shapes, func, args)
         assert kind(result) == want
         assert (result is args[0]) == in_place
 
 
 def test_cases_differ_where_types_of_numbers_do() -> None:
     shapes, x = Shapes(), meta(3, dtype=torch.int64)
-    assert [shapes(aten.add.Tensor, (x, number), {}).dtype for number in (1, 1.0, 1, True)] == [
+    assert [made(shapes, aten.add.Tensor, (x, number)).dtype for number in (1, 1.0, 1, True)] == [
         torch.int64, torch.float32, torch.int64, torch.int64]
 
 
@@ -80,7 +84,7 @@ def test_what_torch_refuses_is_refused(func: Any, args: Any) -> None:
     shapes = Shapes()
     for _ in range(2):
         with pytest.raises((RuntimeError, IndexError)):
-            shapes(func, args, {})
+            made(shapes, func, args)
 
 
 def test_views_factories_and_reshaping_writes_are_left_alone() -> None:
@@ -90,6 +94,28 @@ def test_views_factories_and_reshaping_writes_are_left_alone() -> None:
     assert is_regular(aten.relu_.default, True)
 
 
+def test_constants_are_made_where_they_were_asked_for() -> None:
+    shapes = Shapes()
+    assert is_regular(aten.zeros.default, False, constant=True)
+    for _ in range(2):
+        for device in ('meta', 'cpu', 'meta'):
+            result = made(shapes, aten.zeros.default, ([2, 3],), dtype=torch.float64, device=torch.device(device))
+            assert (result.device.type, result.dtype, result.shape) == (device, torch.float64, (2, 3))
+    assert made(shapes, aten.zeros.default, ([2, 3],)).device.type == 'cpu'
+
+
+def test_what_a_call_is_known_by_holds_its_tensors() -> None:
+    x, y, found = meta(2, 3), meta(2, 1), []
+    key = described_call(aten.add.Tensor, (x, y), {'alpha': 2}, found)
+    assert [id(tensor) for tensor in found] == [id(x), id(y)]
+    assert key == described_call(aten.add.Tensor, (meta(2, 3), meta(2, 1)), {'alpha': 2}, [])
+    assert key != described_call(aten.add.Tensor, (x, y), {'alpha': 2.0}, [])
+    assert key != described_call(aten.add.Tensor, (x.half(), y), {'alpha': 2}, [])
+    assert key != described_call(aten.add.Tensor, (meta(3, 2).t(), y), {'alpha': 2}, [])
+    found.clear()
+    assert described_call(aten.cat.default, ([x, torch.ones(2, 3)],), {}, found) is None and len(found) == 2
+
+
 def test_every_formula_is_tested() -> None:
     tested = {func._opname for func, _ in CASES}
     assert {name for name in FORMULAS if FORMULAS[name].__name__ != '_elementwise'} <= tested
@@ -97,6 +123,6 @@ def test_every_formula_is_tested() -> None:
 
 def test_tensors_with_values_are_computed() -> None:
     shapes, x = Shapes(), torch.ones(3)
-    assert torch.equal(shapes(aten.add.Tensor, (x, 1), {}), x + 1)
-    assert torch.equal(shapes(aten.add.Tensor, (x, 1), {}), x + 1)
-    assert torch.equal(shapes(aten.mul.Tensor, (x, x + 1), {}), x + 1)
+    assert torch.equal(made(shapes, aten.add.Tensor, (x, 1)), x + 1)
+    assert torch.equal(made(shapes, aten.add.Tensor, (x, 1)), x + 1)
+    assert torch.equal(made(shapes, aten.mul.Tensor, (x, x + 1)), x + 1)

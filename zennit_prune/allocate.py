@@ -115,14 +115,8 @@ def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.
 def _steps(size: int, least: int, round_to: int | None, together: int = 1) -> list[int]:
     '''How a group shrinks: ``together`` channels at a time, one of each block, or also to multiples of ``round_to``.'''
     round_to = math.lcm(round_to or 1, together)
-    steps: list[int] = []
-    left = size
-    while True:
-        below = (left - 1) // round_to * round_to
-        if below < max(least, round_to):
-            return steps
-        steps.append(left - below)
-        left = below
+    least, below = max(least, round_to), (size - 1) // round_to * round_to
+    return [size - below, *[round_to] * ((below - least) // round_to)] if below >= least else []
 
 
 def _check(min_channels: int, floor: float, round_to: int | None) -> None:

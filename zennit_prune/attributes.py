@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .labels import Field
+from .networks import modules_by_name
 
 SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
           'layer_norm': ('normalized_shape',)}
@@ -51,11 +52,12 @@ class Known(int):
 
 def mark_attributes(network: nn.Module) -> None:
     '''Replace the whole numbers that modules of a structural copy keep.'''
-    for module_name, module in network.named_modules():
+    for module_name, module in modules_by_name(network):
         for name, value in module.__dict__.items():
-            if type(value) is int and value > 1:
+            kind = type(value)
+            if kind is int and value > 1:
                 module.__dict__[name] = Known(value, Attribute(module_name, name))
-            elif type(value) is tuple and value and all(type(item) is int for item in value):
+            elif kind is tuple and value and all(type(item) is int for item in value):
                 module.__dict__[name] = tuple(Known(item, Attribute(module_name, name, position))
                                               for position, item in enumerate(value))
 

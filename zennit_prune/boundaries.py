@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attributes import Claim, stated_sizes
+from .attributes import SHAPED, Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
 from .networks import output_tensors, tensors_in
@@ -66,8 +66,9 @@ class Outputs(Guard):
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         result = super().run(func, args, kwargs)
-        for attribute, dim in stated_sizes(self.function, args, kwargs, result):
-            self.claims.append(Claim(attribute, self.tracer.fields_of(result), dim, result.shape[dim]))
+        if self.function in SHAPED:
+            for attribute, dim in stated_sizes(self.function, args, kwargs, result):
+                self.claims.append(Claim(attribute, self.tracer.fields_of(result), dim, result.shape[dim]))
         return result
 
     def left(self, frame: Frame, output: Any) -> None:
@@ -78,28 +79,28 @@ class Boundaries(Outputs):
     '''Note, besides, which values enter and leave modules and torch functions.'''
 
     def entered(self, frame: Frame, inputs: Any) -> None:
-        self._note('input', frame, inputs)
+        self._note('input', frame.module, frame.call, inputs)
 
     def left(self, frame: Frame, output: Any) -> None:
-        self._note('output', frame, output)
+        self._note('output', frame.module, frame.call, output)
         super().left(frame, output)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site, tracer = self.site, self.tracer
-        tensors = tensors_in((args, kwargs))
+        tensors = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
         arguments = [Argument(tracer.value_of(tensor), tracer.is_active(tensor), tuple(tensor.shape))
                      for tensor in tensors]
         before = len(tracer.operations)
         result = super().run(func, args, kwargs)
-        self._note('function', Frame(site.module, '', site.call), result, site)
+        self._note('function', site.module, site.call, result, site)
         if any(argument.active for argument in arguments):
             in_place = next((position for position, tensor in enumerate(tensors) if tensor is result), None)
             self.functions.append(FunctionCall(site, arguments, list(map(tracer.value_of, tensors_in(result))),
                                                tracer.operations[before:], in_place))
         return result
 
-    def _note(self, side: str, frame: Frame, tensors: Any, site: Site | None = None) -> None:
+    def _note(self, side: str, module: str, call: int, tensors: Any, site: Site | None = None) -> None:
         for position, tensor in enumerate(tensors_in(tensors)):
             if self.tracer.fields_of(tensor):
-                place = Place(side, frame.module, frame.call, position, site)
+                place = Place(side, module, call, position, site)
                 self.places.setdefault(self.tracer.value_of(tensor), []).append(place)

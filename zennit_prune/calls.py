@@ -44,7 +44,7 @@ class Frame:
 
     def __init__(self, module: str, kind: str, call: int):
         self.module, self.kind, self.call = module, kind, call
-        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.counts: dict[str, int] = {}
 
 
 class CallCounter(TorchFunctionMode):
@@ -128,8 +128,8 @@ class CallCounter(TorchFunctionMode):
         if len(kwargs) > 1:
             kwargs = dict(sorted(kwargs.items(), key=lambda item: TENSORS.get(item[0], len(TENSORS))))
         frame, outer = self._stack[-1], (self.function, self.ordinal)
-        self.function, self.ordinal = name, frame.counts[name]
-        frame.counts[name] += 1
+        self.function, self.ordinal = name, frame.counts.get(name, 0)
+        frame.counts[name] = self.ordinal + 1
         try:
             return self.intercept(func, args, kwargs)
         finally:

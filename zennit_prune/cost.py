@@ -165,9 +165,10 @@ class CostModel:
         self._axes: dict[bytes, int] = {}
         self._lengths: list[float] = [1.0]
         self._multiplicity: list[npt.NDArray[np.float64]] = [np.zeros(len(graph.groups))]
-        self._order = np.full(len(graph.solution.group) + 1, -1)
+        order = np.full(len(graph.solution.group) + 1, -1)
         for number, group in enumerate(graph.groups):
-            self._order[group.channels] = number
+            order[group.channels] = number
+        self._group_of = order[graph.solution.channel]
         terms: dict[str, list[tuple[float, list[int]]]] = {'params': [], 'bytes': [], 'flops': []}
         self._layers: dict[str, list[str]] = {unit: [] for unit in terms}
         for name, size in graph.recording.sizes.items():
@@ -192,7 +193,7 @@ class CostModel:
 
     def _axis(self, labels: Labels, dim: int | None = None) -> int:
         '''The number of a dimension with these labels; 0 where it never shrinks.'''
-        groups = self._order[self.graph.solution.channel[labels]]
+        groups = self._group_of[labels]
         if dim is not None:
             channels = self.graph.solution.channel[labels]
             if labels.shape[dim] > 1 and not (channels != first(channels, dim)).any():

@@ -112,7 +112,7 @@ class ChannelGraph:
         if isinstance(patterns, str) or not isinstance(patterns, Iterable) \
                 or not all(isinstance(pattern, str) for pattern in patterns):
             raise PruneError(f"ignore is a sequence of patterns of module names, not {patterns!r}: e.g. ignore=['fc'].")
-        modules = [name for name, _ in model.named_modules() if name]
+        modules = [name for name, _ in model.named_modules() if name] if patterns else []
         for pattern in patterns:
             matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
             if not matches:

@@ -55,7 +55,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
     '''All tensors a network returned, in nested tuples, lists, dicts and the attributes of objects.'''
-    return list(_found(output, set()))
+    return [output] if isinstance(output, torch.Tensor) else list(_found(output, set()))
 
 
 def _found(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
@@ -105,6 +105,16 @@ def modules_by_name(model: nn.Module, name: str = '') -> list[tuple[str, nn.Modu
     return found
 
 
+def set_mode(network: nn.Module, training: bool) -> None:
+    '''``network.train(training)``, without the detour over ``Module.__setattr__`` where no module has its own.'''
+    modules = [module for _, module in modules_by_name(network)]
+    if any(type(module).train is not nn.Module.train for module in modules):
+        network.train(training)
+    else:
+        for module in modules:
+            module.__dict__['training'] = training
+
+
 def tensors_by_module(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     '''Every parameter and buffer under each of its names.'''
     parameters: list[tuple[str, torch.Tensor]] = []
@@ -140,7 +150,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             break
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise PruneError(f'module {name!r} is scripted ({type(module).__name__}): its code cannot be narrowed. '
                              'Prune the network before torch.jit.script or torch.jit.trace.')
@@ -192,20 +202,21 @@ class _Copier:
             return copy.deepcopy(module, memo)
         new = kind.__new__(kind)
         memo[id(module)] = new
-        attributes = {}
+        attributes = vars(module).copy()
         for key, value in vars(module).items():
             kind_of_value = type(value)
             if kind_of_value in ATOMIC or (self.for_trace and key in HOOKS and not value):
-                attributes[key] = value
-            elif id(value) in memo:
+                continue
+            if id(value) in memo:
                 attributes[key] = memo[id(value)]
             elif kind_of_value in EMPTY and not value:
                 attributes[key] = memo[id(value)] = kind_of_value()
-            elif kind_of_value is tuple and all(type(item) in ATOMIC for item in value):
-                attributes[key] = value
+            elif kind_of_value is tuple and ATOMIC.issuperset(map(type, value)):
+                continue
             elif key in CONTENTS and kind_of_value in (dict, OrderedDict):
-                attributes[key] = kind_of_value()
-                attributes[key].update((name, self.content(item)) for name, item in value.items())
+                attributes[key] = contents = kind_of_value()
+                for name, item in value.items():
+                    contents[name] = self.content(item)
             elif self.for_trace and isinstance(value, torch.Tensor):
                 attributes[key] = memo[id(value)] = without_data(value)
             else:

@@ -93,6 +93,13 @@ def movement(call: Call) -> Candidates:
     '''Operations that move dimensions, or data within one: executed on the labels as they are.'''
     if call.name == 'roll' and not call.argument(2, 'dims'):
         raise NoRule  # it runs over the flattened tensor
+    ndim = call.args[0].dim()
+    if call.name in ('permute', 'transpose', 't'):
+        order = list(call.argument(1, 'dims') if call.name == 'permute' else range(ndim))
+        if call.name != 'permute' and ndim > 1:
+            one, other = (call.argument(1, 'dim0'), call.argument(2, 'dim1')) if call.name == 'transpose' else (0, 1)
+            order[one], order[other] = order[other], order[one]
+        return [[field.labels.transpose(order) for field in call.fields(call.args[0])]]
     moved = [_run_on(field.labels, call) for field in call.fields(call.args[0])]
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 

@@ -1,7 +1,7 @@
 '''What a trace keeps: the recorded operations, and facts about tensors.'''
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from .calls import Site
-from .labels import Field, Labels
+from .labels import Field, Labels, same
 
 
 @dataclass(slots=True)
@@ -45,6 +45,29 @@ class Operation:
     joint: list[Labels] = field(default_factory=list)
     flops: int = 0
 
+    def repeated(self, reads: list[int], writes: list[int]) -> Operation:
+        '''The same operation on other values, with the lists of this one; see :func:`distinct`.'''
+        return Operation(self.name, self.site, self.kind, self.inputs, self.outputs, reads, writes, self.active,
+                         self.shapes, self.scalars, self.layouts, self.decisions, self.ties, self.locks, self.balances,
+                         self.contracted, self.consumers, self.paired, self.producers, self.joint, self.flops)
+
+    def states_the_same(self, other: Operation) -> bool:
+        '''Whether it says of the same fields what another one says, as batch norm does in both modes.'''
+        if self.outputs is other.outputs:
+            return True
+        if [list(map(id, found)) for found in self.inputs] != [list(map(id, found)) for found in other.inputs]:
+            return False
+        if [reason for _, reason in self.locks] != [reason for _, reason in other.locks]:
+            return False
+        return all(len(mine) == len(theirs) and all(map(same, mine, theirs))
+                   for mine, theirs in zip(self._statements(), other._statements()))
+
+    def _statements(self) -> Iterator[list[Labels]]:
+        yield [labels for tie in self.ties for labels in tie]
+        yield [labels for labels, _ in self.locks]
+        yield from (self.balances, self.contracted, self.consumers, self.paired, self.producers, self.joint)
+        yield [field.labels for found in self.outputs[:1] for field in found]
+
     def fields(self) -> Iterator[Field]:
         '''All fields that meet in the operation.'''
         for found in (*self.inputs, *self.outputs):
@@ -52,6 +75,18 @@ class Operation:
 
     def __str__(self) -> str:
         return f'{self.name} in {self.site.module or "the network itself"}'
+
+
+def distinct(operations: Iterable[Operation]) -> list[Operation]:
+    '''Operations without those that state what an earlier one at the same site did.'''
+    found: list[Operation] = []
+    earlier: dict[tuple[str, Site], list[Operation]] = {}
+    for operation in operations:
+        alike = earlier.setdefault((operation.name, operation.site), [])
+        if not any(operation.states_the_same(other) for other in alike):
+            alike.append(operation)
+            found.append(operation)
+    return found
 
 
 class Argument(NamedTuple):
@@ -88,6 +123,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
     '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
+    if packet is torch.ops.aten.addmm:  # whose formula asks for that of mm, with its wrapper
+        packet, args = torch.ops.aten.mm, args[1:3]
     formula = getattr(flop_registry[packet], '__wrapped__', None)
     if formula is None or not isinstance(result, torch.Tensor):
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
@@ -105,8 +142,9 @@ def numbers_in(value: Any) -> list[float]:
         return []
     found: list[float] = []
     for item in value:
-        if isinstance(item, (int, float)):
+        kind = type(item)
+        if kind is int or kind is float or kind is bool:
             found.append(item)
-        elif isinstance(item, (tuple, list, dict)):
+        elif kind is list or isinstance(item, (int, float, tuple, list, dict)):
             found += numbers_in(item)
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from .calls import CallCounter
-from .labels import BlockField, Field, Labels, flat_pairs, varies
+from .known import Outcome
+from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
@@ -55,7 +57,7 @@ class Deletion:
         if id(field) not in self._kept:
             kept: Kept = {}
             gone = self.removed[field.labels]
-            if gone.any():
+            if not every(~gone):
                 if len(field.dims) == 1:
                     kept[field.dims[0]] = np.logical_not(gone.reshape(-1))
                 for dim in field.dims if not kept else ():
@@ -110,6 +112,11 @@ class Replayer(Tracer):
         super().__init__(calls, parameters)
         self.expected, self.deletion, self.solution = expected, deletion, solution
         self._equal: set[tuple[int, int]] = set()
+        self._new: list[Operation] = []  # that no other run has met
+
+    def context(self, name: str) -> int | None:
+        expected = self._counterpart(name)
+        return None if expected is None else id(expected.outputs)
 
     def begin(self, name: str) -> Operation:
         operation = super().begin(name)
@@ -150,27 +157,33 @@ class Replayer(Tracer):
                 raise Mismatch('other channels come out')
             for old, new in zip(narrowed, new_fields):
                 if old is not new and (id(old), id(new)) not in self._equal:
-                    if old.dims != new.dims or not np.array_equal(old.labels, new.labels):
+                    if old.dims != new.dims or not same(old.labels, new.labels):
                         raise Mismatch('other channels come out')
                     self._equal.add((id(old), id(new)))
+        self._new.append(operation)
         super().record(operation)
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''Check, at last, that nothing is tied or locked that the original does not tie or lock.'''
         super().finish(outputs)
-        if self._new_statement(self.operations):
-            index = next(index for index, operation in enumerate(self.operations) if self._new_statement([operation]))
-            reason = self._new_statement([self.operations[index]])
-            del self.operations[index:]
-            raise Mismatch(reason)
+        for operation in self._new:
+            reason = self._new_statement(operation)
+            if reason:
+                index = next(index for index, found in enumerate(self.operations) if found is operation)
+                del self.operations[index:]
+                raise Mismatch(reason)
 
-    def _new_statement(self, operations: Sequence[Operation]) -> str:
-        left, right = flat_pairs([tie for operation in operations for tie in operation.ties])
-        apart = self.solution.component[left] != self.solution.component[right]
-        if apart.any() and not self.solution.locked[np.concatenate([left[apart], right[apart]])].all():
-            return 'other channels meet'
-        locks = [lock for operation in operations for lock in operation.locks]
-        return next((reason for labels, reason in locks if not self.solution.locked[labels].all()), '')
+    def _new_statement(self, operation: Operation) -> str:
+        component, locked = self.solution.component, self.solution.locked
+        for left, right in operation.ties:
+            left_roots, right_roots = component[left], component[right]
+            if same(left_roots, right_roots):
+                continue
+            apart = left_roots != right_roots
+            if apart.any() and not all(locked[np.broadcast_to(side, apart.shape)[apart]].all()
+                                       for side in (left, right)):
+                return 'other channels meet'
+        return next((reason for labels, reason in operation.locks if not every(locked[labels])), '')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module,
@@ -194,6 +207,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
         The first difference, or None if there is none.
     '''
     deletion = Deletion(removed)
+    outcomes: dict[Any, Outcome] | None = {} if len(recording.runs) > 1 else None
     example = recording.example.fitted(pruned)
     fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
     for mode, run in recording.runs.items():
@@ -207,7 +221,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
         last = mode == list(recording.runs)[-1]
         network = pruned if last else structural_copy(pruned, recording.example.device)
         try:
-            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes)
+            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes, outcomes=outcomes)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
         except ForwardError as error:
             mismatch = isinstance(error.__cause__, Mismatch)

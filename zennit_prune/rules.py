@@ -187,7 +187,7 @@ def operation_name(schema_name: str) -> str:
     return name[:-1] if name.endswith('_') and not name.endswith('__') else name
 
 
-_OF_USERS: set[str] = set()
+OF_USERS: set[str] = set()
 
 
 def register_operation(*names: str, pointwise: bool = False,
@@ -242,9 +242,9 @@ def register_operation(*names: str, pointwise: bool = False,
             raise PruneError(f"{name!r} is no operation: name it with its namespace and without overload, e.g. "
                              "'mylib::scale' or 'aten::cummax'.")
         keys.append(operation_name(name))
-        if keys[-1] in OPERATIONS and keys[-1] not in _OF_USERS:
+        if keys[-1] in OPERATIONS and keys[-1] not in OF_USERS:
             raise PruneError(f'{name!r} has a rule already, which cannot be replaced.')
-    _OF_USERS.update(keys)
+    OF_USERS.update(keys)
     for key in keys:
         OPERATIONS[key] = Traits(pointwise=pointwise, zero=zero)
 

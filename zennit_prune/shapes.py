@@ -6,11 +6,14 @@ its two modes, and the networks narrowed from it ask for the same cases again an
 '''
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .networks import ATOMIC, tensors_in
+
+META = torch.device('meta')
 IN_PLACE = 'the first argument itself'
 
 
@@ -108,15 +111,18 @@ FORMULAS: dict[str, Callable[..., Any]] = {
 class Case:
     '''How to make the tensors that an operation returns: their sizes, strides and types.'''
 
-    __slots__ = ('kind', 'likes')
+    __slots__ = ('kind', 'likes', 'one')
 
     def __init__(self, outputs: Sequence[torch.Tensor], kind: type):
         self.likes = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in outputs]
-        self.kind = kind
+        self.kind, self.one = kind, self.likes[0] if kind is torch.Tensor else None
 
     def made(self) -> Any:
-        made = [torch.empty_strided(shape, strides, dtype=dtype, device='meta') for shape, strides, dtype in self.likes]
-        return made[0] if self.kind is torch.Tensor else self.kind(made)
+        if self.one is not None:
+            shape, strides, dtype = self.one
+            return torch.empty_strided(shape, strides, dtype=dtype, device=META)
+        return self.kind(torch.empty_strided(shape, strides, dtype=dtype, device=META)
+                         for shape, strides, dtype in self.likes)
 
 
 class Shapes:
@@ -129,7 +135,7 @@ class Shapes:
     def __init__(self) -> None:
         self._cases: dict[Any, Case | str] = {}
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Any:
         '''What ``func`` returns.
 
         Parameters
@@ -138,14 +144,14 @@ class Shapes:
             A function for which :func:`is_regular` holds.
         args, kwargs:
             Its arguments.
+        key: object
+            :func:`described_call` of these.
         '''
-        try:
-            key = (func, described(args), described(tuple(kwargs.items())) if kwargs else None)
-            case = self._cases.get(key)
-        except (Irregular, TypeError):
+        if key is None:
             return func(*args, **kwargs)
+        case = self._cases.get(key)
         if case is not None:
-            return args[0] if isinstance(case, str) else case.made()
+            return args[0] if case is IN_PLACE else case.made()  # type: ignore[union-attr]
         formula = FORMULAS.get(func._opname) if func.namespace == 'aten' else None
         result = formula(func, *args) if formula and not kwargs else func(*args, **kwargs)
         if args and result is args[0]:
@@ -160,33 +166,56 @@ class Shapes:
 
 
 class Irregular(Exception):
-    '''An argument is a tensor of another kind.'''
+    '''An argument is a tensor of another kind, or something that cannot be compared.'''
+
+
+def described_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    '''Equal for calls that return tensors of equal shapes, strides and types; None where that cannot be said.
+
+    The tensors among the arguments are added to ``tensors``.
+    '''
+    try:
+        return id(func), described(args, tensors), described(kwargs.items(), tensors) if kwargs else None
+    except Irregular:
+        tensors[:] = tensors_in(args) + tensors_in(kwargs)
+        return None
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_meta and tensor.layout is torch.strided and not tensor.is_complex()
 
 
-def described(arguments: Any) -> tuple[Any, ...]:
-    '''Equal for arguments for which an operation returns tensors of equal shapes, strides and types.'''
+def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    '''What the result of an operation depends on; the tensors among the arguments are added to ``tensors``.'''
     parts: list[Any] = []
     for value in arguments:
-        if isinstance(value, torch.Tensor):
-            if not is_plain(value):
+        kind = type(value)
+        if kind in ATOMIC:
+            parts += kind, value  # 1, 1.0 and True are equal, and give results of other types
+        elif isinstance(value, torch.Tensor):
+            if not value.is_meta or value.layout is not torch.strided or value.is_complex():
                 raise Irregular
+            tensors.append(value)
             parts += value.shape, value.stride(), value.dtype
+        elif kind is list and ATOMIC.issuperset(kinds := tuple(map(type, value))):
+            parts += kinds, tuple(value)
         elif isinstance(value, (tuple, list)):
-            parts.append(described(value))
+            parts.append(described(value, tensors))
+        elif kind.__hash__ is None:
+            raise Irregular
         else:
-            parts += type(value), value  # 1, 1.0 and True are equal, and give results of other types
+            parts += kind, value
     return tuple(parts)
 
 
-def is_regular(func: Any, in_place: bool) -> bool:
-    '''Whether an operation returns new tensors, or (``in_place``) just writes into its first argument.'''
+def is_regular(func: Any, in_place: bool, constant: bool = False) -> bool:
+    '''Whether an operation returns new tensors, or (``in_place``) just writes into its first argument.
+
+    One that is given no tensor may make one on any device, and (``constant``) does nothing else.
+    '''
     schema = func._schema
-    if not any('Tensor' in str(argument.type) for argument in schema.arguments):
-        return False  # it makes a tensor on any device
+    if not constant and not any('Tensor' in str(argument.type) for argument in schema.arguments):
+        return False
     aliases = [argument.alias_info for argument in schema.arguments]
     if any(aliases):
         return in_place and aliases[0] is not None and aliases[0].is_write and not any(aliases[1:])

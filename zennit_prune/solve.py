@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .labels import BlockField, Labels, components, first, flat_pairs
+from .labels import BlockField, Labels, every, first, flat_pairs, joined
 from .recorded import Operation
 from .trace import Recording
 
@@ -51,12 +51,11 @@ class Solution:
 def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     '''Find the removable channels, given further ``locks`` (labels, reason) beside those recorded.'''
     ties = [tie for operation in recording.operations for tie in operation.ties]
+    component = joined(np.arange(recording.size), ties)
     blocks: list[tuple[Labels, Labels]] = []
     joint = joint_fields(recording.operations)
     balances = unique_arrays(labels for operation in recording.operations for labels in operation.balances)
     while True:
-        edges = flat_pairs(ties + blocks)
-        component = components(recording.size, edges[:, (edges != 0).all(0)])
         reasons = _lock_reasons(recording, locks, blocks, component)
         kept = np.zeros(recording.size, bool)
         kept[list(reasons)] = True
@@ -70,6 +69,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
         if not further:
             return solution
         blocks += further
+        component = joined(component, further)
 
 
 def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool_], reasons: dict[int, str],
@@ -79,9 +79,13 @@ def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool
     for operation in recording.operations:
         for labels in operation.contracted:
             read[component[labels]] = True
-    for axis in recording.axes:  # the last channel of a dimension never goes
+    firsts = np.array([axis.start for axis in recording.axes], int)
+    whole = component[1:] == np.repeat(component[firsts], [axis.size for axis in recording.axes])
+    together = np.logical_and.reduceat(whole, firsts - 1) if len(firsts) else whole
+    for position in np.flatnonzero(together).tolist():
+        axis = recording.axes[position]
         root = int(component[axis.start])
-        if not kept[root] and (component[axis.start:axis.start + axis.size] == root).all():
+        if not kept[root]:  # the last channel of a dimension never goes
             kept[root] = True
             reasons[root] = f'all channels along dimension {axis.dim} of {axis.parameter} fall together'
     roots = np.flatnonzero(read & ~kept & (component == np.arange(recording.size)))
@@ -95,6 +99,7 @@ def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[
                   component: Labels) -> dict[int, str]:
     '''The first lock that hits each component, in execution order.'''
     reasons: dict[int, str] = {}
+    real = np.arange(recording.size) != 0
 
     def hit(labels: Labels, reason: str) -> None:
         for root in np.unique(component[labels]).tolist():
@@ -106,7 +111,7 @@ def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[
         for labels, reason in operation.locks:
             hit(labels, reason if operation.name == 'output' else f'{reason} ({operation})')
         for left, right in operation.ties:
-            if not (left.all() and right.all()):
+            if not (every(real[left]) and every(real[right])):
                 hit(_beside_zero(left, right), f'it meets positions that must stay ({operation})')
     for left, right in blocks:
         hit(_beside_zero(left, right), 'it forms a block with positions that must stay')

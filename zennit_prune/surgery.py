@@ -10,7 +10,7 @@ from torch import nn
 
 from .attributes import Attribute, set_attributes
 from .errors import PruneError
-from .networks import copied, tensors_by_module
+from .networks import copied, modules_by_name, tensors_by_module
 
 Indices = npt.NDArray[Any]
 Kept = Mapping[str, Mapping[int, Indices]]
@@ -71,7 +71,7 @@ def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
     '''Make every narrowed module state the sizes it now has.'''
     set_attributes(model, sizes)
     touched = {name.rpartition('.')[0] for name in kept}
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model):
         if name in touched:
             group_size = group_sizes.get(f'{name}.weight' if name else 'weight')
             for kind, attributes in ATTRIBUTES.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,19 @@ from .attributes import Claim, mark_attributes
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError
+from .known import Outcome
 from .labels import BlockField, Field
-from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
-from .recorded import FunctionCall, Operation
+from .networks import (
+    map_tensors,
+    modules_by_name,
+    output_tensors,
+    set_mode,
+    structural_copy,
+    tensors_by_module,
+    tensors_in,
+    unique_tensors,
+)
+from .recorded import FunctionCall, Operation, distinct
 from .shapes import Shapes
 from .tracer import Tracer
 
@@ -71,11 +82,16 @@ class Run:
     functions: list[FunctionCall]
     claims: list[Claim]
 
-    def signature(self) -> list[Any]:
-        '''Equal for two passes that did the same to labels.'''
+    def is_like(self, other: Run) -> bool:
+        '''Whether two passes did the same to labels.'''
+        return (self._signature() == other._signature()
+                and len(distinct([*other.operations, *self.operations])) == len(distinct(other.operations)))
+
+    def _signature(self) -> list[Any]:
         seen: dict[int, int] = {}
         return [(operation.name, operation.shapes[:1], operation.scalars, len(operation.ties), len(operation.locks),
-                 [seen.setdefault(value, len(seen)) for value in operation.reads]) for operation in self.operations]
+                 [seen.setdefault(value, len(seen)) for value in (*operation.reads, *operation.writes)])
+                for operation in self.operations]
 
 
 @dataclass
@@ -147,7 +163,8 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
 
 
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
-                fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard) -> Run:
+                fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard,
+                outcomes: dict[Any, Outcome] | None = None) -> Run:
     '''Run a structural copy once under a tracer.
 
     Parameters
@@ -162,16 +179,19 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         What other runs found out about operations.
     guard: type
         What is noted of the calls of modules and torch functions.
+    outcomes: dict, optional
+        What operations did to labels in the other mode of the same network; those of this run are added.
     '''
     found = tensors_by_module(network)
     counter = guard(network)
     tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
     if shapes is not None:
         tracer.shapes = shapes
+    tracer.outcomes = outcomes
     for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
-    network.train(training)
+    set_mode(network, training)
     for _, tensor in found:
         tensor.requires_grad_(False)  # matmul takes another path where gradients are wanted
     args, kwargs = example.arguments()
@@ -245,10 +265,10 @@ class Recording:
         '''The number of labels, 0 included.'''
         return self.axes[-1].start + self.axes[-1].size if self.axes else 1
 
-    @property
+    @cached_property
     def operations(self) -> list[Operation]:
-        '''The operations of all passes.'''
-        return [operation for run in self.runs.values() for operation in run.operations]
+        '''The operations of all passes, without those that did the same in an earlier one.'''
+        return distinct(operation for run in self.runs.values() for operation in run.operations)
 
 
 def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
@@ -264,10 +284,13 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
     runs: dict[str, Run] = {}
     notes: list[str] = []
     shapes = Shapes()
+    outcomes: dict[Any, Outcome] = {}
 
     def run(network: nn.Module, training: bool) -> Run:
+        if not training:
+            outcomes.clear()  # of an attempt that failed
         guard = Outputs if training else Boundaries
-        return run_network(network, arguments, training, Tracer, fields, shapes, guard)
+        return run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes)
 
     try:
         runs['eval'] = run(_marked_copy(model), False)
@@ -277,7 +300,7 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
             notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     try:
         runs['train'] = run(_marked_copy(model, arguments.device), True)
-        if runs['train'].signature() == runs['eval'].signature():
+        if runs['train'].is_like(runs['eval']):
             del runs['train']
     except (ForwardError, PruneError) as error:
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
@@ -317,7 +340,7 @@ def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
     axes: list[Axis] = []
     fields: dict[str, list[Field]] = {}
     start = 1
-    grouped = {id(module.weight): module.groups for module in model.modules()
+    grouped = {id(module.weight): module.groups for _, module in modules_by_name(model)
                if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1}
     for name, tensor in unique_tensors(model).items():
         if not tensor.is_floating_point():

@@ -1,48 +1,25 @@
 '''Carry label fields along while a network runs.'''
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from . import contractions  # noqa: F401  (registers its rules)
 from .calls import CallCounter, Site
 from .errors import PruneError
+from .known import ACTIVE, OWN, UNIFORM, VANISHING, Known, Outcome, fixed_numbers, vanishes
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
-from .operations import pointwise
-from .recorded import Operation, count_flops, numbers_in, storage_key
-from .rules import OPERATIONS, UNKNOWN, Call, Candidates, NoRule, Rule, Traits, check_candidates, operation_name
-from .shapes import Shapes, is_regular
+from .recorded import Operation, count_flops, storage_key
+from .rules import Call, Candidates, NoRule, Rule, check_candidates
+from .shapes import Shapes, described_call
 
-SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
+NO_FIELDS: list[Field] = []
 SMALL = 64  # constants with more values are hardly made from a width
-
-
-class Known(NamedTuple):
-    '''What is known of an operation, looked up once a run.'''
-
-    name: str
-    traits: Traits
-    is_pointwise: bool
-    rule: Rule | None
-    zero: str
-    counts_flops: bool
-    is_regular: bool
-
-    @classmethod
-    def of(cls, func: Any) -> Known:
-        name = operation_name(func._schema.name)
-        name = SAME.get(name, name)
-        traits = OPERATIONS.get(name, UNKNOWN)
-        is_pointwise = traits.rule is None and (traits.pointwise or torch.Tag.pointwise in func.tags)
-        return cls(name, traits, is_pointwise, pointwise if is_pointwise else traits.rule,
-                   traits.zero or ('never' if is_pointwise else 'all'), func.overloadpacket in flop_registry,
-                   is_regular(func, is_pointwise or traits.refills))
 
 
 class Tracer(TorchDispatchMode):
@@ -71,16 +48,13 @@ class Tracer(TorchDispatchMode):
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
         self._values: dict[int, int] = {}
-        self._known: dict[Any, Known] = {}
+        self._known: dict[int, Known] = {}
         self.shapes = Shapes()
-        # of storages: what is written into a tensor is written into all its views
-        self._own: set[int] = set()
-        self._active: set[int] = set()
-        self._uniform: set[int] = set()
-        self._vanishing: set[int] = set()
+        self.outcomes: dict[Any, Outcome] | None = None
+        self._facts: dict[int, int] = {}  # of storages: what is written into a tensor is written into all its views
         self._owners: dict[int, torch.Tensor] = {}  # by storage, to recognise aliases made around the dispatcher
-        self._seen: set[int] = set()
-        self._alive: list[torch.Tensor] = []  # keeps every id unique while the trace runs
+        self._alive: dict[int, torch.Tensor] = {}  # all tensors met: their ids stay unique while the trace runs
+        self._numbered: list[torch.Tensor] = []  # and those asked for before they were met
         self._count = 0
 
     # what rules ask
@@ -88,15 +62,15 @@ class Tracer(TorchDispatchMode):
         return self._fields.get(id(tensor), [])
 
     def is_active(self, tensor: torch.Tensor) -> bool:
-        return storage_key(tensor) in self._active
+        return bool(self._facts.get(storage_key(tensor), 0) & ACTIVE)
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         '''Whether no position of a tensor differs from another: constants and independent noise, of any size.'''
-        return storage_key(tensor) in self._uniform
+        return bool(self._facts.get(storage_key(tensor), 0) & UNIFORM)
 
     def vanishes(self, tensor: torch.Tensor) -> bool:
         '''Whether a channel of a tensor is zero once the weights that bring it forth are.'''
-        return storage_key(tensor) in self._vanishing
+        return bool(self._facts.get(storage_key(tensor), 0) & VANISHING)
 
     def constant(self, numbers: Sequence[float]) -> None:
         '''A tensor is made from numbers: pruning may not change them.'''
@@ -109,7 +83,7 @@ class Tracer(TorchDispatchMode):
 
     def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
         '''Whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
-        return storage_key(tensor) in self._own
+        return bool(self._facts.get(storage_key(tensor), 0) & OWN)
 
     def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
         '''The module that owns ``weight`` has as many groups as its first dimension holds blocks of ``size``.'''
@@ -118,7 +92,7 @@ class Tracer(TorchDispatchMode):
     def value_of(self, tensor: torch.Tensor) -> int:
         '''The number of the value a tensor holds now; an in-place operation gives it a new one.'''
         if id(tensor) not in self._values:
-            self._alive.append(tensor)
+            self._numbered.append(tensor)
             self.renew(tensor)
         return self._values[id(tensor)]
 
@@ -128,18 +102,15 @@ class Tracer(TorchDispatchMode):
 
     def place(self, tensor: torch.Tensor, fields: list[Field]) -> None:
         '''Give a parameter its labels.'''
-        self._alive.append(tensor)
-        self._seen.add(id(tensor))
+        storage = storage_key(tensor)
+        self._alive[id(tensor)] = self._owners[storage] = tensor
         self._fields[id(tensor)] = fields
-        self._owners[storage_key(tensor)] = tensor
-        for facts in (self._own, self._vanishing):
-            facts.add(storage_key(tensor))
+        self._facts[storage] = self._facts.get(storage, 0) | OWN | VANISHING
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
         '''Mark the network's inputs: what depends on them is an activation.'''
-        self._alive.extend(tensors)
-        self._seen.update(map(id, tensors))
-        self._active.update(map(storage_key, tensors))
+        self._alive.update((id(tensor), tensor) for tensor in tensors)
+        self._mark(map(storage_key, tensors), ACTIVE, True)
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
@@ -165,103 +136,136 @@ class Tracer(TorchDispatchMode):
     # dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = self._known.get(func)
+        known = self._known.get(id(func))
         if known is None:
-            known = self._known[func] = Known.of(func)
-        name, traits = known.name, known.traits
-        inputs = tensors_in(args)
-        if kwargs:
-            inputs += tensors_in(kwargs)
-        if traits.needs_value:
-            self.refuse_values(name, inputs)
-        masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if name == 'index' else []
-        if traits.counts or masks:
-            self.refuse_counts(name, masks or inputs)
-        result = self.shapes(func, args, kwargs) if known.is_regular else func(*args, **kwargs)
-        outputs = tensors_in(result)
-        self._alive += outputs
-        aliased = [field for tensor in inputs if id(tensor) not in self._seen for field in self._meet(tensor)]
-        self._seen.update(map(id, outputs))
-        storages, written = [*map(storage_key, inputs)], [*map(storage_key, outputs)]
-        actives = [storage in self._active for storage in storages]
-        active = any(actives)
-        if active:
-            self._active.update(written)
-        in_place = bool(outputs) and any(outputs[0] is tensor for tensor in inputs)
-        stays_uniform = (known.is_pointwise or traits.refills) and self._uniform.issuperset(storages) and (
-            not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes())
-        if traits.constant or stays_uniform:
-            self._uniform.update(written)
-        elif in_place:
-            self._uniform.difference_update(written)
-        operation = self.begin(name)
+            known = self._known[id(func)] = Known.of(func)
+        inputs: list[torch.Tensor] = []
+        key = described_call(func, args, kwargs, inputs)
+        if known.may_be_refused:
+            self._refuse(known, args, inputs)
+        result = self.shapes(func, args, kwargs, key) if known.is_regular else func(*args, **kwargs)
+        outputs = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
+        if not inputs and known.traits.constant:
+            self._make(known, args, kwargs, outputs)
+            return result
+        aliased = [field for tensor in inputs if id(tensor) not in self._alive for field in self._meet(tensor)]
+        ids = [id(tensor) for tensor in inputs]
+        in_place = bool(outputs) and id(outputs[0]) in ids
+        for tensor in outputs:
+            self._alive[id(tensor)] = tensor
+        written = [storage_key(tensor) for tensor in outputs]
+        facts = self._settle_facts(known, inputs, outputs, written, in_place)
+        fields = [self._fields.get(number, NO_FIELDS) for number in ids]
+        reads = [self._values.get(id(tensor)) or self.value_of(tensor) for tensor in inputs]
+        labelled = any(fields)
+        case: Any = None
+        if (labelled and self.outcomes is not None and key is not None and known.is_repeatable
+                and not aliased and not (in_place and facts[0] & UNIFORM)):
+            case = (key, self.calls.site, self.context(known.name), *facts, *map(self.parameters.get, ids),
+                    *[tuple(map(id, found)) for found in fields])
+            outcome = self.outcomes.get(case)
+            if outcome is not None:
+                self._repeat(outcome, reads, outputs, written)
+                return result
+        operation = self.begin(known.name)
         if aliased:
             operation.locks += [(field.labels, 'an alias of another shape was made of it') for field in aliased]
-        operation.inputs = [self._fields.get(id(tensor), []) for tensor in inputs]
-        operation.reads = [self.value_of(tensor) for tensor in inputs]
-        operation.active = [storage in self._active for storage in storages] if in_place else actives
+        operation.inputs, operation.reads = fields, reads
+        if in_place:
+            facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
+        operation.active = [bool(fact & ACTIVE) for fact in facts]
         operation.shapes = [tuple(tensor.shape) for tensor in outputs]
-        labelled = any(operation.inputs)
         candidates: Candidates
         if not labelled:
             candidates = [[] for _ in outputs]
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        self._note_vanishing(operation, known.zero, storages[:len(tensors_in(args))] if kwargs else storages, written)
-        if not any(operation.outputs) and self._uniform.issuperset(written):
+        vanish = vanishes(operation, known.zero, facts[:len(tensors_in(args))] if kwargs else facts)
+        self._mark(written, VANISHING, vanish)
+        if not any(operation.outputs) and all(self._facts[storage] & UNIFORM for storage in written):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
-        if traits.transparent and not operation.locks:
+        if known.traits.transparent and not operation.locks:
             for tensor in outputs:
                 self._values[id(tensor)] = operation.reads[0]
-        else:
-            for tensor in outputs:
-                self.renew(tensor)
-            operation.writes = [self._values[id(tensor)] for tensor in outputs]
-            operation.scalars = self._fixed_numbers(name, traits, args, kwargs)
-            if not known.is_pointwise and not traits.size_free:  # a reader of constants may see how many there are
-                operation.scalars += [size for tensor, storage in zip(inputs, storages) if storage in self._uniform
-                                      and not self.fields_of(tensor) for size in tensor.shape]
-            if self.counts_flops and known.counts_flops:
-                operation.flops = count_flops(func.overloadpacket, args, kwargs, result)
-            counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
-            # else a constant, kept or made anew
-            if labelled or active or (operation.scalars and not counter):
-                self.record(operation)
+            return result
+        operation.writes = self._renewed(outputs)
+        operation.scalars = fixed_numbers(known, args, kwargs, fields[0] if fields else NO_FIELDS)
+        if not known.is_pointwise and not known.traits.size_free:  # a reader of constants may see how many there are
+            operation.scalars += [size for tensor, found, fact in zip(inputs, fields, facts)
+                                  if fact & UNIFORM and not found for size in tensor.shape]
+        if self.counts_flops and known.counts_flops:
+            operation.flops = count_flops(func.overloadpacket, args, kwargs, result)
+        counter = bool(outputs) and id(outputs[0]) in self.parameters  # batches seen, say
+        # else a constant, kept or made anew
+        if labelled or any(operation.active) or (operation.scalars and not counter):
+            self.record(operation)
+        if case is not None:
+            self.outcomes[case] = Outcome(operation, vanish)  # type: ignore[index]
         return result
 
-    def _fixed_numbers(self, name: str, traits: Traits, args: Any, kwargs: Any) -> list[float]:
-        '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
-        if traits.sized:
-            return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
-                    or (traits.constant and type(value) is int)]
-        if name == 'convolution':
-            return numbers_in(args[3:8])
-        if 'batch_norm' in name:  # in training it does the same to labels
-            return [value for value in args[5:] if isinstance(value, float)]
-        if name == 'slice':
-            dim = int(args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
-            if any(dim in field.dims for field in self.fields_of(args[0])):
-                return numbers_in(args[4:])
-            return [dim, *slice(*args[2:5]).indices(args[0].shape[dim])]
-        return numbers_in((args, kwargs))
+    def _make(self, known: Known, args: Any, kwargs: Any, outputs: Sequence[torch.Tensor]) -> None:
+        '''Record a constant or independent noise, as large as asked for, if numbers say what it holds.'''
+        operation = self.begin(known.name)
+        self._alive.update((id(tensor), tensor) for tensor in outputs)
+        self._mark([storage_key(tensor) for tensor in outputs], UNIFORM, True)
+        operation.writes = self._renewed(outputs)
+        operation.outputs, operation.layouts = [[] for _ in outputs], [[] for _ in outputs]
+        for tensor in outputs:
+            self._fields[id(tensor)] = []
+        operation.scalars = fixed_numbers(known, args, kwargs, NO_FIELDS)
+        if operation.scalars:
+            self.record(operation)
 
-    def _note_vanishing(self, operation: Operation, zero: str, storages: Sequence[int], written: Sequence[int]) -> None:
-        '''Remember which tensors are zero in a channel once all weights that bring it forth are.'''
-        vanishing = [storage in self._vanishing for storage in storages]
-        if zero == 'all' or zero == 'any':
-            labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
-            vanishes = bool(labelled) and all(labelled) if zero == 'all' else any([*labelled, operation.producers])
-        elif zero == 'terms':
-            vanishes = len(vanishing) > 1 and all(vanishing)
-        elif zero == 'never':
-            vanishes = False
-        else:  # 'first', 'bias'
-            vanishes = vanishing[:1] == [True] and (zero == 'first' or bool(operation.producers))
-        if vanishes:
-            self._vanishing.update(written)
-        else:
-            self._vanishing.difference_update(written)
+    def _settle_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+                      written: Sequence[int], in_place: bool) -> list[int]:
+        '''Note whether what an operation wrote is active and uniform; returned is what was known of its inputs.'''
+        facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
+        some, every = 0, ~0
+        for fact in facts:
+            some |= fact
+            every &= fact
+        constant = known.traits.constant or (
+            known.stays_uniform and bool(every & UNIFORM)
+            and (not in_place or outputs[0].nbytes == outputs[0].untyped_storage().nbytes()))
+        gone = UNIFORM if in_place and not constant else 0
+        new = some & ACTIVE | (UNIFORM if constant else 0)
+        for storage in written:
+            self._facts[storage] = self._facts.get(storage, 0) & ~gone | new
+        return facts
+
+    def _mark(self, storages: Iterable[int], fact: int, holds: bool) -> None:
+        for storage in storages:
+            facts = self._facts.get(storage, 0)
+            self._facts[storage] = facts | fact if holds else facts & ~fact
+
+    def _renewed(self, outputs: Sequence[torch.Tensor]) -> list[int]:
+        '''Number what an operation wrote.'''
+        for tensor in outputs:
+            self.renew(tensor)
+        return [self._values[id(tensor)] for tensor in outputs]
+
+    def context(self, name: str) -> Any:
+        '''What the outcome of an operation that comes next depends on, beside its arguments and where it is.'''
+        return None
+
+    def _repeat(self, outcome: Outcome, reads: list[int], outputs: Sequence[torch.Tensor],
+                written: Sequence[int]) -> None:
+        '''Record an operation that another run has met, on tensors of which the same is known.'''
+        for tensor, fields, storage in zip(outputs, outcome.operation.outputs, written):
+            self._fields[id(tensor)] = fields
+            if fields:
+                self._owners[storage] = tensor
+        self._mark(written, VANISHING, outcome.vanishes)
+        self.operations.append(outcome.operation.repeated(reads, self._renewed(outputs)))
+
+    def _refuse(self, known: Known, args: Any, inputs: list[torch.Tensor]) -> None:
+        '''Refuse what cannot be traced.'''
+        if known.traits.needs_value:
+            self.refuse_values(known.name, inputs)
+        masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if known.name == 'index' else []
+        if known.traits.counts or masks:
+            self.refuse_counts(known.name, masks or inputs)
 
     def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
         '''Refuse a network that uses values of its input in Python.'''
@@ -283,8 +287,7 @@ class Tracer(TorchDispatchMode):
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
         '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
-        self._seen.add(id(tensor))
-        self._alive.append(tensor)
+        self._alive[id(tensor)] = tensor
         owner = self._owners.get(storage_key(tensor))
         if owner is not None and self.fields_of(owner):
             if owner.shape != tensor.shape:
@@ -324,8 +327,9 @@ class Tracer(TorchDispatchMode):
                 elif isinstance(option, Field) and option.dims == dims:
                     fields.append(option)
                 else:
-                    shape = [size if dim in dims else 1 for dim, size in enumerate(tensor.shape)]
-                    fields.append(Field(np.broadcast_to(narrowed_to(labels, dims), shape), dims))
+                    labels = narrowed_to(labels, dims)
+                    shape = tuple([size if dim in dims else 1 for dim, size in enumerate(tensor.shape)])
+                    fields.append(Field(labels if labels.shape == shape else np.broadcast_to(labels, shape), dims))
             operation.layouts.append(layout)
             operation.outputs.append(fields)
             self._fields[id(tensor)] = fields
