@@ -57,5 +57,5 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
-    pruner = Pruner(model, composite, example, ignore, layernorm)
+    pruner = Pruner(model, composite, example, ignore, layernorm, progress)
     return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress).model

@@ -11,6 +11,7 @@ from .attributes import SHAPED, Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
 from .networks import output_tensors, tensors_in
+from .progress import advance
 from .recorded import Argument, FunctionCall, numbers_in
 from .tracer import Tracer
 
@@ -45,6 +46,10 @@ class Guard(CallCounter):
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
         self.functions: list[FunctionCall] = []
         self.claims: list[Claim] = []
+
+    def _enter(self, module: nn.Module, inputs: Any) -> Any:
+        advance()
+        return super()._enter(module, inputs)
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes

@@ -97,7 +97,8 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
         try:
             relevance = pruner.collect(fitted, criterion, **{'seed': seed, 'progress': False, **(collect or {})})
             chosen = pruner.plan(relevance, budget, **{'progress': False, **(plan or {})})
-            small = repair(chosen.apply(pruner.model, verify=False), pruner.model, chosen, fitted, method, False)
+            small = chosen.apply(pruner.model, verify=False, progress=False)
+            small = repair(small, pruner.model, chosen, fitted, method, False)
             with torch.no_grad():
                 found[named(criterion)] = divergence(outputs(small.eval(), held), wanted)
         except PruneError as error:

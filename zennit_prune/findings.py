@@ -182,7 +182,7 @@ def checks(pruner: Pruner, plan: Plan, small: nn.Module | None, x: Any, target: 
     model, graph, built = pruner.model, plan.graph, [unwrapped(small)] if small is not None else []
 
     def exact() -> str:
-        pruned = plan.apply(model, verify=False)
+        pruned = plan.apply(model, verify=False, progress=False)
         built.append(pruned)
         error = compare(graph, model, pruned, plan.removed, graph.recording.example.fitted(model))
         return (f'Proven on the structure; on noise, the pruned network differs from the masked original by '

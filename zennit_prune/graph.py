@@ -16,6 +16,7 @@ from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
+from .progress import waiting
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -25,7 +26,8 @@ from .trace import Recording, record
 MAX_TRIALS = 400
 
 
-def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock') -> ChannelGraph:
+def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
+          progress: bool = True) -> ChannelGraph:
     '''Find the removable channels of a network.
 
     The network is run on a copy without data; it is not touched. What the trace cannot prove removable is locked.
@@ -44,6 +46,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
         ``'surviving'``: they can go, and mean and variance are then taken over the channels that are left. This changes
         the network by more than the removal: the pruned network is exact against an original whose LayerNorm runs over
         the surviving channels only, and :meth:`Plan.apply` warns.
+    progress: bool
+        Show a progress bar on standard error once it takes more than two seconds.
 
     Returns
     -------
@@ -58,7 +62,7 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     if layernorm not in ('lock', 'surviving'):
         raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
                          "over, nor 'surviving', which takes its statistics over those that are left.")
-    with without_garbage_collection():
+    with without_garbage_collection(), waiting('trace', progress):
         return ChannelGraph(unwrapped(model), example, ignore, layernorm)
 
 

@@ -124,7 +124,7 @@ class Loop:
             relevance = pruner.collect(references, self.criterion, **options)
         plan = self._planned(state.plan, budget, pruner.graph, relevance)
         with seeded(self.seed + number, self.device):  # anew: whoever resumes in the middle of collecting draws less
-            proven = plan.apply(self.model, self.verify)
+            proven = plan.apply(self.model, self.verify, self.progress)
             network = filled(proven, carried_on(state.plan, plan, state.network))
             if self.repair != 'none':
                 inputs = references.inputs(self.device)

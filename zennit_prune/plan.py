@@ -23,6 +23,7 @@ from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
 from .notebook import panel
 from .plots import plot_plan
+from .progress import waiting
 from .reliability import Reliability
 from .surgery import transplant
 from .surviving import warn_of_changed_statistics
@@ -145,7 +146,7 @@ class Plan:
         masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
         return cast(_Masked, masked)
 
-    def apply(self, model: nn.Module, verify: bool = True) -> nn.Module:
+    def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels: an ordinary, smaller network of the same class.
 
         The structure is always proven; ``verify`` adds numbers.
@@ -156,6 +157,8 @@ class Plan:
             The traced network; it is left as it is, whatever happens.
         verify: bool
             Compare the result with the masked original on noise.
+        progress: bool
+            Show a progress bar on standard error once it takes more than two seconds.
 
         Returns
         -------
@@ -171,6 +174,10 @@ class Plan:
         model = self._checked_model(model)
         if not self.removed:
             raise PruneError('the plan is empty: it removes no channel.')
+        with waiting('apply', progress):
+            return self._applied(model, verify)
+
+    def _applied(self, model: nn.Module, verify: bool) -> nn.Module:
         with without_garbage_collection():
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)

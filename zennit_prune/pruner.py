@@ -47,7 +47,7 @@ class Pruner:
         The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
-    ignore, layernorm:
+    ignore, layernorm, progress:
         See :func:`zennit_prune.trace`.
 
     Attributes
@@ -57,14 +57,14 @@ class Pruner:
     '''
 
     def __init__(self, model: nn.Module, composite: Composite | None, example: Any, ignore: Sequence[str] = (),
-                 layernorm: str = 'lock'):
+                 layernorm: str = 'lock', progress: bool = True):
         if composite is not None and not isinstance(composite, Composite):
             raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), or '
                              'None.')
         self.model = unwrapped(model)
         self.composite = recommended_composite() if composite is None else composite
-        self.ignore, self.layernorm = ignore, layernorm
-        self.graph = trace(self.model, example, ignore, layernorm)
+        self.ignore, self.layernorm, self.progress = ignore, layernorm, progress
+        self.graph = trace(self.model, example, ignore, layernorm, progress)
         self._latencies: dict[str, LatencyTable] = {}
 
     def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
@@ -315,7 +315,8 @@ class Pruner:
 
     def on(self, network: nn.Module) -> Pruner:
         '''The same composite, example and options for a pruned version of the network.'''
-        return Pruner(network, self.composite, self.graph.recording.example, self.ignore, self.layernorm)
+        return Pruner(network, self.composite, self.graph.recording.example, self.ignore, self.layernorm,
+                      self.progress)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''

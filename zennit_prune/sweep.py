@@ -138,7 +138,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
 
     def pruned(relevance: Attempt[Relevance], budget: Budget) -> tuple[Plan, nn.Module]:
         chosen = pruner.plan(relevance.result(), budget, **{'progress': False, **plan})
-        return chosen, chosen.apply(pruner.model)
+        return chosen, chosen.apply(pruner.model, progress=False)
 
     def repaired(small: Attempt[tuple[Plan, nn.Module]], data: Any, method: str) -> nn.Module:
         chosen, network = small.result()

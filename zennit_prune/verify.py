@@ -12,6 +12,7 @@ from .errors import VerificationError
 from .graph import ChannelGraph
 from .masking import masked_copy
 from .networks import map_tensors, output_tensors
+from .progress import advance
 from .replay import Deletion
 from .trace import Example, prepare_example
 
@@ -91,6 +92,7 @@ def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Ma
 
 def _values(network: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
     '''The floating-point tensors a network returns, empty ones left out.'''
+    advance()
     tensors = output_tensors(network(*args, **kwargs))
     return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
