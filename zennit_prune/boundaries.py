@@ -10,7 +10,8 @@ from torch import nn
 from .attributes import Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
-from .networks import output_tensors, tensors_in
+from .networks import computed_name, output_tensors, tensors_by_module, tensors_in
+from .parametrized import parametrizations
 from .recorded import Argument, FunctionCall, numbers_in
 from .tracer import Tracer
 
@@ -45,6 +46,17 @@ class Guard(CallCounter):
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
         self.functions: list[FunctionCall] = []
         self.claims: list[Claim] = []
+        self._parametrizations = parametrizations(root)
+
+    def entered(self, frame: Frame, inputs: Any) -> None:
+        if frame.module in self._parametrizations:
+            self.tracer.silent += 1
+
+    def left(self, frame: Frame, output: Any) -> None:
+        if frame.module in self._parametrizations:
+            self.tracer.silent -= 1
+            tensors = [tensor for _, tensor in tensors_by_module(self._parametrizations[frame.module])]
+            self.tracer.computed(computed_name(f'{frame.module}.'), tensors, output)
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
@@ -71,6 +83,7 @@ class Outputs(Guard):
         return result
 
     def left(self, frame: Frame, output: Any) -> None:
+        super().left(frame, output)
         self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
 
 
@@ -78,11 +91,12 @@ class Boundaries(Outputs):
     '''Note, besides, which values enter and leave modules and torch functions.'''
 
     def entered(self, frame: Frame, inputs: Any) -> None:
+        super().entered(frame, inputs)
         self._note('input', frame, inputs)
 
     def left(self, frame: Frame, output: Any) -> None:
-        self._note('output', frame, output)
         super().left(frame, output)
+        self._note('output', frame, output)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site, tracer = self.site, self.tracer

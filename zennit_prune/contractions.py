@@ -181,6 +181,14 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
     return outgoing
 
 
+@operation_rule('_weight_norm_interface')
+def weight_norm(call: Call) -> Candidates:
+    '''A filter's norm would change with its inputs; see ``parametrized.py`` for weights that may follow.'''
+    for tensor in call.args[:2]:
+        call.lock('the norm of a weight runs over it', *call.fields(tensor))
+    return [list(call.fields(call.args[0])), list(call.fields(call.args[1]))]
+
+
 @operation_rule('batch_norm', 'native_batch_norm', 'cudnn_batch_norm', '_native_batch_norm_legit',
                 '_native_batch_norm_legit_no_training', '_batch_norm_no_update', '_batch_norm_with_update')
 def batch_norm(call: Call) -> Candidates:

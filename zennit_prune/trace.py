@@ -21,6 +21,7 @@ from .calls import Site
 from .errors import PruneError
 from .labels import BlockField, Field
 from .networks import map_tensors, output_tensors, structural_copy, tensors_by_module, tensors_in, unique_tensors
+from .parametrized import weights_of
 from .recorded import FunctionCall, Operation
 from .shapes import Shapes
 from .tracer import Tracer
@@ -317,8 +318,9 @@ def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
     axes: list[Axis] = []
     fields: dict[str, list[Field]] = {}
     start = 1
-    grouped = {id(module.weight): module.groups for module in model.modules()
-               if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1}
+    grouped = {id(tensor): module.groups for module in model.modules()
+               if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1
+               for tensor in weights_of(module)}
     for name, tensor in unique_tensors(model).items():
         if not tensor.is_floating_point():
             continue

@@ -64,7 +64,9 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
         super().__init__()
-        self.calls, self.parameters = calls, parameters
+        self.calls, self.parameters = calls, dict(parameters)
+        self._silent_flops = 0
+        self.silent = 0  # parametrizations that are running: what they do is one operation
         self.layernorm = 'lock'
         self.whole: frozenset[Site] = frozenset()
         self.operations: list[Operation] = []
@@ -141,6 +143,34 @@ class Tracer(TorchDispatchMode):
         self._seen.update(map(id, tensors))
         self._active.update(map(storage_key, tensors))
 
+    def computed(self, name: str, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
+        '''A weight was computed by its parametrization; its channels are those of the tensors that have its sizes.'''
+        if self.silent or self.is_parameter(weight):
+            return
+        operation = self.begin('parametrization')
+        operation.inputs, operation.reads = [*map(self.fields_of, tensors)], [*map(self.value_of, tensors)]
+        operation.active = [False] * len(tensors)
+        fields: dict[tuple[int, ...], Field] = {}
+        for number in operation.decisions.setdefault('largest first', sorted(
+                range(len(tensors)), key=lambda number: -tensors[number].numel())):
+            for field in self.fields_of(tensors[number]):
+                if tensors[number].dim() != weight.dim() or self.is_active(weight) or any(
+                        tensors[number].shape[dim] != weight.shape[dim] for dim in field.dims):
+                    operation.locks.append((field.labels, 'a weight is computed from it'))
+                elif (0, 1) in fields and field.dims == (1,):  # the groups of a convolution share it
+                    operation.locks += [(each.labels, 'a weight is computed from it') for each in (field, fields[0, 1])]
+                elif field.dims in fields:
+                    operation.ties.append((fields[field.dims].labels, field.labels))
+                else:
+                    fields[field.dims] = field
+        operation.outputs = [[*fields.values()]]  # the very fields of the tensors: nothing that a replay could compare
+        operation.flops, self._silent_flops = self._silent_flops, 0
+        self.place(weight, operation.outputs[0])
+        self.parameters[id(weight)] = name
+        self.renew(weight)
+        operation.writes = [self._values[id(weight)]]
+        self.record(operation)
+
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
         if not outputs:
@@ -172,6 +202,16 @@ class Tracer(TorchDispatchMode):
         inputs = tensors_in(args)
         if kwargs:
             inputs += tensors_in(kwargs)
+        if self.silent:
+            result = func(*args, **kwargs)
+            outputs = tensors_in(result)
+            self._alive += outputs
+            self._seen.update(map(id, outputs))
+            if any(map(self.is_active, inputs)):
+                self._active.update(map(storage_key, outputs))
+            if self.counts_flops and known.counts_flops:
+                self._silent_flops += count_flops(func.overloadpacket, args, kwargs, result)
+            return result
         if traits.needs_value:
             self.refuse_values(name, inputs)
         masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if name == 'index' else []
