@@ -464,11 +464,14 @@ PATTERNS: dict[str, Pattern] = {
         stack()(lambda net, x: net.head((net.conv(x) - net.conv(x.flip(3))).abs().mean((2, 3)))), FREE
     ),
     'grouped transposed convolution': Pattern(
-        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)), {},
-        {'up': 'grouped transposed convolution'},
+        one_layer(lambda net, h: net.up(h), out=12, up=nn.ConvTranspose2d(8, 12, 2, 2, groups=2)), {'conv': 8, 'up': 12}
     ),
     'depthwise transposed convolution': Pattern(
-        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=8)), None,
+        one_layer(lambda net, h: net.up(h), out=16, up=nn.ConvTranspose2d(8, 16, 3, 2, groups=8)), FREE
+    ),
+    'grouped transposed convolution as a function': Pattern(
+        one_layer(lambda net, h: F.conv_transpose2d(h, net.weight, groups=2), out=6, weight=parameter(8, 3, 2, 2)),
+        {'conv': 8, 'weight': 3},
     ),
     'PReLU per channel': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU(8)), FREE),
     'PReLU for all': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU()), FREE),

@@ -31,7 +31,8 @@ class Member:
     index: numpy.ndarray
         int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
     blocks: int
-        With several, the dimension is that of the input channels of a grouped convolution, and the index counts those
+        With several, the dimension is that of the input channels of a grouped convolution (the output channels of a
+        transposed one), and the index counts those
         of the first block of dimension 0, then those of the second, and so on.
     '''
 

@@ -20,7 +20,7 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
     '''Keep the given indices of each dimension; on ``'meta'``, without data.
 
     Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
-    input channels of a grouped convolution.
+    input channels of a grouped convolution, the output channels of a transposed one.
     '''
     if device == 'meta':
         shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
