@@ -248,7 +248,8 @@ class Tracer(TorchDispatchMode):
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        self._note_vanishing(operation, known.zero, storages[:len(tensors_in(args))] if kwargs else storages, written)
+        zero = 'never' if name == 'constant_pad_nd' and (args[2:3] or [0])[0] else known.zero
+        self._note_vanishing(operation, zero, storages[:len(tensors_in(args))] if kwargs else storages, written)
         if not any(operation.outputs) and self._uniform.issuperset(written):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
         if traits.transparent and not operation.locks:
