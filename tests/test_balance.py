@@ -184,6 +184,7 @@ def upsampled(dim: int, outputs: int, groups: int, inputs: int = 12, **options: 
                       norm=norm(outputs), next=layer(outputs, 5, 1), fc=nn.Linear(5, 4))).double()
 
 
+pytestmark = pytest.mark.filterwarnings('ignore:the references show')
 TRANSPOSED: dict[str, tuple[int, int, dict[str, Any], dict[str, tuple[int, int]]]] = {
     # outputs, groups, options, expected groups of channels
     'grouped': (18, 3, {}, {'into': (12, 3), 'up': (18, 3), 'next': (5, 1)}),
