@@ -172,7 +172,7 @@ def plain(network: nn.Module, freely: bool = False) -> nn.Module:
             continue
         found = {name: cast(ParametrizationList, each) for name, each in lists.items()}
         values = {name: read(each) for name, each in found.items()}
-        if freely and not all(assign(copy.deepcopy(each), -values[name]) for name, each in found.items()):
+        if freely and not all(assign(copy.deepcopy(each), _another(values[name])) for name, each in found.items()):
             continue
         del module._modules[LISTS]
         module.__class__ = type(module).__bases__[0]  # the class with the properties is shared with other copies
@@ -181,6 +181,12 @@ def plain(network: nn.Module, freely: bool = False) -> nn.Module:
                           found[name]._parameters.values())
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=learned))
     return network
+
+
+def _another(weight: torch.Tensor) -> torch.Tensor:
+    '''A weight that obeys no constraint: of the other sign, every entry with a factor of its own.'''
+    factors = torch.linspace(0.5, 1.5, weight.numel(), dtype=weight.dtype, device=weight.device)
+    return -weight * factors.view(weight.shape)
 
 
 def copy_values(source: nn.Module, network: nn.Module) -> None:
