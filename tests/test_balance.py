@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from small import apart, drawn_of, images, seeded
 from torch import nn
 from torch.nn import functional as F
+from zennit.composites import EpsilonPlus
 
 import zennit_prune as zp
 from zennit_prune.carry import carried_back, carried_on
 from zennit_prune.checkpoint import filled
+from zennit_prune.cost import CostModel
+from zennit_prune.latency import LatencyModel
 
 
 class Net(nn.Module):
@@ -167,3 +171,92 @@ def test_old_plan_files_say_why_they_do_not_fit() -> None:
     data['groups']['into'], data['removed'] = 4, {'into': [1]}
     with pytest.raises(zp.PruneError, match=r'4 channels, here it has 12.*had to lose equal positions, make it again'):
         zp.Plan.from_dict(data, graph)
+
+
+def upsampled(dim: int, outputs: int, groups: int, inputs: int = 12, **options: Any) -> Net:
+    '''A transposed convolution of one, two or three dimensions between two plain ones.'''
+    layer, up, norm = (getattr(nn, f'{kind}{dim}d') for kind in ('Conv', 'ConvTranspose', 'BatchNorm'))
+
+    def run(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.fc(F.silu(net.next(F.silu(net.norm(net.up(F.silu(net.into(x))))))).flatten(2).mean(2))
+
+    return seeded(Net(run, into=layer(3, inputs, 1), up=up(inputs, outputs, 3, 2, groups=groups, **options),
+                      norm=norm(outputs), next=layer(outputs, 5, 1), fc=nn.Linear(5, 4))).double()
+
+
+pytestmark = pytest.mark.filterwarnings('ignore:the references show')
+TRANSPOSED: dict[str, tuple[int, int, dict[str, Any], dict[str, tuple[int, int]]]] = {
+    # outputs, groups, options, expected groups of channels
+    'grouped': (18, 3, {}, {'into': (12, 3), 'up': (18, 3), 'next': (5, 1)}),
+    'grouped, without bias': (8, 2, {'bias': False, 'dilation': 2}, {'into': (12, 2), 'up': (8, 2), 'next': (5, 1)}),
+    'depthwise': (12, 12, {'padding': 1, 'output_padding': 1}, {'into': (12, 1), 'next': (5, 1)}),
+    'depthwise, several for each': (36, 12, {'bias': False}, {'into': (12, 1), 'next': (5, 1)}),
+    'one for each group': (4, 4, {}, {'into': (12, 4), 'next': (5, 1)}),
+}
+
+
+@pytest.mark.parametrize('dim', [1, 2, 3])
+@pytest.mark.parametrize('name', TRANSPOSED)
+def test_groups_of_transposed_convolutions(name: str, dim: int) -> None:
+    outputs, groups, options, expected = TRANSPOSED[name]
+    model: Any = upsampled(dim, outputs, groups, **options)
+    x = torch.randn(3, 3, *[4] * dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = zp.trace(model, x)
+    assert {group.name: (group.size, group.step) for group in graph.groups} == expected
+    rng = np.random.default_rng(dim)
+    removed = {group.name: drawn_of(group, rng, group.size // 2) for group in graph.groups}
+    plan = zp.Plan(graph, removed)
+    small: Any = plan.apply(model, verify=False)
+    read = {'up': [] if groups == 12 else removed['into'], 'fc': removed['next'],
+            'next': [number * (outputs // 12) + part for number in removed['into'] for part in range(outputs // 12)]
+            if groups == 12 else removed.get('up', [])}  # what each layer reads of removed channels, by hand
+    handles = [getattr(model, layer).register_forward_pre_hook(
+        lambda _, args, at=at: args[0].index_fill(1, torch.tensor(at, dtype=torch.long), 0))
+        for layer, at in read.items()]
+    silent = model(x)
+    for handle in handles:
+        handle.remove()
+    assert apart(small(x), silent) <= 1e-12
+    assert apart(plan.masked(model)(x), silent) <= 1e-12
+    assert apart(model(x), silent) > 1e-3
+    assert (small.up.in_channels, small.up.out_channels) == (
+        12 - len(removed['into']), outputs - len(read['next']))
+    costs, found = CostModel(graph), zp.cost(small, x)
+    assert [costs(unit, costs.counts(removed)) for unit in ('params', 'flops', 'bytes')] == pytest.approx(
+        [found.params, found.flops, found.bytes])
+    if name == 'one for each group':
+        assert 'one output channel a group' in graph.locked['up.bias']
+        return
+    again = zp.trace(small, x)
+    later = zp.Plan(again, {group.name: group.in_turn(rng.random(group.size))[:group.step] for group in again.groups})
+    both = plan.compose(later)
+    assert apart(both.apply(model)(x), later.apply(small)(x)) <= 1e-12
+
+
+@pytest.mark.parametrize('name', ['grouped', 'depthwise'])
+def test_transposed_convolutions_are_scored_and_repaired(name: str) -> None:
+    outputs, groups, options, expected = TRANSPOSED[name]
+    model: Any = upsampled(2, outputs, groups, **options)
+    data = torch.randn(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for composite in (None, EpsilonPlus()):
+        pruner = zp.Pruner(model, composite, data[:4])
+        loader = [(data, torch.arange(64) % 4)]
+        relevance = pruner.collect(loader, progress=False)
+        assert {found for found, _ in relevance.items()} == set(expected)
+        assert all(values.abs().min() > 0 for _, values in relevance.items())
+    result = pruner.prune(loader, zp.Budget(flops=0.6), progress=False)
+    plain = result.plan.apply(model)
+    assert torch.equal(result.model.up.weight, plain.up.weight)  # what reads it is refitted, it is not
+    assert not torch.equal(result.model.next.weight, plain.next.weight)
+    repaired, alone = ((small(data) - model(data)).pow(2).mean() for small in (result.model, plain))
+    assert repaired < 0.5 * alone
+
+
+def test_latency_of_transposed_convolutions() -> None:
+    for outputs, groups, steps in ((18, 3, {4, 6}), (12, 12, {12})):
+        model = upsampled(1, outputs, groups)
+        costs = LatencyModel(zp.trace(model, torch.zeros(2, 3, 4, dtype=torch.float64)), model, None, 0.01, False)
+        (call,) = (call for call in costs._calls if call.key.startswith('aten.convolution') and 'True' in call.key)
+        assert set(call.sizes) == steps  # as many of every group
+        for widths in itertools.product(*(range(1, size + 1) for size in call.sizes)):
+            assert call.prepared(widths, torch.device('cpu'))().shape[1] in range(1, outputs + 1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from oracle import assert_rows, reading_dims, silenced
 from small import drawn_of
 from torch import nn
 from torch.nn import functional as F
@@ -45,12 +46,18 @@ class Answer:
 
 
 class Pattern(NamedTuple):
-    '''A network, and what is expected: sizes of groups by name; parts of the reasons for which layers are locked.'''
+    '''A network, and what is expected: sizes of groups by name; parts of the reasons for which layers are locked.
+
+    For the oracle: along which dimensions parameters are read that no layer holds, and which layers' outputs are
+    multiplied with others, so that no weight reads them.
+    '''
 
     make: Callable[[], Net]
     groups: dict[str, int] | None = None
     locked: dict[str, str] | None = None
     example: Callable[[], Any] = lambda: image()
+    reads: dict[str, int] = {}
+    meeting: tuple[str, ...] = ()
 
 
 def image(size: int = 6) -> torch.Tensor:
@@ -103,14 +110,19 @@ def attention(scores: Forward) -> Callable[[], Net]:
         h = tokens(net, x)
         return net.head((scores(net.query(h), net.key(h)) @ net.value(h)).mean(1))
 
-    return lambda: Net(
-        forward,
-        conv=conv(3, 8),
-        query=nn.Linear(8, 6),
-        key=nn.Linear(8, 6),
-        value=nn.Linear(8, 5),
-        head=nn.Linear(5, 4),
-    )
+    return lambda: Net(forward, **attending())
+
+
+def attending() -> dict[str, nn.Module]:
+    return {'conv': conv(3, 8), 'query': nn.Linear(8, 6), 'key': nn.Linear(8, 6), 'value': nn.Linear(8, 5),
+            'head': nn.Linear(5, 4)}
+
+
+def padded_tokens(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = tokens(net, x)
+    query, key, value = (F.pad(layer(h), (0, 0, 1, 1), value=net.value_of_pad)
+                         for layer in (net.query, net.key, net.value))
+    return net.head(((query @ key.transpose(1, 2) * 0.4).softmax(-1) @ value).mean(1))
 
 
 def two_heads(net: Net, x: torch.Tensor) -> torch.Tensor:
@@ -289,6 +301,7 @@ PATTERNS: dict[str, Pattern] = {
             bias=parameter(8),
         ),
         {'weight': 8},
+        reads={'weight': 0},
     ),
     'shared parameter': Pattern(
         stack(weight=parameter(8, 8, 1, 1))(
@@ -328,10 +341,74 @@ PATTERNS: dict[str, Pattern] = {
     ),
     'circular padding': Pattern(
         one_layer(lambda net, h: net.round(h), out=6, round=conv(8, 6, 3, padding_mode='circular')),
+        {'conv': 8, 'round': 6},
     ),
     'reflected padding': Pattern(
         one_layer(lambda net, h: net.mirror(h), out=6, mirror=conv(8, 6, 3, padding_mode='reflect')),
         {'conv': 8, 'mirror': 6},
+    ),
+    'replicated padding': Pattern(
+        one_layer(lambda net, h: net.edge(h), out=6, edge=conv(8, 6, 3, padding_mode='replicate')),
+        {'conv': 8, 'edge': 6},
+    ),
+    'padding with ones': Pattern(
+        one_layer(lambda net, h: net.next(F.pad(h, (1, 0, 2, 1), value=1.0)), out=6, next=conv(8, 6, 3)),
+        {'conv': 8, 'next': 6},
+    ),
+    'padding with ones, cropped and pooled': Pattern(
+        one_layer(
+            lambda net, h: net.next(F.max_pool2d(F.pad(h, (-1, 2, 1, 0), value=-1.0), 2)), out=6, next=conv(8, 6, 3)
+        ),
+        {'conv': 8, 'next': 6},
+    ),
+    'padding modules': Pattern(
+        one_layer(
+            lambda net, h: net.next(net.constant(net.zero(h))), out=6, next=conv(8, 6, 3), zero=nn.ZeroPad2d(1),
+            constant=nn.ConstantPad2d((0, 1, 2, 0), 0.5),
+        ),
+        {'conv': 8, 'next': 6},
+    ),
+    'padding functions': Pattern(
+        one_layer(
+            lambda net, h: net.next(
+                F.pad(F.pad(F.pad(h, (1, 2, 0, 1), 'circular'), (2, 0, 0, 1), mode='reflect'), [1] * 4, 'replicate')
+            ),
+            out=6, next=conv(8, 6, 3),
+        ),
+        {'conv': 8, 'next': 6},
+    ),
+    'padding in one dimension': Pattern(
+        one_layer(
+            lambda net, h: net.next(net.pad(F.pad(net.along(h.flatten(2)), (2, 1), value=3.0))).unsqueeze(-1), out=5,
+            along=nn.Conv1d(8, 6, 3, padding=1, padding_mode='circular'), pad=nn.ReflectionPad1d(2),
+            next=nn.Conv1d(6, 5, 3),
+        ),
+        {'conv': 8, 'along': 6, 'next': 5},
+    ),
+    'padding in three dimensions': Pattern(
+        one_layer(
+            lambda net, h: net.next(F.pad(net.pad(net.volume(h[:, :, None])), [0, 1] * 3, value=2.0)).flatten(2, 3),
+            out=5, volume=nn.Conv3d(8, 6, 3, padding=1, padding_mode='circular'), pad=nn.ReplicationPad3d(1),
+            next=nn.Conv3d(6, 5, 2),
+        ),
+        {'conv': 8, 'volume': 6, 'next': 5},
+    ),
+    'channels padded with ones': Pattern(
+        one_layer(lambda net, h: net.next(F.pad(h, (0, 0, 0, 0, 1, 3), value=1.0)), out=6, next=conv(12, 6)),
+        {'conv': 8, 'next': 6},
+    ),
+    'rows padded with ones, then flattened': Pattern(
+        lambda: Net(
+            lambda net, x: net.head(net.wide(F.pad(net.conv(x), (1, 0), value=1.0).flatten(1)).relu()),
+            conv=conv(3, 8), wide=nn.Linear(336, 6), head=nn.Linear(6, 4),
+        ),
+        {'conv': 8, 'wide': 6},
+    ),
+    'tokens padded with zeros': Pattern(lambda: Net(padded_tokens, **attending(), value_of_pad=0.0),
+                                        {'conv': 8, 'query': 6, 'value': 5}, meeting=('query',)),
+    'tokens padded with ones': Pattern(
+        lambda: Net(padded_tokens, **attending(), value_of_pad=1.0), {'conv': 8, 'value': 5},
+        {'query': 'activations are multiplied', 'key': 'that are not zero where their weights are'},
     ),
     'einsum': Pattern(
         one_layer(lambda net, h: torch.einsum('bchw,dc->bdhw', h, net.matrix), out=5, matrix=parameter(5, 8)),
@@ -348,7 +425,8 @@ PATTERNS: dict[str, Pattern] = {
         )
     ),
     'attention by hand': Pattern(
-        attention(lambda q, k: (q @ k.transpose(1, 2) * 0.4).softmax(-1)), {'conv': 8, 'query': 6, 'value': 5}
+        attention(lambda q, k: (q @ k.transpose(1, 2) * 0.4).softmax(-1)), {'conv': 8, 'query': 6, 'value': 5},
+        meeting=('query',),
     ),
     'two heads by hand': Pattern(
         lambda: Net(
@@ -358,7 +436,8 @@ PATTERNS: dict[str, Pattern] = {
             key=nn.Linear(8, 12),
             value=nn.Linear(8, 8),
             head=nn.Linear(8, 4),
-        )
+        ),
+        meeting=('query',),
     ),
     'scale before the scores': Pattern(
         attention(lambda q, k: ((q / q.shape[-1] ** 0.5) @ k.transpose(1, 2)).softmax(-1)),
@@ -402,6 +481,7 @@ PATTERNS: dict[str, Pattern] = {
             kernels=parameter(2, 6, 8, 1, 1),
         ),
         {'conv': 6, 'kernels': 6},
+        reads={'kernels': 2},
     ),
     # moving and mixing channels
     'channel shuffle': Pattern(
@@ -425,7 +505,11 @@ PATTERNS: dict[str, Pattern] = {
     ),
     'even chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1), 1)), {'conv': 8}),
     'crossed chunks': Pattern(one_layer(lambda net, h: torch.cat(h.chunk(2, 1)[::-1], 1)), {'conv': 8}),
-    'gated linear unit': Pattern(one_layer(lambda net, h: F.glu(h, 1), out=4), {}, {'conv': 'glu'}),
+    'gated linear unit': Pattern(one_layer(lambda net, h: F.glu(h, 1), out=4), {'conv': 4}),
+    'gated linear unit along the last dimension': Pattern(
+        one_layer(lambda net, h: net.gate(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), out=4, gate=nn.GLU()), {'conv': 4}
+    ),
+    'gated over space': Pattern(one_layer(lambda net, h: F.glu(h)), FREE),
     'gated by its other half': Pattern(
         one_layer(lambda net, h: (lambda a, b: a * b.sigmoid())(*h.chunk(2, 1)), out=4), {'conv': 4}
     ),
@@ -464,11 +548,15 @@ PATTERNS: dict[str, Pattern] = {
         stack()(lambda net, x: net.head((net.conv(x) - net.conv(x.flip(3))).abs().mean((2, 3)))), FREE
     ),
     'grouped transposed convolution': Pattern(
-        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)), {},
-        {'up': 'grouped transposed convolution'},
+        one_layer(lambda net, h: net.up(h), out=12, up=nn.ConvTranspose2d(8, 12, 2, 2, groups=2)), {'conv': 8, 'up': 12}
     ),
     'depthwise transposed convolution': Pattern(
-        one_layer(lambda net, h: net.up(h), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=8)), None,
+        one_layer(lambda net, h: net.up(h), out=16, up=nn.ConvTranspose2d(8, 16, 3, 2, groups=8)), FREE
+    ),
+    'grouped transposed convolution as a function': Pattern(
+        one_layer(lambda net, h: F.conv_transpose2d(h, net.weight, groups=2), out=6, weight=parameter(8, 3, 2, 2)),
+        {'conv': 8, 'weight': 3},
+        reads={'weight': 0},
     ),
     'PReLU per channel': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU(8)), FREE),
     'PReLU for all': Pattern(one_layer(lambda net, h: net.act(h), act=nn.PReLU()), FREE),
@@ -485,6 +573,7 @@ PATTERNS: dict[str, Pattern] = {
         lambda: Net(non_local, conv=conv(3, 8), query=conv(8, 4), key=conv(8, 4), value=conv(8, 5), out=conv(5, 8),
                     head=nn.Linear(8, 4)),
         {'conv': 8, 'query': 4, 'value': 5},
+        meeting=('query',),
     ),
     'flattened channels-last': Pattern(
         lambda: Net(
@@ -511,7 +600,8 @@ PATTERNS: dict[str, Pattern] = {
         {'mix.weight_ih_l0': 'mix'},
     ),
     'queries picked from a joint projection': Pattern(
-        lambda: Net(picked, conv=conv(3, 8), qkv=nn.Linear(8, 15), head=nn.Linear(5, 4)), {'conv': 8, 'qkv': 5}
+        lambda: Net(picked, conv=conv(3, 8), qkv=nn.Linear(8, 15), head=nn.Linear(5, 4)), {'conv': 8, 'qkv': 5},
+        meeting=('qkv',),
     ),
 }
 
@@ -553,8 +643,13 @@ def called(model: nn.Module, example: Any) -> list[torch.Tensor]:
         return outputs(model(*args, **(example if isinstance(example, dict) else {})))
 
 
-def assert_prunes_exactly(model: nn.Module, graph: zp.ChannelGraph, example: Any) -> None:
-    '''The structural proof alone accepts only what is right in numbers and keeps the shapes of all outputs.'''
+def assert_prunes_exactly(
+    model: nn.Module, graph: zp.ChannelGraph, example: Any, pattern: Pattern | None = None
+) -> None:
+    '''The structural proof alone accepts only what is right in numbers and keeps the shapes of all outputs.
+
+    Numbers are those of the library's masked network and, of a pattern, also of an oracle that knows nothing of it.
+    '''
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shapes = [tensor.shape for tensor in called(copy.deepcopy(model), example)]
     for plan in plans(graph):
@@ -562,6 +657,11 @@ def assert_prunes_exactly(model: nn.Module, graph: zp.ChannelGraph, example: Any
         compare(graph, model, small, plan.removed, example)
         assert type(small) is type(model)
         assert [tensor.shape for tensor in called(small, example)] == shapes
+        if pattern is not None:
+            assert_rows(model, small, plan)
+            silent = called(silenced(model, small, pattern.reads, pattern.meeting), example)
+            for found, expected in zip(called(small, example), silent, strict=True):
+                assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name in state)
 
 
@@ -574,7 +674,33 @@ def test_pattern(name: str) -> None:
         assert {group.name: group.size for group in graph.groups} == pattern.groups
     for layer, reason in (pattern.locked or {}).items():
         assert reason in graph.locked[layer]
-    assert_prunes_exactly(model, graph, example)
+    assert_prunes_exactly(model, graph, example, pattern)
+
+
+def test_the_oracle_of_patterns_has_teeth() -> None:
+    '''Removed channels matter in nearly all patterns, and a network with a column of another channel is told.'''
+    changed, caught = [], []
+    for pattern in PATTERNS.values():
+        model, example = made(pattern)
+        for plan in plans(zp.trace(model, example))[:1]:
+            small = plan.apply(model, verify=False)
+            silent = called(silenced(model, small, pattern.reads, pattern.meeting), example)
+            found = called(model, example)
+            changed.append(any(float((a - b).abs().max()) > 1e-6 for a, b in zip(silent, found, strict=True)))
+            name = next((name for name, dim in reading_dims(model).items()
+                         if name in dict(small.named_parameters()) and small.get_parameter(name).shape[dim]
+                         < model.get_parameter(name).shape[dim]), None)
+            if name is None:
+                continue
+            dim = reading_dims(model)[name]
+            with torch.no_grad():
+                weight = small.get_parameter(name)
+                weight.copy_(weight.roll(1, dim))
+            silent = called(silenced(model, small, pattern.reads, pattern.meeting), example)
+            caught.append(any(float((a - b).abs().max()) > 1e-6
+                              for a, b in zip(silent, called(small, example), strict=True)))
+    assert len(changed) > 70 and np.mean(changed) > 0.95
+    assert len(caught) > 50 and np.mean(caught) > 0.95
 
 
 def check(make: Callable[[], Net]) -> None:

@@ -614,7 +614,7 @@ def test_batch_norm_used_twice_is_left_alone() -> None:
     assert apart(repair(small, model, plan, x, progress=False)(x), model(x)) < 1e-6
 
 
-@pytest.mark.parametrize('normed', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize('normed', [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.spectral_norm])
 def test_computed_weights_are_left_alone(normed: Any) -> None:
     def run(net: Any, x: torch.Tensor) -> torch.Tensor:
         return net.fc((net.computed(x) + net.plain(net.stem(x).relu())).relu().mean((2, 3)))
@@ -658,7 +658,7 @@ def test_fixed_filters_are_left_alone() -> None:
 
 @pytest.mark.parametrize('norm', [True, False])
 def test_network_without_a_layer_that_can_be_refitted(norm: bool) -> None:
-    normed = nn.utils.parametrizations.weight_norm
+    normed = nn.utils.parametrizations.spectral_norm
     model = seeded(nn.Sequential(normed(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU(),
                                  nn.Flatten(), normed(nn.Linear(216, 4))))
     plan = half_removed(zp.trace(model, images()))

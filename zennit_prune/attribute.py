@@ -26,6 +26,7 @@ from .calls import CallCounter
 from .canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 from .errors import PruneError
 from .networks import check_finite, copied, device_of, map_tensors, output_tensors, tensors_in
+from .parametrized import plain
 
 
 def recommended_composite() -> Composite:
@@ -42,7 +43,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
     composite itself may be in use elsewhere.
     '''
     _refuse_patched_rules()
-    network = copied(model).eval()
+    network = plain(copied(model)).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     reading = reader(network) if reader else None

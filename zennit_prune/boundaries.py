@@ -1,7 +1,7 @@
 '''Watch the calls of modules and torch functions while a network is traced.'''
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 from .attributes import SHAPED, Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
-from .networks import output_tensors, tensors_in
+from .networks import computed_name, output_tensors, tensors_by_module, tensors_in
+from .parametrized import parametrizations
 from .progress import advance
 from .recorded import Argument, FunctionCall, numbers_in
 from .tracer import Tracer
@@ -19,6 +20,17 @@ MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torc
                    torch.Tensor.__rmatmul__}
 FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
 TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
+
+
+def padded(input: torch.Tensor, pad: Sequence[int], mode: str = 'constant', value: float | None = None) -> torch.Tensor:
+    '''``F.pad``, which in its circular mode writes into views of an empty tensor: here that is a concatenation.'''
+    if mode != 'circular' or min(pad) < 0:
+        return nn.functional.pad(input, pad, mode, value)
+    for position, (before, after) in enumerate(zip(pad[::2], pad[1::2])):
+        dim = input.dim() - 1 - position
+        ends = input.narrow(dim, input.shape[dim] - before, before), input.narrow(dim, 0, after)
+        input = torch.cat([ends[0], input, ends[1]], dim)
+    return input
 
 
 class Place(NamedTuple):
@@ -46,6 +58,17 @@ class Guard(CallCounter):
         self.outputs: dict[tuple[str, int], list[list[Field]]] = {}
         self.functions: list[FunctionCall] = []
         self.claims: list[Claim] = []
+        self._parametrizations = parametrizations(root)
+
+    def entered(self, frame: Frame, inputs: Any) -> None:
+        if frame.module in self._parametrizations:
+            self.tracer.silent += 1
+
+    def left(self, frame: Frame, output: Any) -> None:
+        if frame.module in self._parametrizations:
+            self.tracer.silent -= 1
+            tensors = [tensor for _, tensor in tensors_by_module(self._parametrizations[frame.module])]
+            self.tracer.computed(computed_name(f'{frame.module}.'), tensors, output)
 
     def _enter(self, module: nn.Module, inputs: Any) -> Any:
         advance()
@@ -55,6 +78,8 @@ class Guard(CallCounter):
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
                          for value in args)
+        elif func is nn.functional.pad:
+            func = padded
         elif self.function in FROM_NUMBERS:
             self.tracer.constant(numbers_in(args))
         elif self.function in TO_PYTHON:
@@ -77,6 +102,7 @@ class Outputs(Guard):
         return result
 
     def left(self, frame: Frame, output: Any) -> None:
+        super().left(frame, output)
         self.outputs[frame.module, frame.call] = list(map(self.tracer.fields_of, output_tensors(output)))
 
 
@@ -84,11 +110,12 @@ class Boundaries(Outputs):
     '''Note, besides, which values enter and leave modules and torch functions.'''
 
     def entered(self, frame: Frame, inputs: Any) -> None:
+        super().entered(frame, inputs)
         self._note('input', frame.module, frame.call, inputs)
 
     def left(self, frame: Frame, output: Any) -> None:
-        self._note('output', frame.module, frame.call, output)
         super().left(frame, output)
+        self._note('output', frame.module, frame.call, output)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         site, tracer = self.site, self.tracer

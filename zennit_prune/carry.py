@@ -12,9 +12,10 @@ from torch import nn
 from .graph import ChannelGraph
 from .labels import Labels
 from .networks import unique_tensors
+from .parametrized import restore
 from .plan import Plan
 from .relevance import Relevance
-from .surgery import narrowed
+from .surgery import narrowed_copy
 
 NEVER = 1e30  # and its negative: first of all
 
@@ -61,12 +62,11 @@ def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relev
 def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torch.Tensor]:
     '''The values of ``network``, pruned by ``earlier``, that are left by ``later``, which removes that and more.'''
     had, has = (plan.graph.kept(plan.removed) for plan in (earlier, later))
-    values = {}
-    for name, tensor in unique_tensors(network).items():
-        index = {dim: _within(had[name][dim], kept) if dim in had.get(name, {}) else kept
-                 for dim, kept in has.get(name, {}).items()}
-        values[name] = narrowed(tensor, index)
-    return values
+    index = {name: {dim: _within(had[name][dim], kept) if dim in had.get(name, {}) else kept
+                    for dim, kept in dims.items()} for name, dims in has.items()}
+    smaller = narrowed_copy(network, index, {}, {})
+    restore(smaller, network, index)
+    return unique_tensors(smaller)
 
 
 def _within(had: Labels, has: Labels) -> Labels:

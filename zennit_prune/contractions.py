@@ -115,7 +115,10 @@ def convolution(call: Call) -> Candidates:
         elif field.dims == (in_dim,):
             incoming = field.labels.reshape(-1)
         elif isinstance(field, BlockField) and kind == 'grouped':
-            incoming = field.blocks(groups)
+            if transposed:
+                outgoing = field.blocks(groups).reshape(-1)
+            else:
+                incoming = field.blocks(groups)
         else:
             call.lock(KERNEL, field)
     if kind == 'dense':
@@ -125,18 +128,22 @@ def convolution(call: Call) -> Candidates:
             contract(call, flowing, x, incoming, weight)
         if outgoing is not None:
             produce(call, weight, outgoing)
-    elif transposed or not call.tracer.is_parameter(weight):
-        reason = 'grouped transposed convolution' if transposed else 'the weight of a grouped convolution is computed'
-        call.lock(reason, *(labels for labels in (flowing, outgoing, incoming) if labels is not None))
+    elif not call.tracer.is_parameter(weight):
+        call.lock('the weight of a grouped convolution is computed',
+                  *(labels for labels in (flowing, outgoing, incoming) if labels is not None))
         outgoing = None
     elif kind == 'depthwise':
+        if transposed:  # the weight has a row for each group, and of that a column for each of its outputs
+            incoming, outgoing = outgoing, None if incoming is None else np.repeat(incoming, weight.shape[1])
         outgoing = _depthwise(call, flowing, outgoing, incoming, groups, weight)
     else:
+        if transposed and outgoing is not None and len(outgoing) == weight.shape[1]:
+            outgoing = np.tile(outgoing, groups)  # no module knows that it is grouped
         outgoing = _grouped(call, flowing, outgoing, incoming, groups, x, weight)
     if bias is not None:
         for field in call.fields(bias):
             if outgoing is None:
-                call.lock('its weight is locked', field)
+                call.lock('one output channel a group' if kind == 'grouped' else 'its weight is locked', field)
             else:
                 call.tie(field.labels.reshape(-1), outgoing)
         if outgoing is not None and not call.fields(bias) and bias.shape[0] > 1:
@@ -155,7 +162,7 @@ def _depthwise(call: Call, flowing: Labels | None, outgoing: Labels | None, inco
     blocks = outgoing.reshape(groups, -1)
     call.tie(blocks, blocks[:, :1])
     call.tie(flowing.reshape(groups, 1), blocks[:, :1])
-    call.tracer.keep_group_size(weight, blocks.shape[1])
+    call.tracer.keep_group_size(weight, weight.shape[0] // groups)
     return outgoing
 
 
@@ -163,12 +170,12 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
              x: torch.Tensor, weight: torch.Tensor) -> Labels | None:
     '''Several input channels a group: every group loses equally many, the number of groups stays.
 
-    Where the weight has no labels by block (it is no module's), every group loses the same input positions.
+    Where the weight has no labels by block (it is no module's), every group loses the same positions.
     '''
     if flowing is None or incoming is None:
         call.lock(NO_PARTNER, *(labels for labels in (flowing, incoming) if labels is not None))
     else:
-        incoming = incoming if incoming.ndim > 1 else incoming.reshape(1, -1)
+        incoming = incoming.reshape(incoming.size * groups // flowing.size, -1)
         contract(call, flowing.reshape(groups, -1), x, incoming, weight)
         call.balance(flowing.reshape(groups, -1))
     if outgoing is not None:
@@ -179,6 +186,14 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
             call.balance(blocks)
         produce(call, weight, outgoing)
     return outgoing
+
+
+@operation_rule('_weight_norm_interface')
+def weight_norm(call: Call) -> Candidates:
+    '''A filter's norm would change with its inputs; see ``parametrized.py`` for weights that may follow.'''
+    for tensor in call.args[:2]:
+        call.lock('the norm of a weight runs over it', *call.fields(tensor))
+    return [list(call.fields(call.args[0])), list(call.fields(call.args[1]))]
 
 
 @operation_rule('batch_norm', 'native_batch_norm', 'cudnn_batch_norm', '_native_batch_norm_legit',

@@ -182,7 +182,7 @@ class CostModel:
             if operation.flops:
                 axes = [self._axis(labels) for labels in operation.contracted[:1]]
                 axes += [self._axis(field.labels, dim)
-                         for fields in operation.outputs for field in fields for dim in field.dims]
+                         for fields in operation.outputs for field in fields for dim in field.narrowing]
                 terms['flops'].append((operation.flops / graph.recording.example.batch, list(dict.fromkeys(axes))))
                 self._layers['flops'].append(operation.site.module)
         self._terms = {unit: self._packed(found) for unit, found in terms.items()}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import PruneError, PruneWarning
 from .graph import ChannelGraph
 from .groups import Member
-from .networks import tensors_by_module
+from .parametrized import computed_tensors
 from .relevance import Relevance
 
 
@@ -66,7 +66,7 @@ def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
 
     ``slices`` are the weight's along the member's dimension, as rows in float64, and ``index`` is the member's.
     '''
-    tensors = dict(tensors_by_module(model))
+    tensors = computed_tensors(model)
     scores = {}
     for group in graph.groups:
         found = []

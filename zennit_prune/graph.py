@@ -16,6 +16,7 @@ from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
+from .parametrized import fixed_dims, restore
 from .progress import waiting
 from .replay import Failure, replay
 from .solve import Lock, solve
@@ -90,7 +91,7 @@ class ChannelGraph:
 
     def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
         self.recording, self.notes = recording, list(recording.notes)
-        self._locks: list[Lock] = list(self._ignored(model, ignore))
+        self._locks: list[Lock] = [*self._ignored(model, ignore), *self._computed(model)]
         self.roles = Roles(self.recording)
         self._solve()
         self._lock_what_fails(model)
@@ -133,6 +134,11 @@ class ChannelGraph:
                 inside = not found and any(name.startswith(f'{match}.') for match in matches)  # not called as a module
                 if inside or name in matches:
                     yield from ((field.labels, reason) for field in fields[:1])
+
+    def _computed(self, model: nn.Module) -> Iterable[Lock]:
+        '''The channels that the way a weight is computed keeps.'''
+        for name, dim, reason in fixed_dims(model):
+            yield from ((field.labels, reason) for field in self.recording.fields.get(name, ()) if dim in field.dims)
 
     def _solve(self) -> None:
         self.solution = solve(self.recording, self._locks)
@@ -237,8 +243,11 @@ class ChannelGraph:
 
     def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
         '''A copy of ``model`` without these channels; not yet proven.'''
-        return narrowed_copy(model, self.kept(removed), self.group_sizes, self.attributes(removed),
-                             device if self.recording.example.device == 'meta' else None)
+        kept, device = self.kept(removed), device if self.recording.example.device == 'meta' else None
+        small = narrowed_copy(model, kept, self.group_sizes, self.attributes(removed), device)
+        if device is None:
+            restore(small, model, kept)
+        return small
 
     def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''

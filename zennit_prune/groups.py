@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .labels import Labels
+from .labels import Field, Labels
+from .networks import computed_name
 from .solve import NOT_READ, Solution
 from .trace import Recording
 
@@ -30,7 +31,8 @@ class Member:
     index: numpy.ndarray
         int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
     blocks: int
-        With several, the dimension is that of the input channels of a grouped convolution, and the index counts those
+        With several, the dimension is that of the input channels of a grouped convolution (the output channels of a
+        transposed one), and the index counts those
         of the first block of dimension 0, then those of the second, and so on.
     '''
 
@@ -90,7 +92,7 @@ class ChannelGroup:
 
 def layer_name(parameter: str) -> str:
     '''``'features.0.weight'`` belongs to layer ``'features.0'``; other parameters keep their name.'''
-    return parameter.removesuffix('.weight')
+    return computed_name(parameter).removesuffix('.weight')
 
 
 class Roles:
@@ -193,7 +195,10 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
     produced = np.zeros(recording.size, bool)
     produced[solution.component[roles.produces]] = True
     explained = produced[solution.component] | ~solution.locked
-    for name, fields in recording.fields.items():  # parameters that no producer explains
+    by_weight: dict[str, list[Field]] = {}
+    for name, fields in recording.fields.items():
+        by_weight.setdefault(computed_name(name), []).extend(fields)
+    for name, fields in by_weight.items():  # parameters that no producer explains
         if fields and not any(explained[field.labels].any() for field in fields):
             found = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
             locked.setdefault(layer_name(name), next((reason for reason in found if reason != NOT_READ), NOT_READ))

@@ -59,6 +59,7 @@ class BlockField(Field):
 
     The outputs of one group form a block of dimension 0, and an index of dimension 1 means another channel in each
     block: the labels vary along both. What goes is an index of dimension 1 within its block, equally many in each.
+    Of a transposed convolution, of shape (inputs, outputs per group, ...), these are the output channels.
 
     Parameters
     ----------

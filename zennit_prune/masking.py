@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .graph import ChannelGraph
-from .networks import copied, tensors_by_module
+from .networks import computed_name, copied, tensors_by_module
+from .parametrized import plain
 from .surviving import let_survive, normalised_survivors
 
 
@@ -22,7 +23,7 @@ def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Seq
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;
     there, everything that brings them forth is zero. LayerNorm, where it runs over them, runs over the others only.
     '''
-    masked = copied(model)
+    masked = plain(copied(model))  # zeros in what a weight is computed from would change more than these slices
     tensors = dict(tensors_by_module(masked))
     channel = graph.solution.channel
     paired = np.zeros(len(graph.solution.group) + 1, bool)
@@ -36,7 +37,7 @@ def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Seq
         for axis in graph.recording.axes:
             at = np.flatnonzero(zeroed[axis.start:axis.start + axis.size])
             if len(at) and not axis.parameter.endswith('running_var'):
-                tensor = tensors[axis.parameter].unflatten(0, (axis.blocks, -1))
+                tensor = tensors[computed_name(axis.parameter)].unflatten(0, (axis.blocks, -1))
                 block, index = (torch.from_numpy(part).to(tensor.device) for part in np.divmod(at, axis.length))
                 tensor[(block, *[slice(None)] * axis.dim, index)] = 0
     survivors = normalised_survivors(graph.recording.operations, gone)

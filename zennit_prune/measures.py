@@ -22,7 +22,8 @@ from .errors import PruneError
 from .graph import ChannelGraph
 from .groups import ChannelGroup
 from .initial import Initial, of_classes
-from .networks import tensors_by_module, tensors_in
+from .networks import tensors_in
+from .parametrized import computed_tensors
 from .recorded import Operation
 from .relevance import Relevance
 from .states import Flow, State, find_states
@@ -199,7 +200,7 @@ class Wanda(Activations):
     per_sample = False
 
     def _find_states(self) -> tuple[list[State], dict[str, str]]:
-        flow, tensors = Flow(self.graph), dict(tensors_by_module(self.model))
+        flow, tensors = Flow(self.graph), computed_tensors(self.model)
         states: list[State] = []
         missing = {}
         for group in self.graph.groups:

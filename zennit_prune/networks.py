@@ -18,6 +18,8 @@ ATOMIC = frozenset((int, float, bool, str, type(None)))
 EMPTY = (dict, OrderedDict, list, set)
 CONTENTS = ('_parameters', '_buffers', '_modules')
 HOOKS = frozenset(key for key in vars(nn.Module()) if 'hooks' in key)
+OF_HOOKS = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm')  # which compute a weight before each call
+LISTS = 'parametrizations'  # where torch.nn.utils.parametrize keeps what a weight is computed from
 COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__',
                  '__getnewargs__')
 
@@ -133,6 +135,13 @@ def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors_by_module(model) if names.setdefault(id(tensor), name) == name}
 
 
+def computed_name(name: str) -> str:
+    '''``'conv.parametrizations.weight.original1'`` is computed with for ``'conv.weight'``; other names stay.'''
+    parts = name.split('.')
+    at = parts.index(LISTS) if LISTS in parts[:-2] else len(parts)
+    return '.'.join((*parts[:at], *parts[at + 1:at + 2]))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     '''The network inside ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile``.
 
@@ -243,8 +252,14 @@ def _copies_as_usual(kind: type) -> bool:
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None, for_trace: bool = False) -> nn.Module:
     '''``copy.deepcopy`` with an error that says what to do; see :class:`_Copier`.'''
+    memo = {} if memo is None else memo
+    for _, module in modules_by_name(model):
+        for hook in module._forward_pre_hooks.values():
+            value = module.__dict__.get(getattr(hook, 'name', '')) if type(hook).__module__ in OF_HOOKS else None
+            if isinstance(value, torch.Tensor):  # it has a history, and is computed anew when the copy runs
+                memo[id(value)] = without_data(value) if for_trace else value.detach().clone()
     try:
-        return _Copier({} if memo is None else memo, for_trace).module(model)
+        return _Copier(memo, for_trace).module(model)
     except Exception as error:
         raise PruneError(f'a {type(model).__name__} cannot be copied ({error}). Remove what cannot: tensors with a '
                          'gradient history kept as attributes, open files, locks.') from error

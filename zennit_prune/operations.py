@@ -184,6 +184,20 @@ def split(call: Call) -> Candidates:
     return results
 
 
+@operation_rule('glu', zero='any')
+def glu(call: Call) -> Candidates:
+    '''One half is the gate of the other: equal positions go.'''
+    dim = call.dim(1, default=-1)
+    result: list[Field | Labels] = []
+    for field in call.fields(call.args[0]):
+        if dim in field.dims:
+            signal, gate = np.split(field.labels, 2, dim)
+            call.tie(signal, gate)
+            field = Field(signal, field.dims)
+        result.append(field)
+    return [result]
+
+
 @operation_rule('slice', size_free=True)
 def slice_(call: Call) -> Candidates:
     '''Bounds are taken for hard-coded: no position below them may move.'''

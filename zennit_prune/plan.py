@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .compose import composed
 from .cost import CostModel
 from .errors import PruneError
 from .files import write_text
@@ -112,22 +113,15 @@ class Plan:
         Parameters
         ----------
         later: Plan
-            Its positions count what this plan leaves of each group of the same name.
+            Its positions count what this plan leaves; channels are told by where they sit in parameters.
 
         Raises
         ------
         PruneError
-            If ``later`` was made for a network with other groups.
+            If ``later`` was made for another network, or the original cannot lose these channels at once: a grouped
+            convolution that is left with one channel a group loses whole groups as a depthwise one.
         '''
-        removed = {name: list(positions) for name, positions in self.removed.items()}
-        for name, positions in later.removed.items():
-            group, size = self.graph.group(name), later.graph.group(name).size
-            left = [position for position in range(group.size) if position not in set(self.removed.get(name, ()))]
-            if len(left) != size:
-                raise PruneError(f'group {name!r} has {len(left)} channels after this plan, but {size} in the later '
-                                 'one: the later plan was made for another network.')
-            removed.setdefault(name, []).extend(left[position] for position in positions)
-        return Plan(self.graph, removed)
+        return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
     def masked(self, model: nn.Module) -> _Masked:

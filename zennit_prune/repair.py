@@ -22,6 +22,7 @@ from .errors import PruneError, PruneWarning
 from .layers import LayerCall
 from .networks import copied, device_of, tensors_by_module, unique_tensors, unwrapped
 from .norms import DEAD, reestimate, settle
+from .parametrized import copy_values, plain
 from .plan import Plan
 from .regression import RIDGES, Change, Moments
 from .replay import Deletion
@@ -99,9 +100,7 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
             if problem:
                 warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=2)
                 return result
-        values = dict(tensors_by_module(network))
-        for name, tensor in unique_tensors(result).items():
-            tensor.copy_(values[name])
+        copy_values(network, result)
     return result
 
 
@@ -117,7 +116,7 @@ def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
 
 
 def _widened(network: nn.Module) -> nn.Module:
-    return copied(network)._apply(wide).eval()
+    return plain(copied(network), freely=True)._apply(wide).eval()
 
 
 def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:

@@ -4,7 +4,7 @@ For a plain convolution that is its output. In a residual stream it is the first
 operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel
 a new value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before
 may be a constant that matters behind. A norm whose statistics depend on the sample is no different; before it,
-relevance sums to zero.
+relevance sums to zero. Nor is a gated linear unit, which makes one value of two.
 '''
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Flow:
             if operation.contracted or operation.name == 'cat':
                 continue
             source = self.writer.get(operation.reads[0]) if operation.name == 'sum' else None
-            anew = (operation.name in ('convolution', 'native_group_norm')
+            anew = (operation.name in ('convolution', 'native_group_norm', 'glu')
                     or operation.decisions.get('statistics of the batch')
                     or (source is not None and source.name == 'stack'))  # zennit.layer.Sum
             for number in set().union(*carried):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .attributes import Attribute, set_attributes
 from .errors import PruneError
-from .networks import copied, modules_by_name, tensors_by_module
+from .networks import computed_name, copied, modules_by_name, tensors_by_module
 
 Indices = npt.NDArray[Any]
 Kept = Mapping[str, Mapping[int, Indices]]
@@ -20,7 +20,7 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
     '''Keep the given indices of each dimension; on ``'meta'``, without data.
 
     Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
-    input channels of a grouped convolution.
+    input channels of a grouped convolution, the output channels of a transposed one.
     '''
     if device == 'meta':
         shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
@@ -70,7 +70,7 @@ def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
                    sizes: Mapping[Attribute, int]) -> None:
     '''Make every narrowed module state the sizes it now has.'''
     set_attributes(model, sizes)
-    touched = {name.rpartition('.')[0] for name in kept}
+    touched = {computed_name(name).rpartition('.')[0] for name in kept}
     for name, module in modules_by_name(model):
         if name in touched:
             group_size = group_sizes.get(f'{name}.weight' if name else 'weight')
@@ -122,6 +122,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
         If the optimizer holds none of the network's parameters, or factored state; nothing is changed then.
     '''
     old = dict(model.named_parameters(remove_duplicate=False))
+    computed = set(map(computed_name, kept))  # all that such a weight is computed from may have new values
+    kept = {**{name: {} for name, _ in tensors_by_module(model) if computed_name(name) in computed}, **kept}
     replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
                 for name, parameter in small.named_parameters() if name in kept}
     for name, parameter in old.items():

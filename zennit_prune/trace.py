@@ -32,6 +32,7 @@ from .networks import (
     tensors_in,
     unique_tensors,
 )
+from .parametrized import weights_of
 from .recorded import FunctionCall, Operation, distinct
 from .shapes import Shapes
 from .tracer import Tracer
@@ -44,7 +45,7 @@ class Axis(NamedTuple):
     '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.
 
     With several ``blocks``, they stand for the indices of the dimension in the first block of dimension 0, then for
-    those in the second, and so on: the input channels of a grouped convolution.
+    those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
     '''
 
     parameter: str
@@ -335,13 +336,15 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
     '''Give every index of every dimension of every parameter and buffer a label of its own, from 1 on.
 
-    An index of the input dimension of a grouped convolution is another channel in each group: it gets a label for each.
+    An index of the second dimension of a grouped convolution's weight (its inputs; of a transposed one, its outputs) is
+    another channel in each group: it gets a label for each.
     '''
     axes: list[Axis] = []
     fields: dict[str, list[Field]] = {}
     start = 1
-    grouped = {id(module.weight): module.groups for _, module in modules_by_name(model)
-               if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and module.groups > 1}
+    grouped = {id(tensor): module.groups for _, module in modules_by_name(model)
+               if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+               for tensor in weights_of(module) if not (module.transposed and len(tensor) == module.groups)}
     for name, tensor in unique_tensors(model).items():
         if not tensor.is_floating_point():
             continue

@@ -41,7 +41,9 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str]):
         super().__init__()
-        self.calls, self.parameters = calls, parameters
+        self.calls, self.parameters = calls, dict(parameters)
+        self._silent_flops = 0
+        self.silent = 0  # parametrizations that are running: what they do is one operation
         self.layernorm = 'lock'
         self.whole: frozenset[Site] = frozenset()
         self.operations: list[Operation] = []
@@ -112,6 +114,34 @@ class Tracer(TorchDispatchMode):
         self._alive.update((id(tensor), tensor) for tensor in tensors)
         self._mark(map(storage_key, tensors), ACTIVE, True)
 
+    def computed(self, name: str, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
+        '''A weight was computed by its parametrization; its channels are those of the tensors that have its sizes.'''
+        if self.silent or self.is_parameter(weight):
+            return
+        operation = self.begin('parametrization')
+        operation.inputs, operation.reads = [*map(self.fields_of, tensors)], [*map(self.value_of, tensors)]
+        operation.active = [False] * len(tensors)
+        fields: dict[tuple[int, ...], Field] = {}
+        for number in operation.decisions.setdefault('largest first', sorted(
+                range(len(tensors)), key=lambda number: -tensors[number].numel())):
+            for field in self.fields_of(tensors[number]):
+                if tensors[number].dim() != weight.dim() or self.is_active(weight) or any(
+                        tensors[number].shape[dim] != weight.shape[dim] for dim in field.dims):
+                    operation.locks.append((field.labels, 'a weight is computed from it'))
+                elif (0, 1) in fields and field.dims == (1,):  # the groups of a convolution share it
+                    operation.locks += [(each.labels, 'a weight is computed from it') for each in (field, fields[0, 1])]
+                elif field.dims in fields:
+                    operation.ties.append((fields[field.dims].labels, field.labels))
+                else:
+                    fields[field.dims] = field
+        operation.outputs = [[*fields.values()]]  # the very fields of the tensors: nothing that a replay could compare
+        operation.flops, self._silent_flops = self._silent_flops, 0
+        self.place(weight, operation.outputs[0])
+        self.parameters[id(weight)] = name
+        self.renew(weight)
+        operation.writes = [self._values[id(weight)]]
+        self.record(operation)
+
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
         if not outputs:
@@ -139,6 +169,8 @@ class Tracer(TorchDispatchMode):
         known = self._known.get(id(func))
         if known is None:
             known = self._known[id(func)] = Known.of(func)
+        if self.silent:
+            return self._run_silently(known, func, args, kwargs)
         inputs: list[torch.Tensor] = []
         key = described_call(func, args, kwargs, inputs)
         if known.may_be_refused:
@@ -181,7 +213,8 @@ class Tracer(TorchDispatchMode):
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
         self.settle(operation, outputs, candidates)
-        vanish = vanishes(operation, known.zero, facts[:len(tensors_in(args))] if kwargs else facts)
+        zero = 'never' if known.name == 'constant_pad_nd' and (args[2:3] or [0])[0] else known.zero
+        vanish = vanishes(operation, zero, facts[:len(tensors_in(args))] if kwargs else facts)
         self._mark(written, VANISHING, vanish)
         if not any(operation.outputs) and all(self._facts[storage] & UNIFORM for storage in written):
             operation.shapes = []  # made as large as asked for; a size that does not fit shows where it is used
@@ -202,6 +235,17 @@ class Tracer(TorchDispatchMode):
             self.record(operation)
         if case is not None:
             self.outcomes[case] = Outcome(operation, vanish)  # type: ignore[index]
+        return result
+
+    def _run_silently(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
+        '''Run a step of what computes a weight.'''
+        result = func(*args, **kwargs)
+        outputs = tensors_in(result)
+        self._alive.update((id(tensor), tensor) for tensor in outputs)
+        if any(map(self.is_active, tensors_in((args, kwargs)))):
+            self._mark(map(storage_key, outputs), ACTIVE, True)
+        if self.counts_flops and known.counts_flops:
+            self._silent_flops += count_flops(func.overloadpacket, args, kwargs, result)
         return result
 
     def _make(self, known: Known, args: Any, kwargs: Any, outputs: Sequence[torch.Tensor]) -> None:

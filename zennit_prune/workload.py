@@ -72,6 +72,10 @@ class Call:
         self._bound = {place: 0 if self._joint else self._axes.index(axis) for place, axis in axes.items()}
         self.sizes = [min(self._like(tensor).shape[dim] for (tensor, dim), number in self._bound.items()
                           if number == axis) for axis in range(1 if self._joint else len(lengths))]
+        self._convolves = str(function).startswith('aten.convolution')
+        if self._convolves and arguments[0][6] and (1, 0) in self._bound:  # its groups lose equally many inputs
+            per_group, axis = self._like(1).shape[0] // arguments[0][8], self._bound[1, 0]
+            self.sizes[axis] = min(self.sizes[axis], per_group) if per_group > 1 else self.sizes[axis]
         self.key = ' '.join([str(function), *map(self._described, range(len(leaves)))])
 
     def _like(self, tensor: int) -> Like:
@@ -103,8 +107,10 @@ class Call:
                      for dim, size in enumerate(like.shape)]
             leaves[position] = replace(like, shape=tuple(shape)).made(device)
         args, kwargs = tree_unflatten(leaves, self._spec)
-        if self.key.startswith('aten.convolution') and not args[6]:  # a depthwise one has as many groups as channels
+        if self._convolves and not args[6]:  # a depthwise one has as many groups as channels
             args = (*args[:8], args[0].shape[1] // args[1].shape[1])
+        elif self._convolves and args[8] == self._like(1).shape[0]:
+            args = (*args[:8], args[0].shape[1])
         if self.key.startswith('aten.native_layer_norm'):
             args = (args[0], args[0].shape[-len(args[1]):], *args[2:])
         return lambda: self.function(*args, **kwargs)
