@@ -11,9 +11,10 @@ from .attributes import SHAPED, Claim, stated_sizes
 from .calls import CallCounter, Frame, Site
 from .labels import Field
 from .networks import computed_name, output_tensors, tensors_by_module, tensors_in
-from .parametrized import parametrizations
+from .parametrized import parametrizations, record_computed
 from .progress import advance
 from .recorded import Argument, FunctionCall, numbers_in
+from .refusals import refuse_values
 from .tracer import Tracer
 
 MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
@@ -68,7 +69,7 @@ class Guard(CallCounter):
         if frame.module in self._parametrizations:
             self.tracer.silent -= 1
             tensors = [tensor for _, tensor in tensors_by_module(self._parametrizations[frame.module])]
-            self.tracer.computed(computed_name(f'{frame.module}.'), tensors, output)
+            record_computed(self.tracer, computed_name(f'{frame.module}.'), tensors, output)
 
     def _enter(self, module: nn.Module, inputs: Any) -> Any:
         advance()
@@ -83,7 +84,7 @@ class Guard(CallCounter):
         elif self.function in FROM_NUMBERS:
             self.tracer.constant(numbers_in(args))
         elif self.function in TO_PYTHON:
-            self.tracer.refuse_values(self.function, tensors_in((args, kwargs)))
+            refuse_values(self.tracer, self.function, tensors_in((args, kwargs)))
         return self.run(func, args, kwargs)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import PruneError
+from .example import prepare_example
 from .graph import ChannelGraph
 from .labels import Labels, first
 from .networks import structural_copy, unique_tensors, unwrapped
 from .notebook import panel
-from .trace import prepare_example
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
 BUDGETS = (*UNITS, 'latency', 'latency_fraction')

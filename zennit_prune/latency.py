@@ -27,13 +27,13 @@ from torch import nn
 
 from .cost import CostModel
 from .errors import PruneError, PruneWarning
+from .example import prepare_example
 from .files import write_text
 from .graph import ChannelGraph
 from .labels import Labels
 from .networks import device_of, structural_copy, unwrapped
 from .tables import table
 from .timing import device_name, medians, running, side_by_side
-from .trace import prepare_example
 from .workload import Call, calls_of
 
 FORMAT = 'zennit_prune latencies'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import PruneError
+from .labels import Field
 from .networks import LISTS, OF_HOOKS, computed_name, modules_by_name, tensors_by_module, unique_tensors
 from .surgery import narrowed
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 REMEDY = ('torch.nn.utils.parametrize.remove_parametrizations makes it a plain parameter, which can be pruned, and '
           'register_parametrization puts it back')
@@ -48,6 +52,35 @@ def read(found: ParametrizationList) -> torch.Tensor:
     '''The weight as it is computed in evaluation mode.'''
     with torch.no_grad():
         return cast(torch.Tensor, copy.deepcopy(found).eval()()).detach()
+
+
+def record_computed(tracer: Tracer, name: str, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
+    '''A weight was computed: its channels are those of the tensors that have its sizes.'''
+    if tracer.silent or tracer.is_parameter(weight):
+        return
+    operation = tracer.begin('parametrization')
+    operation.inputs, operation.reads = [*map(tracer.fields_of, tensors)], [*map(tracer.value_of, tensors)]
+    operation.active = [False] * len(tensors)
+    fields: dict[tuple[int, ...], Field] = {}
+    for number in operation.decisions.setdefault('largest first', sorted(
+            range(len(tensors)), key=lambda number: -tensors[number].numel())):
+        for field in tracer.fields_of(tensors[number]):
+            if tensors[number].dim() != weight.dim() or tracer.is_active(weight) or any(
+                    tensors[number].shape[dim] != weight.shape[dim] for dim in field.dims):
+                operation.locks.append((field.labels, 'a weight is computed from it'))
+            elif (0, 1) in fields and field.dims == (1,):  # the groups of a convolution share it
+                operation.locks += [(each.labels, 'a weight is computed from it') for each in (field, fields[0, 1])]
+            elif field.dims in fields:
+                operation.ties.append((fields[field.dims].labels, field.labels))
+            else:
+                fields[field.dims] = field
+    operation.outputs = [[*fields.values()]]  # the very fields of the tensors: nothing that a replay could compare
+    operation.flops = tracer.take_silent_flops()
+    tracer.place(weight, operation.outputs[0])
+    tracer.parameters[id(weight)] = name
+    tracer.renew(weight)
+    operation.writes = [tracer.value_of(weight)]
+    tracer.record(operation)
 
 
 def restore(small: nn.Module, model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> None:

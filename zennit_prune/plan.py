@@ -2,14 +2,12 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,17 +16,17 @@ from .cost import CostModel
 from .errors import PruneError
 from .files import write_text
 from .graph import ChannelGraph
-from .groups import ChannelGroup
 from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
 from .notebook import panel
 from .plots import plot_plan
+from .positions import check_balance, checked_positions
 from .progress import waiting
 from .reliability import Reliability
 from .surgery import transplant
 from .surviving import warn_of_changed_statistics
-from .tables import Share, Table, some, table
+from .tables import Share, Table, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'
@@ -72,8 +70,8 @@ class Plan:
             group = graph.group(name)
             if group.name in found:
                 raise PruneError(f'{name!r} names group {group.name!r}, which is given twice: join the positions.')
-            found[group.name] = _checked(group, positions)
-            _check_balance(graph, group, found[group.name])
+            found[group.name] = checked_positions(group, positions)
+            check_balance(graph, group, found[group.name])
         self._removed = {group.name: found[group.name] for group in graph.groups if found.get(group.name)}
         self._check_not_emptied()
 
@@ -96,14 +94,14 @@ class Plan:
         Of a group with blocks (``group.blocks``), equally many positions of each block go.
         '''
         group = self.graph.group(name)
-        fresh = _checked(group, positions)
+        fresh = checked_positions(group, positions)
         removed = {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})}
         return Plan(self.graph, removed, self.reliability)
 
     def keep(self, name: str, positions: Iterable[int]) -> Plan:
         '''A plan that keeps these positions of a group (or of the only group of a layer).'''
         group = self.graph.group(name)
-        kept = set(_checked(group, positions))
+        kept = set(checked_positions(group, positions))
         left = [position for position in self.removed.get(group.name, ()) if position not in kept]
         return Plan(self.graph, {**self.removed, group.name: left}, self.reliability)
 
@@ -350,41 +348,3 @@ class _Masked(_Network):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         return None
-
-
-def _checked(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
-    '''Sorted positions, each a whole number within the group and given once.'''
-    if isinstance(positions, str) or not isinstance(positions, Iterable):
-        raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
-    numbers = []
-    for position in positions:
-        try:
-            flag = isinstance(position, (bool, np.bool_)) or getattr(position, 'dtype', None) == torch.bool
-            number = None if flag else operator.index(position)
-        except TypeError:
-            number = None
-        if number is None:
-            raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to '
-                             f'{group.size - 1}.')
-        numbers.append(number)
-        if not 0 <= numbers[-1] < group.size:
-            raise PruneError(f'position {position} is out of range for group {group.name!r}: it has positions 0 to '
-                             f'{group.size - 1}.')
-    if len(set(numbers)) < len(numbers):
-        twice = next(number for number in numbers if numbers.count(number) > 1)
-        raise PruneError(f'position {twice} of group {group.name!r} is given twice.')
-    return tuple(sorted(numbers))
-
-
-def _check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[int]) -> None:
-    '''Refuse to remove different numbers of channels from the blocks of a group.'''
-    if group.blocks is None:
-        return
-    counts = np.bincount(group.blocks[list(positions)], minlength=group.step).tolist()
-    if len(set(counts)) > 1:
-        most, least = counts.index(max(counts)), counts.index(min(counts))
-        spare = np.setdiff1d(np.flatnonzero(group.blocks == least), positions)
-        raise PruneError(f'the {group.step} blocks of group {group.name!r} must lose equally many channels, for '
-                         f'{some(graph.balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
-                         f'{counts[least]}. Choose all of them in one call; the block of each position is in '
-                         f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')

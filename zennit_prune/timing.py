@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .example import Example
 from .networks import device_of, map_tensors
-from .trace import Example
 from .verify import evaluating
 
 SAMPLE = 2e-4  # seconds that a sample lasts at least: shorter calls are repeated within it

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import contractions  # noqa: F401  (registers its rules)
+from . import contractions, reductions  # noqa: F401  (register their rules)
 from .calls import CallCounter, Site
 from .errors import PruneError
 from .known import ACTIVE, OWN, UNIFORM, VANISHING, Known, Outcome, fixed_numbers, vanishes
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .recorded import Operation, count_flops, storage_key
+from .refusals import refuse_counts, refuse_values
 from .rules import Call, Candidates, NoRule, Rule, check_candidates
 from .shapes import Shapes, described_call
 
@@ -114,33 +115,10 @@ class Tracer(TorchDispatchMode):
         self._alive.update((id(tensor), tensor) for tensor in tensors)
         self._mark(map(storage_key, tensors), ACTIVE, True)
 
-    def computed(self, name: str, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
-        '''A weight was computed by its parametrization; its channels are those of the tensors that have its sizes.'''
-        if self.silent or self.is_parameter(weight):
-            return
-        operation = self.begin('parametrization')
-        operation.inputs, operation.reads = [*map(self.fields_of, tensors)], [*map(self.value_of, tensors)]
-        operation.active = [False] * len(tensors)
-        fields: dict[tuple[int, ...], Field] = {}
-        for number in operation.decisions.setdefault('largest first', sorted(
-                range(len(tensors)), key=lambda number: -tensors[number].numel())):
-            for field in self.fields_of(tensors[number]):
-                if tensors[number].dim() != weight.dim() or self.is_active(weight) or any(
-                        tensors[number].shape[dim] != weight.shape[dim] for dim in field.dims):
-                    operation.locks.append((field.labels, 'a weight is computed from it'))
-                elif (0, 1) in fields and field.dims == (1,):  # the groups of a convolution share it
-                    operation.locks += [(each.labels, 'a weight is computed from it') for each in (field, fields[0, 1])]
-                elif field.dims in fields:
-                    operation.ties.append((fields[field.dims].labels, field.labels))
-                else:
-                    fields[field.dims] = field
-        operation.outputs = [[*fields.values()]]  # the very fields of the tensors: nothing that a replay could compare
-        operation.flops, self._silent_flops = self._silent_flops, 0
-        self.place(weight, operation.outputs[0])
-        self.parameters[id(weight)] = name
-        self.renew(weight)
-        operation.writes = [self._values[id(weight)]]
-        self.record(operation)
+    def take_silent_flops(self) -> int:
+        '''What was computed silently since this was last asked.'''
+        flops, self._silent_flops = self._silent_flops, 0
+        return flops
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
         '''The network's outputs keep their shape: record them as one last operation that locks them.'''
@@ -306,28 +284,10 @@ class Tracer(TorchDispatchMode):
     def _refuse(self, known: Known, args: Any, inputs: list[torch.Tensor]) -> None:
         '''Refuse what cannot be traced.'''
         if known.traits.needs_value:
-            self.refuse_values(known.name, inputs)
+            refuse_values(self, known.name, inputs)
         masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if known.name == 'index' else []
         if known.traits.counts or masks:
-            self.refuse_counts(known.name, masks or inputs)
-
-    def refuse_values(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
-        '''Refuse a network that uses values of its input in Python.'''
-        if any(map(self.is_active, tensors)):
-            raise PruneError(
-                f'the network cannot be traced: module {self.calls.site.module!r} uses a value of its input in Python '
-                f'({how}: an if, int(), float(), item() or tolist() on a tensor), so only one of its paths would be '
-                'proven. Replace the branch by tensor operations (torch.where), or prune a submodule without it.')
-
-    def refuse_counts(self, how: str, tensors: Sequence[torch.Tensor]) -> None:
-        '''Refuse a network in which sizes depend on values of its input.'''
-        if any(map(self.is_active, tensors)):
-            where = f'module {self.calls.site.module!r}' if self.calls.site.module else 'the network itself'
-            raise PruneError(
-                f'the network cannot be traced: in {where} the size of a tensor depends on '
-                f'values of the input ({how}), as when boxes are selected, so no other network can be held against it. '
-                "Prune the part before that, a module that returns tensors of fixed size: a detector's backbone and "
-                'heads.')
+            refuse_counts(self, known.name, masks or inputs)
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
         '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''

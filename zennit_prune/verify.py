@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from .errors import VerificationError
+from .example import Example, prepare_example
 from .graph import ChannelGraph
 from .masking import masked_copy
 from .networks import map_tensors, output_tensors
 from .progress import advance
 from .replay import Deletion
-from .trace import Example, prepare_example
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
