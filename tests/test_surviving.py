@@ -145,8 +145,9 @@ def test_masked_networks_explain_copy_and_train_as_pruned_ones_do(net: str) -> N
 
 def test_the_change_of_statistics_is_warned_of() -> None:
     model, _, graph = made('encoder')
-    with pytest.warns(zp.PruneWarning, match=r"LayerNorm runs over .*'norm1'.*more than the removal"):
+    with pytest.warns(zp.PruneWarning, match=r"LayerNorm runs over .*'norm1'.*more than the removal") as warned:
         zp.Plan(graph, {'embed': [0]}).apply(model)
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         zp.Plan(graph, {'up': [0]}).apply(model)

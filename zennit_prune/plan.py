@@ -167,18 +167,19 @@ class Plan:
         if not self.removed:
             raise PruneError('the plan is empty: it removes no channel.')
         with waiting('apply', progress):
-            return self._applied(model, verify)
+            small = self._proven(model)
+            warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
+            if verify:
+                compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
+        return small
 
-    def _applied(self, model: nn.Module, verify: bool) -> nn.Module:
+    def _proven(self, model: nn.Module) -> nn.Module:
         with without_garbage_collection():
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:
             raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or '
                              f'trace with ignore=[{failure.operation.site.module!r}].')
-        warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
-        if verify:
-            compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
         return small
 
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
