@@ -701,6 +701,21 @@ def test_a_refit_that_misleads_is_left_out(count: int, classes: int) -> None:
     assert equal(repaired, small) and same(before, snapshot(small)) and caught[0].filename == __file__
 
 
+def test_few_inputs_judge_the_repair_themselves() -> None:
+    '''Least squares bring the last layer closer where ReLU hides it, at the cost of the one input that is seen.'''
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[1].weight.fill_(1)
+        for layer in model[:2]:
+            layer.bias.zero_()
+    x = torch.tensor([[-1.0, -2.0], [-2.0, -4.0], [1.0, 0.0]])
+    plan = zp.Plan(zp.trace(model, x), {'0': [1]})
+    small = plan.apply(model)
+    with pytest.warns(zp.PruneWarning, match='for all 3 of its inputs .* further from those of the original'):
+        assert equal(repair(small, model, plan, x, progress=False), small)
+
+
 # 7: the simpler methods
 def test_bias_makes_up_for_the_mean_in_network_order() -> None:
     model = seeded(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5),
@@ -872,7 +887,7 @@ def outputs_of(value: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize('name', test_patterns.PATTERNS)
 def test_pattern(name: str) -> None:
-    '''Nothing breaks, and on the references themselves nothing gets much worse.'''
+    '''Nothing breaks, and on the references themselves nothing gets worse.'''
     model, example = test_patterns.made(test_patterns.PATTERNS[name])
     graph = zp.trace(model, example)
     for plan in test_patterns.plans(graph)[:1]:
@@ -886,7 +901,7 @@ def test_pattern(name: str) -> None:
         assert [tensor.shape for tensor in after] == [tensor.shape for tensor in wanted]
         assert all(torch.isfinite(tensor).all() for tensor in after)
         sizes = [sum(float((a - b).square().sum()) for a, b in zip(found, wanted)) for found in (before, after)]
-        assert sizes[1] <= 1.5 * sizes[0] + 1e-12
+        assert sizes[1] <= 1.001 * sizes[0] + 1e-12
 
 
 # 8: architectures

@@ -56,8 +56,8 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     method: str
         ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
         inputs that were held out keeps its weights. Where the inputs do not show clearly that it helps, it is tried
-        with three quarters of them: if it brings the outputs for the others further from the original's, the network
-        is left as it is, with a warning.
+        with three quarters of them: if it brings the outputs for the others (of fewer than four inputs: for all)
+        further from the original's, the network is left as it is, with a warning.
         ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew.
         ``'none'``: a copy.
     progress: bool

@@ -17,7 +17,7 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
     '''What speaks against a repair, nothing if it helps.
 
     Where the answer is not clear from the inputs that the network was repaired with, the repair is tried with three
-    quarters of them, and judged by the others.
+    quarters of them, and judged by the others. Fewer than four inputs judge it themselves.
 
     Parameters
     ----------
@@ -38,10 +38,10 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
         if 2 * after.error < before.error and 2 * after.kl <= before.kl:
             return ''
     held, fitted = inputs.order.tensor_split([len(inputs) // 4])
-    if not len(held):
-        return ''
-    after, before = compared(repaired(fitted), held)
-    if not after.worse_than(before):
-        return ''
-    return (f'tried with {len(fitted)} of the inputs, it brings the outputs for the other {len(held)} from {before} to '
-            f'{after}, further from those of the original')
+    if len(held):
+        after, before = compared(repaired(fitted), held)
+        tried = f'tried with {len(fitted)} of the inputs, it brings the outputs for the other {len(held)}'
+    else:
+        after, before = compared(network, inputs.order)
+        tried = f'it brings the outputs for all {len(inputs)} of its inputs'
+    return f'{tried} from {before} to {after}, further from those of the original' if after.worse_than(before) else ''
