@@ -82,6 +82,11 @@ def test_budgets_are_reached_from_below(net: str, unit: str, share: float, seed:
     removed = np.array([len(plan.removed.get(group.name, ())) for group in groups])
     left = costs(unit, removed)
     assert left <= budget.limit(whole) * (1 + 1e-9)
+    single = np.array([whole - costs(unit, row * math.lcm(options['round_to'] or 1, count))
+                       for row, count in zip(np.eye(len(groups)), blocks)])
+    fine = single <= budget.limit(whole) - left
+    if fine.any():  # all of them together cannot take the place of a step of any other
+        assert whole - costs(unit, fine * (sizes - [rungs[-1] for rungs in ladders])) <= single[~fine].min()
     for number, (group, rungs) in enumerate(zip(groups, ladders)):
         at = rungs.index(group.size - removed[number])  # else a limit was not kept
         if at:  # one channel, or one step, of any group that loses some would not fit any more

@@ -19,7 +19,8 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     '''Remove the channels of lowest score, or of lowest score per cost saved, until the budget holds.
 
     The cost left is within the budget, and no channel that is removed (with ``round_to``, no such step) fits in any
-    more.
+    more. It is closer to the budget than one channel of the group that saves least by it, where there are enough
+    such channels.
 
     Parameters
     ----------
@@ -52,7 +53,8 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     '''
     _check(min_channels, floor, round_to)
     layers = np.array([max(len(group.layers('producer')), 1) for group in graph.groups])
-    savings = costs.savings(budget.unit) / layers  # a score is a mean over a stream's layers, and so is its divisor
+    savings = costs.savings(budget.unit)
+    divisors = savings / layers  # a score is a mean over a stream's layers, and so is its divisor
     priorities: list[float] = []
     owners: list[int] = []
     steps: list[int] = []
@@ -62,7 +64,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
             continue
         score = np.asarray(scores[group.name], float)
         orders[number] = group.in_turn(score)
-        ascending = score[orders[number]] / (savings[number] if per_cost else 1.0)
+        ascending = score[orders[number]] / (divisors[number] if per_cost else 1.0)
         least = max(min_channels, math.ceil(floor * group.size - 1e-9))
         sizes = np.array(_steps(group.size, least, round_to, group.step), int)
         starts = np.cumsum(sizes) - sizes
@@ -92,6 +94,11 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         middle = (low + high) // 2
         low, high = (low, middle) if costs(budget.unit, removed(middle)) <= limit else (middle, high)
     counts = _put_back(costs, budget.unit, limit, removed(high), owner[:high], step[:high])
+    finest = min(savings[number] * math.lcm(round_to or 1, graph.groups[number].step) for number in orders)
+    if limit - costs(budget.unit, counts) >= finest:
+        closer, taken = _closer(costs, budget.unit, limit, removed(low), owner[low:], step[low:])
+        counts = _put_back(costs, budget.unit, limit, closer, np.append(owner[:low], owner[low:][taken]),
+                           np.append(step[:low], step[low:][taken]))
     return {graph.groups[number].name: sorted(orders[number][:int(counts[number])].tolist())
             for number in np.flatnonzero(counts).tolist()}
 
@@ -110,6 +117,31 @@ def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.
                 counts[number] += taken
                 full.add(number)
     return counts
+
+
+def _closer(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.float64], owner: npt.NDArray[np.int64],
+            step: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], list[int]]:
+    '''Take the steps that save no more than is needed, in order; and then the one that saves the least of the others.
+
+    Returns what is removed of each group, and which steps were taken.
+    '''
+    taken: list[int] = []
+    too_much: dict[int, int] = {}  # by group, the first step that was not taken
+    for place, number in enumerate(owner.tolist()):
+        if number not in too_much:
+            counts[number] += step[place]
+            if costs(unit, counts) > limit:
+                taken.append(place)
+            else:
+                counts[number] -= step[place]
+                too_much[number] = place
+
+    def left(number: int) -> float:
+        return costs(unit, counts + step[too_much[number]] * (np.arange(len(counts)) == number))
+
+    last = max((number for number in too_much if left(number) <= limit), key=left)
+    counts[last] += step[too_much[last]]
+    return counts, [*taken, too_much[last]]
 
 
 def _steps(size: int, least: int, round_to: int | None, together: int = 1) -> list[int]:
