@@ -9,7 +9,7 @@ from small import Residual, chain, images, same, seeded, snapshot
 from torch import nn
 
 import zennit_prune as zp
-from zennit_prune.divergence import divergence, outputs
+from zennit_prune.divergence import Divergence, divergence, outputs
 
 QUIET: Any = {'progress': False}
 HALF = zp.Budget(flops=0.5)
@@ -95,19 +95,28 @@ def test_what_cannot_be_chosen() -> None:
 def test_divergence_in_closed_form() -> None:
     original = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
     found = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
-    one = divergence(found, original)
+    one = divergence([found], [original])
     p, q = torch.full((3,), 1 / 3), torch.tensor([1.0, 0, 0]).softmax(0)
     assert one.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
     assert one.error == pytest.approx((1 / 6) / float((original - original.mean(0)).square().mean()))
-    assert divergence(original, original) == (0, 0)
-    assert divergence(found[:, :2], original[:, :2]).kl == 0  # two may be anything
-    assert one.worse_than(divergence(original, original)) and not one.worse_than(one)
-    broken = divergence(found * float('nan'), original)
+    assert one == divergence(found.split(1), original.split(1))
+    assert divergence([original], [original]) == (0, 0)
+    assert divergence([found[:, :2]], [original[:, :2]]).kl == 0  # two may be anything
+    assert divergence([found[1:] + 1], [original[1:]]).error == pytest.approx(3 / 14)  # one has no variance
+    assert one.worse_than(divergence([original], [original])) and not one.worse_than(one)
+    broken = divergence([found * float('nan')], [original])
     assert broken.worse_than(one) and broken.worse_than(broken)
+
+
+@pytest.mark.parametrize('error,kl,worse', [(0.5, 1.9, False), (0.5, 2.1, True), (2.1, 0.5, True), (1.9, 0.5, False),
+                                            (1.01, 1, True), (1, 1, False)])
+def test_the_clearer_of_two_measures_counts(error: float, kl: float, worse: bool) -> None:
+    assert Divergence(0.3 * error, 0.02 * kl).worse_than(Divergence(0.3, 0.02)) == worse
+    assert Divergence(0.3 * error, 0).worse_than(Divergence(0.3, 0)) == (error > 1)
 
 
 def test_outputs_of_several_batches() -> None:
     model = chain()
     parts = images(10).split(4)
     with torch.no_grad():
-        assert torch.allclose(outputs(model, parts), model(images(10)).double(), atol=1e-6)
+        assert torch.allclose(torch.cat(outputs(model, parts)), model(images(10)).double(), atol=1e-6)

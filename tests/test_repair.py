@@ -701,19 +701,48 @@ def test_a_refit_that_misleads_is_left_out(count: int, classes: int) -> None:
     assert equal(repaired, small) and same(before, snapshot(small)) and caught[0].filename == __file__
 
 
-def test_few_inputs_judge_the_repair_themselves() -> None:
-    '''Least squares bring the last layer closer where ReLU hides it, at the cost of the one input that is seen.'''
+@pytest.mark.parametrize('count', [1, 2, 3, 4, 5])
+def test_few_inputs_judge_in_turn(count: int) -> None:
+    '''Least squares bring the last layer closer where ReLU hides it, at the cost of what is seen.'''
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.ReLU())
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
         model[1].weight.fill_(1)
         for layer in model[:2]:
             layer.bias.zero_()
-    x = torch.tensor([[-1.0, -2.0], [-2.0, -4.0], [1.0, 0.0]])
+    seen = torch.tensor([[1.0, 0.0], [1.5, 0.0], [0.5, 0.0]])
+    hidden = torch.tensor([[-1.0, -2.0], [-2.0, -4.0]])
+    x = torch.cat([hidden, seen])[-count:]
     plan = zp.Plan(zp.trace(model, x), {'0': [1]})
     small = plan.apply(model)
-    with pytest.warns(zp.PruneWarning, match='for all 3 of its inputs .* further from those of the original'):
-        assert equal(repair(small, model, plan, x, progress=False), small)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        repaired = repair(small, model, plan, x, progress=False)
+    assert equal(repaired, small)
+    if count == 5:  # else no layer is changed
+        assert 'tried without some of the inputs' in str(caught[0].message)
+        assert 'further from those of the original' in str(caught[0].message)
+
+
+def test_equal_inputs_count_once() -> None:
+    model, plan, small, x = setting()
+    once, often = (repair(small, model, plan, data, progress=False) for data in (x[:5], x[:5].repeat(8, 1, 1, 1)))
+    assert equal(once, often)
+    inputs = Inputs([(x[:3], x[:3]), (x[:3], x[1:4]), (x[1:3], x[1:3])], torch.device('cpu'))
+    assert len(inputs) == 3  # labels do not count
+    assert len(Inputs([{'a': x[:3], 'b': x[:3]}, {'a': x[:3], 'b': x[1:4]}, {'a': x[1:3], 'b': x[1:3]}],
+                      torch.device('cpu'))) == 6
+
+
+@pytest.mark.parametrize('sizes', [((50, 96, 96), (4, 3, 3)), ((4, 3, 3), (50, 96, 96)), ((60, 80, 80), (4, 32, 5))])
+def test_pictures_of_several_sizes(sizes: tuple[tuple[int, int, int], ...]) -> None:
+    model = seeded(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+    plan = zp.Plan(zp.trace(model, images()), {'0': [1, 2, 3], '2': [4]})
+    small = plan.apply(model)
+    data = [torch.randn(count, 3, height, width) for count, height, width in sizes]
+    repaired = repair(small, model, plan, data, progress=False)
+    assert all(error(repaired, model, x) < error(small, model, x) for x in data)
 
 
 # 7: the simpler methods
@@ -994,13 +1023,13 @@ def test_pictures_come_mirrored_and_moved_in_the_fold_of_the_original() -> None:
 def test_positions_are_thinned_out_evenly(samples: int, area: int) -> None:
     x, weight = torch.zeros(1, 2, 8, 32), torch.zeros(2, 2, 1, 1)
     call = LayerCall('conv2d', (x, weight), {}, x, 1)
-    thinned = _thinning(call, samples, 18, 24)
+    thinned = [_thinning(call, samples, 18, chunk, 24) for chunk in range(24)]
     seen = {(row, column) for rows, columns in thinned for row in range(8)[rows] for column in range(32)[columns]}
     steps = {(rows.step, columns.step) for rows, columns in thinned}
     assert len(steps) == 1 and prod(steps.pop()) == area
     assert area > 24 or len(seen) == 8 * 32  # each position in some chunk
     linear = LayerCall('linear', (torch.zeros(4, 5), torch.zeros(6, 5)), {}, torch.zeros(4, 6), 4)
-    assert _thinning(linear, 10 ** 9, 5, 3) == [(), (), ()]
+    assert _thinning(linear, 10 ** 9, 5, 1, 3) == ()
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

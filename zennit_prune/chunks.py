@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
 
 class Inputs:
-    '''What a network is repaired with: all of up to 1,024 inputs, of more a random choice.
+    '''What a network is repaired with: all of up to 1,024 inputs, of more a random choice; equal ones once.
 
     Parameters
     ----------
@@ -60,8 +60,19 @@ class Inputs:
             self._starts.append(self._starts[-1] + batch_size(inputs))
         if not self._starts[-1]:
             raise PruneError('there is no input to repair with: the data are empty.')
-        self.order = torch.randperm(self._starts[-1], generator=torch.Generator().manual_seed(0))
-        self._folds = self.order.argsort() % FOLDS
+        distinct = torch.tensor(list({key: number for number, key in reversed(list(enumerate(self._keys())))}.values()))
+        distinct = distinct.sort().values
+        self.order = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))]
+        self._folds = torch.zeros(self._starts[-1], dtype=torch.int64)
+        self._folds[self.order] = torch.arange(len(self.order)) % FOLDS
+
+    def _keys(self) -> Iterator[tuple[int, ...]]:
+        '''By which equal inputs are known: in different folds, one would tell the answer for the other.'''
+        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+            rows = [tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
+                    for tensor in tensors_in(inputs) if tensor.dim() and len(tensor) == end - start]
+            for number in range(end - start):
+                yield tuple(hash(row[number].tobytes()) for row in rows)
 
     def __len__(self) -> int:
         return len(self.order)

@@ -1,7 +1,7 @@
 '''How far what a network returns is from what the original returns, without labels.'''
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from .attribute import call_network, main_output
 from .networks import map_tensors
 from .references import LEAST
 
+LEAST_VARIANCE = 1e-12  # of the mean square: the rest is rounding
 NOISE = 1e-9  # of the outputs' variance: squares of rounding errors
 
 
@@ -21,7 +22,8 @@ class Divergence(NamedTuple):
     Attributes
     ----------
     error: float
-        The mean squared error over the variance of the original's outputs.
+        The mean squared error over the variance of the original's outputs, or over their mean square where they do not
+        differ.
     kl: float
         The mean Kullback-Leibler divergence of the softmax over classes from the original's, in nats; 0 where outputs
         are not of shape (N, at least 3).
@@ -31,27 +33,33 @@ class Divergence(NamedTuple):
     kl: float
 
     def worse_than(self, other: Divergence) -> bool:
-        '''Whether either is larger, and not by rounding alone.'''
-        return not self.error <= max(other.error, NOISE) or not self.kl <= max(other.kl, NOISE)
+        '''Whether the product of both is larger, and not by rounding alone: the clearer one counts.'''
+        product, limit = (max(each.error, NOISE) * max(each.kl, NOISE) for each in (self, other))
+        return not product <= limit
 
     def __str__(self) -> str:
         return f'squared error {self.error:.4g}' + (f', KL {self.kl:.4g}' if self.kl else '')
 
 
-def outputs(network: nn.Module, inputs: Iterable[Any]) -> torch.Tensor:
+def outputs(network: nn.Module, inputs: Iterable[Any]) -> list[torch.Tensor]:
     '''The main outputs for some batches, in float64.'''
-    parts = []
-    for batch in inputs:
-        parts.append(main_output(call_network(network, map_tensors(torch.clone, batch))).detach().double())
-    shapes = {part.shape[1:] for part in parts}
-    return torch.cat(parts if len(shapes) == 1 else [part.flatten() for part in parts])
+    return [main_output(call_network(network, map_tensors(torch.clone, batch))).detach().double() for batch in inputs]
 
 
-def divergence(found: torch.Tensor, original: torch.Tensor) -> Divergence:
-    '''Compare outputs with the original's, which are of the same shape.'''
-    variance = (original - original.mean(0)).square().mean().clamp(min=1e-30)
-    error = float((found - original).square().mean() / variance)
+def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
+    '''Compare outputs with the original's for the same batches.'''
+    after, wanted = map(_joined, (found, original))
+    variance = (wanted - wanted.mean(0)).square().mean()
+    if variance <= LEAST_VARIANCE * wanted.square().mean():  # of a single input, say
+        variance = wanted.square().mean()
+    error = float((after - wanted).square().mean() / variance.clamp(min=1e-30))
     kl = 0.0
-    if original.dim() == 2 and original.shape[1] >= LEAST:
-        kl = float(F.kl_div(found.log_softmax(1), original.log_softmax(1), reduction='batchmean', log_target=True))
+    if wanted.dim() == 2 and wanted.shape[1] >= LEAST:
+        kl = float(F.kl_div(after.log_softmax(1), wanted.log_softmax(1), reduction='batchmean', log_target=True))
     return Divergence(error, kl)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    '''One row a sample, or numbers alone where outputs differ in shape.'''
+    alike = len({part.shape[1:] for part in parts}) == 1
+    return torch.cat([part if alike else part.flatten() for part in parts])

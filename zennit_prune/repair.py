@@ -50,13 +50,13 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     plan: Plan
         What was removed from it.
     data: torch.Tensor or iterable
-        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice, pictures with
-        their mirror images. Activations of one layer are held for all of them, so that of large inputs as many are
-        used as fit into 4 GiB, about.
+        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice; equal ones
+        count once. Pictures are also mirrored and moved. Activations of one layer are held for all of them, so that of
+        large inputs as many are used as fit into 4 GiB, about.
     method: str
         ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
         inputs that were held out keeps its weights. Where the inputs do not show clearly that it helps, it is tried
-        with three quarters of them: if it brings the outputs for the others (of fewer than four inputs: for all)
+        with three quarters of them (of fewer than 32, with others each time): if it brings the outputs for the rest
         further from the original's, the network is left as it is, with a warning.
         ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew.
         ``'none'``: a copy.
@@ -238,8 +238,8 @@ def _samples(call: LayerCall) -> int:
     return call.shape.numel() // call.shape[call.channel_dim]
 
 
-def _thinning(call: LayerCall, samples: int, width: int, chunks: int) -> list[tuple[slice, ...]]:
-    '''For each chunk, the positions to take in each direction of space: neighbours show much the same.
+def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int) -> tuple[slice, ...]:
+    '''The positions to take in each direction of space: neighbours show much the same.
 
     Each chunk starts elsewhere, so that all alignments with the strides of layers are seen.
     '''
@@ -252,7 +252,7 @@ def _thinning(call: LayerCall, samples: int, width: int, chunks: int) -> list[tu
             break
         skips[least] += 1
     starts = list(product(*map(range, skips)))
-    return [tuple(map(slice, starts[chunk * len(starts) // chunks], repeat(None), skips)) for chunk in range(chunks)]
+    return tuple(map(slice, starts[chunk * len(starts) // chunks], repeat(None), skips))
 
 
 def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
@@ -274,7 +274,8 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
     samples = sum(map(_samples, pieces[0][0].calls))
-    thinned = _thinning(pieces[0][0].calls[0], samples, width, len(views))
+    calls = pieces[0][0].calls
+    thinned = [_thinning(call, samples, width, chunk, len(calls)) for chunk, call in enumerate(calls)]
 
     def features(position: int) -> torch.Tensor:
         read = [layer.calls[position].features(channels, thinned[position]) for layer, channels in pieces]

@@ -10,14 +10,16 @@ from .chunks import Inputs
 from .divergence import Divergence, divergence, outputs
 
 MANY = 32  # inputs: a fit to so many that leaves less than half of their error is no accident
+PARTS = 4  # one of them is held out at a time
 
 
 def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: Inputs,
               repaired: Callable[[torch.Tensor], nn.Module]) -> str:
     '''What speaks against a repair, nothing if it helps.
 
-    Where the answer is not clear from the inputs that the network was repaired with, the repair is tried with three
-    quarters of them, and judged by the others. Fewer than four inputs judge it themselves.
+    Where the answer is not clear from the inputs that the network was repaired with, or they are few, the repair is
+    tried with three quarters of them, and judged by the others; of few inputs, every quarter judges in turn until the
+    answer is clear. A single input judges it itself.
 
     Parameters
     ----------
@@ -28,20 +30,33 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
     repaired: callable
         Repairs ``small`` with some of the inputs.
     '''
+    after: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+
     def compared(network: nn.Module, chosen: torch.Tensor) -> tuple[Divergence, Divergence]:
+        '''How far the outputs are from the original's, repaired and not, for these and all inputs before.'''
         parts = [chunk.inputs for chunk in inputs.chunks(chosen)]
-        after, before, wanted = (outputs(each, parts) for each in (network, small, model))
+        for said, each in zip((after, before, wanted), (network, small, model)):
+            said += outputs(each, parts)
         return divergence(after, wanted), divergence(before, wanted)
 
     if len(inputs) >= MANY:
-        after, before = compared(network, inputs.order[:MANY])
-        if 2 * after.error < before.error and 2 * after.kl <= before.kl:
+        if _clear(*compared(network, inputs.order[:MANY])):
             return ''
-    held, fitted = inputs.order.tensor_split([len(inputs) // 4])
-    if len(held):
-        after, before = compared(repaired(fitted), held)
-        tried = f'tried with {len(fitted)} of the inputs, it brings the outputs for the other {len(held)}'
-    else:
-        after, before = compared(network, inputs.order)
-        tried = f'it brings the outputs for all {len(inputs)} of its inputs'
-    return f'{tried} from {before} to {after}, further from those of the original' if after.worse_than(before) else ''
+        for said in (after, before, wanted):
+            said.clear()
+    for held in inputs.order.tensor_split(min(len(inputs), PARTS)):
+        fitted = inputs.order[~torch.isin(inputs.order, held)]
+        found, without = compared(repaired(fitted) if len(fitted) else network, held)
+        if _clear(found, without) or len(inputs) >= MANY:
+            break
+    if not found.worse_than(without):
+        return ''
+    tried = 'tried without some of the inputs, it brings the outputs for these' if len(fitted) else \
+        'it brings the outputs for its only input'
+    return f'{tried} from {without} to {found}, further from those of the original'
+
+
+def _clear(after: Divergence, before: Divergence) -> bool:
+    return 2 * after.error < before.error and 2 * after.kl <= before.kl
