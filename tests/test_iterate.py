@@ -102,8 +102,8 @@ def test_prune_does_what_its_parts_do() -> None:
 def test_the_one_call_returns_the_repaired_network() -> None:
     network = NETWORKS['residual']()
     repaired, plain = (zp.prune(network, None, data(), zp.Budget(flops=0.5), repair=repair, **QUIET)
-                       for repair in ('batchnorm', 'none'))  # fmt: skip
-    result = pruner(network).prune(data(), zp.Budget(flops=0.5), repair='batchnorm', **QUIET)
+                       for repair in ('refit', 'none'))  # fmt: skip
+    result = pruner(network).prune(data(), zp.Budget(flops=0.5), repair='refit', **QUIET)
     assert equal(repaired, result.model) and not equal(repaired, plain)
     assert equal(plain, result.plan.apply(network))
 

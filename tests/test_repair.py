@@ -1,6 +1,7 @@
 '''Repair: what can be recovered is, nothing else is touched, and what cannot be helped is left alone.'''
 from __future__ import annotations
 
+import copy
 import importlib
 import threading
 import warnings
@@ -662,10 +663,13 @@ def test_network_without_a_layer_that_can_be_refitted(norm: bool) -> None:
     model = seeded(nn.Sequential(normed(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU(),
                                  nn.Flatten(), normed(nn.Linear(216, 4))))
     plan = half_removed(zp.trace(model, images()))
-    if not plan.removed:
-        plan = zp.Plan(plan.graph)
-    small = plan.apply(model) if plan.removed else model
+    assert not plan.removed
     x = images(40)
+    if norm:
+        model.train()(x)
+    small = copy.deepcopy(model.eval())
+    if norm:
+        small[1].running_mean += 3
     with pytest.warns(zp.PruneWarning, match='no layer that can be refitted') as caught:
         result = repair(small, model, plan, x, progress=False)
     assert len(caught) == 1 and ('estimated anew' if norm else 'nothing was repaired') in str(caught[0].message)
@@ -674,6 +678,33 @@ def test_network_without_a_layer_that_can_be_refitted(norm: bool) -> None:
         assert not torch.equal(result[1].running_mean, small[1].running_mean)
     else:
         assert all(torch.equal(a, b) for a, b in zip(result.state_dict().values(), small.state_dict().values()))
+
+
+def test_statistics_that_mislead_are_left_out() -> None:
+    '''Inputs of all scales: those that are held out are unlike the others.'''
+    model, plan, small, x = setting()
+    few = x[:7] * 10.0 ** torch.arange(-3, 4).view(-1, 1, 1, 1)
+    with pytest.warns(zp.PruneWarning, match='the repair is left out'):
+        assert equal(repair(small, model, plan, few, 'batchnorm', progress=False), small)
+
+
+def test_batch_norm_of_a_single_value() -> None:
+    model = seeded(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    plan = zp.Plan(zp.trace(model, torch.randn(2, 20)), {'0': [1]})
+    small = plan.apply(model)
+    with pytest.raises(zp.PruneError, match=r'cannot be estimated anew: .* give more inputs'):
+        repair(small, model, plan, torch.randn(1, 20), 'batchnorm', progress=False)
+    with pytest.warns(zp.PruneWarning, match='cannot be tried with 1 of the 2 inputs'):
+        assert equal(repair(small, model, plan, torch.randn(2, 20), 'batchnorm', progress=False), small)
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_statistics_from_few_inputs_can_be_trained_with(count: int) -> None:
+    model, plan, small, x = setting()
+    repaired = repair(small, model, plan, x[:count], progress=False)
+    for norm, before in zip(*([module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+                              for network in (repaired, small))):
+        assert (norm.running_var > 0.5 * before.running_var).all()
 
 
 def test_no_batch_norm_to_estimate() -> None:

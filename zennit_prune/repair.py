@@ -21,7 +21,7 @@ from .chunks import Chunk, Inputs, wide
 from .errors import PruneError, PruneWarning
 from .layers import LayerCall
 from .networks import copied, device_of, tensors_by_module, unique_tensors, unwrapped
-from .norms import DEAD, reestimate, settle
+from .norms import DEAD, norms_of, reestimate, settle
 from .parametrized import copy_values, plain
 from .plan import Plan
 from .regression import RIDGES, Change, Moments
@@ -55,11 +55,11 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         large inputs as many are used as fit into 4 GiB, about.
     method: str
         ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
-        inputs that were held out keeps its weights. Where the inputs do not show clearly that it helps, it is tried
-        with three quarters of them (of fewer than 32, with others each time): if it brings the outputs for the rest
-        further from the original's, the network is left as it is, with a warning.
-        ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew.
-        ``'none'``: a copy.
+        inputs that were held out keeps its weights. ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the
+        statistics of BatchNorm are estimated anew. ``'none'``: a copy.
+        Where the inputs do not show clearly that it helps, a repair is tried with three quarters of them (of fewer than
+        32, with others each time): if it brings the outputs for the rest further from the original's, the network is
+        left as it is, with a warning.
     progress: bool
         Show a progress bar on standard error.
 
@@ -91,15 +91,21 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
             network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
             fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
             if not fitted:
-                reestimate(network, [chunk.inputs for chunk in chunks], needed=method != 'batchnorm')
+                reestimate(network, [chunk.inputs for chunk in chunks])
             return network.eval(), fitted
 
         network, fitted = repaired(inputs.order)
-        if fitted and method == 'refit':
-            problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: repaired(chosen)[0])
-            if problem:
-                warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=2)
-                return result
+        norms = norms_of(network)
+        if not fitted and (method != 'batchnorm' or not norms):
+            reason = 'the network was left as it is: ' if method == 'batchnorm' else \
+                'the network has no layer that can be refitted, and '
+            found = 'its BatchNorm is estimated anew' if norms else \
+                'it has no BatchNorm with statistics: nothing was repaired'
+            warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=2)
+        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: repaired(chosen)[0])
+        if problem:
+            warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=2)
+            return result
         copy_values(network, result)
     return result
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .chunks import Inputs
 from .divergence import Divergence, divergence, outputs
+from .errors import PruneError
 
 MANY = 32  # inputs: a fit to so many that leaves less than half of their error is no accident
 PARTS = 4  # one of them is held out at a time
@@ -48,7 +49,10 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
             said.clear()
     for held in inputs.order.tensor_split(min(len(inputs), PARTS)):
         fitted = inputs.order[~torch.isin(inputs.order, held)]
-        found, without = compared(repaired(fitted) if len(fitted) else network, held)
+        try:
+            found, without = compared(repaired(fitted) if len(fitted) else network, held)
+        except PruneError as error:
+            return f'it cannot be tried with {len(fitted)} of the {len(inputs)} inputs ({error})'
         if _clear(found, without) or len(inputs) >= MANY:
             break
     if not found.worse_than(without):
