@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import Residual, chain, images, same, seeded, snapshot
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
 from zennit_prune.divergence import Divergence, divergence, outputs
@@ -90,6 +91,17 @@ def test_what_cannot_be_chosen() -> None:
         zp.choose(pruner(), data(), HALF, 'l1', **QUIET)  # type: ignore[arg-type]
     with pytest.raises(zp.PruneError, match="method='lsq' is unknown"):
         zp.choose(pruner(), data(), HALF, method='lsq', **QUIET)
+
+
+def test_a_loader_that_shuffles_is_read_alike() -> None:
+    loader, one, seen = DataLoader(TensorDataset(*data(24)), 4, shuffle=True), pruner(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        seen.append(zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', **QUIET).divergences)
+        assert torch.equal(before, torch.get_rng_state())
+    assert seen[0] == seen[1]
+    assert seen[0] != zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', seed=1, **QUIET).divergences
 
 
 def test_divergence_in_closed_form() -> None:

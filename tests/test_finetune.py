@@ -154,7 +154,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     'optimizer': ({'optimizer': 'lion'}, "optimizer='lion' is unknown: use one of 'sgd', 'adamw'"),
     'epochs': ({'epochs': 0}, 'epochs=0: give a whole number'),
     'lr': ({'lr': 0.0}, 'lr=0.0: give a number above 0'),
+    'lr text': ({'lr': 'a'}, "lr='a': give a number above 0"),
     'clip': ({'clip': -1}, 'clip=-1'),
+    'no clip': ({'clip': None}, 'clip=None: give a number above 0'),
+    'temperature': ({'temperature': None}, 'temperature=None'),
+    'patience': ({'patience': 0}, 'patience=0: give a whole number of epochs from 1 on'),
+    'label': ({'data': (images(4), labels(4, 3) + 1)}, 'label 3 is out of range: the network has 3 classes, from 0'),
+    'outputs': ({'model': nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Flatten(0))}, 'without classes: give'),
     'share': ({'validation': 1.5}, 'validation=1.5: hold out a share between 0 and 1'),
     'too few': ({'validation': 0.1, 'data': [task(4)]}, 'of 1 batches leaves nothing'),
     'stream': ({'validation': 0.1, 'data': DataLoader(Stream(), 4)}, 'a share of this DataLoader: give validation='),
@@ -173,6 +179,26 @@ def test_what_cannot_be_honoured_is_refused(case: str) -> None:
     options, message = REFUSED[case]
     with pytest.raises(zp.PruneError, match=message):
         tune(**options)
+
+
+def test_labels_in_a_list_and_no_grad_around_it() -> None:
+    x, target = task()
+    expected = tune(data=[(x, target)])
+    with torch.no_grad():
+        assert equal(expected, tune(data=[(x, target.tolist())]))
+    with torch.inference_mode():
+        assert equal(expected, tune(data=[(x, target.tolist())]))
+
+
+@pytest.mark.parametrize('flat', [False, True])
+def test_one_output_is_learnt_by_its_value(flat: bool) -> None:
+    teacher, model = (seeded(nn.Sequential(nn.Flatten(), nn.Linear(192, 1), *[nn.Flatten(0)] * flat)) for _ in range(2))
+    x = images(64)
+    with torch.no_grad():
+        model[1].weight += 0.1
+        before = (model(x) - teacher(x)).square().mean()
+        after = (tune(model, [x], epochs=30, teacher=teacher)(x) - teacher(x)).square().mean()
+    assert after < 0.5 * before
 
 
 @pytest.mark.parametrize('data', [task(8), DataLoader(Stream(), 4), iter([task(8)]), [task(4), task(4)]],

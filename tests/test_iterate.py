@@ -167,7 +167,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((model, plan, torch.cat([inputs for inputs, _ in data]), method, progress))
         return zp.repair(small, model, plan, data, 'none')
 
-    monkeypatch.setattr(iterate, 'repair', repair)
+    monkeypatch.setattr(iterate, 'repaired', repair)
     return calls
 
 
@@ -309,6 +309,18 @@ def test_what_cannot_be_honoured_is_refused_before_the_first_step(case: str) -> 
     assert not tuned
 
 
+def test_one_call_takes_all_options() -> None:
+    x = images(8)
+    kept = zp.prune(chain(), None, [x], zp.Budget(flops=0.7), repair='none', target='predicted', round_to=2, **QUIET)
+    predicted = chain().eval()(x).argmax(1)
+    assert equal(kept, pruner().prune((x, predicted), zp.Budget(flops=0.7), repair='none', round_to=2, **QUIET).model)
+
+
+def test_a_dataset_is_to_be_wrapped() -> None:
+    with pytest.raises(zp.PruneError, match=r'a TensorDataset does not\. Wrap it in a torch'):
+        pruner().prune(TensorDataset(*data()), zp.Budget(flops=0.7), **QUIET)  # type: ignore[arg-type]
+
+
 # --- what is to be read afterwards
 def test_history_is_told_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[zp.Step] = []
@@ -373,16 +385,17 @@ def stop(step: zp.Step) -> None:
         raise Stopped
 
 
-def test_a_run_that_was_interrupted_is_resumed_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize('criterion', ['relevance', 'l1', 'random', 'auto'])
+def test_a_run_that_was_interrupted_is_resumed_to_the_bit(criterion: str, tmp_path: Path) -> None:
     folder, seen = tmp_path / 'run', []
     with pytest.raises(Stopped):
-        run(folder, callback=stop)
-    assert {path.name for path in folder.iterdir()} == {'relevance.safetensors', 'state.safetensors'}
+        run(folder, criterion=criterion, callback=stop)
+    assert {path.name for path in folder.iterdir()} - {'relevance.safetensors'} == {'state.safetensors'}
     torch.manual_seed(3)  # what others draw in between does not matter
-    result = run(folder, callback=seen.append)
-    assert alike(result, run()) and not folder.exists()
+    result = run(folder, criterion=criterion, callback=seen.append)
+    assert alike(result, run(criterion=criterion)) and not folder.exists()
     assert [step.number for step in seen] == [step.number for step in result.history[3:]]
-    assert not alike(result, run(seed=1))
+    assert not alike(result, run(criterion=criterion, seed=1))
 
 
 SCRIPT = '''

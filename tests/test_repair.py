@@ -755,6 +755,20 @@ def test_few_inputs_judge_in_turn(count: int) -> None:
         assert 'further from those of the original' in str(caught[0].message)
 
 
+def test_inputs_of_few_classes_are_warned_of() -> None:
+    model = seeded(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12)))
+    x = images(64, size=2)
+    shown = x[model(x).argmax(1) == model(x).argmax(1)[0]]
+    plan = zp.Plan(zp.trace(model, x[:2]), {'1': [1, 2]})
+    small = plan.apply(model)
+    with pytest.warns(zp.PruneWarning, match='show 1 of the 12 classes') as caught:
+        repair(small, model, plan, shown, progress=False)
+    assert caught[-1].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        repair(small, model, plan, shown, 'bias', progress=False)
+
+
 def test_equal_inputs_count_once() -> None:
     model, plan, small, x = setting()
     once, often = (repair(small, model, plan, data, progress=False) for data in (x[:5], x[:5].repeat(8, 1, 1, 1)))

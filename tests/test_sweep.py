@@ -14,6 +14,7 @@ from PIL import Image
 from small import Residual, chain, images, labels, same, seeded, snapshot
 from test_pretrained import loaders, references  # noqa: F401  (a fixture)
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
 from zennit_prune.curves import Row
@@ -108,7 +109,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
         repaired = chain()
         return repaired
 
-    monkeypatch.setitem(zp.sweep.__globals__, 'repair', repair)
+    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', repair)
     found = run(pruner, criteria=['l1'], repairs=['none', 'refit'], seeds=[0])
     assert given == [('refit', True, True, True)] * 2
     assert [row.repair for row in found.rows] == ['none', 'refit'] * 2
@@ -116,7 +117,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
 
 
 def test_evaluate_may_do_what_it_likes_to_its_network(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zp.sweep.__globals__, 'repair', lambda small, *_, **__: small)
+    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda small, *_, **__: small)
     before = snapshot(pruner.model)
 
     def spoil(model: nn.Module) -> float:
@@ -227,12 +228,29 @@ def test_files_that_are_no_sweeps(pruner: zp.Pruner, text: str, tmp_path: Path) 
     ({'budgets': [zp.Budget(flops=0.5), zp.Budget(params=0.5)]}, 'one unit.*flops, params'),
     ({'budgets': [0.5]}, r'one unit.*0\.5'),
     ({'checkpoint': '/nowhere/sweep.json'}, 'there is no folder'),
+    ({'repairs': ['none', 'refitt']}, "repairs: 'refitt' is unknown, use some of 'refit'"),
+    ({'criteria': ['l1', 'luck']}, "criteria: 'luck' is unknown, use some of 'relevance'"),
 ])
 def test_calls_that_make_no_sense(pruner: zp.Pruner, changes: dict[str, Any], message: str) -> None:
     evaluate = Evaluate()
     with pytest.raises(zp.PruneError, match=message):
         run(pruner, evaluate, **changes)
     assert not evaluate.sizes
+
+
+def test_evaluate_returns_a_number(pruner: zp.Pruner) -> None:
+    with pytest.raises(zp.PruneError, match='evaluate returned None: return a number'):
+        run(pruner, lambda network: None)
+
+
+def test_what_a_loader_shuffles_depends_on_the_seed_alone(pruner: zp.Pruner) -> None:
+    loader, found = DataLoader(TensorDataset(images(24), labels(24)), 4, shuffle=True), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(run(pruner, loader=loader, criteria=['taylor'], repairs=['bias'], plan={}))
+        assert torch.equal(before, torch.get_rng_state())
+    assert [row.value for row in found[0].rows] == [row.value for row in found[1].rows]
 
 
 # --- what comes out

@@ -17,7 +17,7 @@ from .pruner import Criterion, Pruner
 
 def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
           ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit',
-          criterion: Criterion = 'relevance', layernorm: str = 'lock') -> nn.Module:
+          criterion: Criterion = 'relevance', layernorm: str = 'lock', **options: Any) -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
@@ -40,6 +40,8 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
         Likewise, e.g. ``'auto'``.
     layernorm: str
         See :func:`trace`.
+    **options:
+        Further ones of :meth:`Pruner.prune`, e.g. ``target='predicted'`` for inputs without labels.
 
     Returns
     -------
@@ -58,4 +60,4 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
     pruner = Pruner(model, composite, example, ignore, layernorm, progress)
-    return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress).model
+    return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress, **options).model

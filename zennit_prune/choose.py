@@ -15,7 +15,8 @@ from .fingerprint import named
 from .loaders import as_loader, batch_size, batches, only
 from .networks import copied, device_of, map_tensors
 from .references import KEPT, References
-from .repair import METHODS, repair
+from .repair import METHODS, repaired
+from .seeds import seeded
 from .tables import table
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
     method: str
         See :func:`zennit_prune.repair`.
     seed: int
-        For the split and the criteria.
+        For the split, the criteria and the loader's random choices; global random states are restored.
     progress: bool
         Show a progress bar on standard error.
     collect, plan: mapping
@@ -87,7 +88,8 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
         raise PruneError(f'criteria={criteria!r}: give a list of at least one.')
     if method not in METHODS:
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
-    fitted, held = _split(loader, seed)
+    with seeded(seed, device_of(pruner.model)):
+        fitted, held = _split(loader, seed)
     model = copied(pruner.model).eval()
     held = [map_tensors(lambda tensor: tensor.to(device_of(model)), inputs) for inputs, _ in held]
     with torch.no_grad():
@@ -98,7 +100,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
             relevance = pruner.collect(fitted, criterion, **{'seed': seed, 'progress': False, **(collect or {})})
             chosen = pruner.plan(relevance, budget, **{'progress': False, **(plan or {})})
             small = chosen.apply(pruner.model, verify=False, progress=False)
-            small = repair(small, pruner.model, chosen, fitted, method, False)
+            small = repaired(small, pruner.model, chosen, fitted, method, False)
             with torch.no_grad():
                 found[named(criterion)] = divergence(outputs(small.eval(), held), wanted)
         except PruneError as error:

@@ -18,7 +18,7 @@ from .iterate import costs_left
 from .jobs import Job
 from .optional import needed
 from .plan import Plan
-from .references import References, warn_of_missing_classes
+from .references import References
 from .relevance import Relevance
 from .repair import repair
 from .report import report
@@ -175,10 +175,7 @@ def _planned(job: Job, relevance: Relevance, budget: Budget | None) -> Plan:
 
 def _repaired(job: Job, small: nn.Module, plan: Plan, references: References) -> nn.Module:
     job.say(f'repairing: {job.options.repair}')
-    inputs = references.inputs(job.device)
-    if job.options.repair == 'refit':
-        warn_of_missing_classes(job.network, inputs)
-    return repair(small, job.network, plan, inputs, job.options.repair, job.options.progress)
+    return repair(small, job.network, plan, references.inputs(job.device), job.options.repair, job.options.progress)
 
 
 def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:

@@ -19,6 +19,7 @@ from .seeds import seeded
 from .splits import held_out, many_times
 
 WARM_UP = 0.05  # of all updates
+IGNORED = -100  # a label that cross-entropy leaves out
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
     'sgd': (torch.optim.SGD, {'lr': 1e-2, 'momentum': 0.9, 'weight_decay': 1e-4}),
     'adamw': (torch.optim.AdamW, {'lr': 1e-3, 'weight_decay': 1e-2}),
@@ -26,6 +27,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, floa
 Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
+@torch.inference_mode(False)
 def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer: str = 'sgd', lr: float | None = None,
              teacher: nn.Module | None = None, temperature: float = 4.0, loss: Loss | None = None,
              validation: float | Iterable[Any] | None = None, patience: int = 3, clip: float = 1.0, seed: int = 0,
@@ -49,7 +51,8 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     lr: float, optional
         The largest learning rate; 0.01 for SGD and 0.001 for AdamW.
     teacher: torch.nn.Module, optional
-        Usually the unpruned network: learn its outputs in place of the labels, which may be missing.
+        Usually the unpruned network: learn its outputs in place of the labels, which may be missing; probabilities of
+        classes, or values where there is one output only.
     temperature: float
         What the outputs are divided by before they are compared with the teacher's.
     loss: callable, optional
@@ -83,14 +86,16 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
         raise PruneError(f'optimizer={optimizer!r} is unknown: use one of {", ".join(map(repr, OPTIMIZERS))}.')
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise PruneError(f'epochs={epochs!r}: give a whole number from 1 on.')
-    for name, value in (('lr', lr), ('temperature', temperature), ('clip', clip)):
-        if value is not None and not value > 0:
+    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        raise PruneError(f'patience={patience!r}: give a whole number of epochs from 1 on.')
+    for name, value in (('temperature', temperature), ('clip', clip), *([] if lr is None else [('lr', lr)])):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise PruneError(f'{name}={value!r}: give a number above 0.')
     network = copied(unwrapped(model)).eval()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not parameters:
         raise PruneError('the network has no trainable parameter: set requires_grad of those that are to learn.')
-    with seeded(seed, parameters[0].device):
+    with seeded(seed, parameters[0].device), torch.enable_grad():
         train, unseen = many_times(loader), None
         if isinstance(validation, (int, float)):
             train, unseen = held_out(train, validation)
@@ -145,7 +150,9 @@ class _Objective:
         if self.loss is not None:
             return self.loss(output, labels)
         if self.teacher is None:
-            return F.cross_entropy(output, labels)
+            return F.cross_entropy(output, _checked(labels, output))
+        if output.dim() < 2 or output.shape[1] == 1:  # no classes, whose probabilities could be compared
+            return F.mse_loss(output, labels.to(output.dtype))
         soft, wanted = ((values / self.temperature).log_softmax(1) for values in (output, labels.to(output.dtype)))
         divergence = F.kl_div(soft, wanted, reduction='none', log_target=True).sum(1).mean()
         return divergence * self.temperature ** 2  # so that gradients do not depend on the temperature
@@ -195,6 +202,20 @@ class _Objective:
             raise PruneError('there is nothing to train or to validate on: the loader is empty. Every epoch reads it '
                              'anew.')
         return total / samples
+
+
+def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
+    '''Labels as a tensor, classes among those of the output.'''
+    labels = torch.as_tensor(labels, device=output.device)
+    if output.dim() < 2:
+        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
+                         'outputs and labels.')
+    wrong = labels[(labels < 0) & (labels != IGNORED) | (labels >= output.shape[1])] \
+        if not labels.is_floating_point() else labels[:0]
+    if wrong.numel():
+        raise PruneError(f'label {wrong.flatten()[0]} is out of range: the network has {output.shape[1]} classes, from '
+                         f'0 to {output.shape[1] - 1}.')
+    return labels
 
 
 class _Cosine:

@@ -15,13 +15,14 @@ from .choose import choose
 from .cost import UNITS, Budget, CostModel
 from .distributed import gathered, rank_and_world
 from .errors import PruneError, PruneWarning
+from .evaluate import evaluated
 from .fingerprint import described, fingerprint, named
 from .graph import ChannelGraph
 from .networks import copied, device_of, tensors_by_module, unique_tensors, unwrapped
 from .plan import Plan
 from .references import KEPT, References, warn_of_missing_classes
 from .relevance import Relevance
-from .repair import METHODS, repair
+from .repair import METHODS, repaired
 from .result import Result, Step
 from .seeds import seeded
 
@@ -119,6 +120,7 @@ class Loop:
         options = {'progress': self.progress, 'seed': self.seed + number - 1, **self.collecting}
         if file is not None:
             options['checkpoint'] = file.collecting
+        references.forget()
         with seeded(self.seed + number, self.device):
             pruner = self.pruner if number == 1 else self.pruner.on(state.network)
             relevance = pruner.collect(references, self.criterion, **options)
@@ -129,8 +131,8 @@ class Loop:
             if self.repair != 'none':
                 inputs = references.inputs(self.device)
                 if number == 1 and self.repair == 'refit' and references.classes is None:
-                    warn_of_missing_classes(self.model, inputs)
-                network = repair(network, self.model, plan, inputs, self.repair, self.progress)
+                    warn_of_missing_classes(self.model, inputs, stacklevel=5)
+                network = repaired(network, self.model, plan, inputs, self.repair, self.progress)
             values = unique_tensors(self._tuned(network))
             network = filled(plan.graph.narrowed(self.model, plan.removed), values)
             stability = relevance.reliability().network if relevance.has_halves else None
@@ -159,13 +161,7 @@ class Loop:
 
     def _seen(self, number: int, plan: Plan, network: nn.Module, stability: float | None, began: float) -> Step:
         '''What is to be known of a network; ``evaluate`` gets a copy, so that it may do anything.'''
-        value: Any = None
-        if self.evaluate is not None:
-            value = self.evaluate(copied(network).eval())
-            try:
-                value = float(value)
-            except (TypeError, ValueError) as error:
-                raise PruneError(f'evaluate returned {value!r}: return a number, the higher the better.') from error
+        value = None if self.evaluate is None else evaluated(self.evaluate, copied(network).eval())
         return Step(number, _left(plan), self._agreed(value), stability, time.perf_counter() - began)
 
     def _done(self, state: State, file: Checkpoint | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
@@ -51,7 +52,8 @@ def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
             raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
         return list(zip(loader[0].split(32), loader[1].split(32)))
     if not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
-        raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.')
+        advice = ' Wrap it in a torch.utils.data.DataLoader.' if isinstance(loader, Dataset) else ''
+        raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.{advice}')
     return loader
 
 

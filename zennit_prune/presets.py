@@ -1,4 +1,4 @@
-'''Settings by name: a composite, and options for :meth:`Pruner.prune` or :meth:`Pruner.iterate`.
+'''Settings by name: a composite, and options for the method that each names.
 
 >>> pruner = zp.Pruner(model, zp.presets.paper.composite(), example)
 >>> result = pruner.iterate(loader, zp.Budget(channels=0.5), **zp.presets.paper.options)

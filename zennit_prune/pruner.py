@@ -34,6 +34,7 @@ from .streaming import collect
 from .timing import device_name
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
+NAMED = ('relevance', *MEASURES, *CRITERIA)  # criteria
 
 
 class Pruner:
@@ -158,9 +159,8 @@ class Pruner:
             raise PruneError("criterion='auto' depends on the budget: give it to Pruner.prune or Pruner.iterate, or "
                              'ask zp.choose(pruner, loader, budget) and collect by its .criterion.')
         if criterion != 'relevance' and criterion not in MEASURES:
-            known = ', '.join(map(repr, ('relevance', *MEASURES, *CRITERIA)))
-            raise PruneError(f'criterion={criterion!r} is unknown: use one of {known}, or a function of (graph, model, '
-                             'loader).')
+            raise PruneError(f'criterion={criterion!r} is unknown: use one of {", ".join(map(repr, NAMED))}, or a '
+                             'function of (graph, model, loader).')
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
                                    nonfinite=nonfinite, seed=seed, exemplars=exemplars)
         return collect(collector, loader, target, progress, checkpoint)

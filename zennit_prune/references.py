@@ -75,6 +75,11 @@ class References:
             self._chunks = [(keys, inputs) if kept.all() else (keys[kept], only(inputs, len(keys), kept))
                             for keys, inputs, kept in chosen if kept.any()]
 
+    def forget(self) -> None:
+        '''What was kept; not that of a generator, which cannot be read anew.'''
+        if not isinstance(self.loader, Iterator):
+            self._chunks = []
+
     def chosen(self) -> list[Any]:
         '''What the last pass of this process kept, in the order of the loader; passes once if none was.'''
         if not self._chunks:
@@ -129,7 +134,7 @@ def _cat(chunks: list[Any]) -> Any:
                     else parts[0], *chunks)
 
 
-def warn_of_missing_classes(model: nn.Module, inputs: Iterable[tuple[Any, Any]]) -> None:
+def warn_of_missing_classes(model: nn.Module, inputs: Iterable[tuple[Any, Any]], stacklevel: int) -> None:
     '''Warn if a classifier predicts few of its classes on the references: a refit on them forgets the others.'''
     network, seen, classes = copied(model).eval(), set(), 0
     device = device_of(network)
@@ -143,4 +148,4 @@ def warn_of_missing_classes(model: nn.Module, inputs: Iterable[tuple[Any, Any]])
     if 2 * len(seen) < classes:
         warnings.warn(f'the references show {len(seen)} of the {classes} classes that the network tells apart: '
                       'refitted on them, it forgets the others. Add references of all classes that matter, or repair '
-                      "with 'batchnorm' or 'none'.", PruneWarning, stacklevel=5)
+                      "with 'batchnorm' or 'none'.", PruneWarning, stacklevel=stacklevel)

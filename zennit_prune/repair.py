@@ -24,6 +24,7 @@ from .networks import copied, device_of, tensors_by_module, unique_tensors, unwr
 from .norms import DEAD, norms_of, reestimate, settle
 from .parametrized import copy_values, plain
 from .plan import Plan
+from .references import warn_of_missing_classes
 from .regression import RIDGES, Change, Moments
 from .replay import Deletion
 from .surgery import Kept
@@ -66,13 +67,19 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
     Returns
     -------
     torch.nn.Module
-        A new network.
+        A new network. Refitted, it is good at what the inputs show: a warning says if they show few of the classes.
 
     Raises
     ------
     PruneError
         If the networks do not fit the plan or the inputs, or there is no input.
     '''
+    return repaired(small, model, plan, data, method, progress, True)
+
+
+def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
+             classes_matter: bool = False) -> nn.Module:
+    '''The same; whether it warns of classes that the inputs do not show is up to the caller.'''
     if method not in METHODS:
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
     small, model = unwrapped(small), plan._checked_model(model)
@@ -87,25 +94,28 @@ def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: st
         if method != 'batchnorm':
             inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
 
-        def repaired(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
+        def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
             network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
             fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
             if not fitted:
                 reestimate(network, [chunk.inputs for chunk in chunks])
             return network.eval(), fitted
 
-        network, fitted = repaired(inputs.order)
+        network, fitted = fitted_to(inputs.order)
         norms = norms_of(network)
         if not fitted and (method != 'batchnorm' or not norms):
             reason = 'the network was left as it is: ' if method == 'batchnorm' else \
                 'the network has no layer that can be refitted, and '
             found = 'its BatchNorm is estimated anew' if norms else \
                 'it has no BatchNorm with statistics: nothing was repaired'
-            warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=2)
-        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: repaired(chosen)[0])
+            warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=3)
+        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: fitted_to(chosen)[0])
         if problem:
-            warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=2)
+            warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
             return result
+        if fitted and method == 'refit' and classes_matter:
+            chunks = inputs.chunks(inputs.order)
+            warn_of_missing_classes(_widened(model), ((chunk.inputs, None) for chunk in chunks), stacklevel=4)
         copy_values(network, result)
     return result
 

@@ -13,13 +13,15 @@ from tqdm.auto import tqdm
 from .cost import Budget, CostModel
 from .curves import Cell, Row, Sweep
 from .errors import PruneError
+from .evaluate import evaluated
 from .files import check_folder
 from .fingerprint import ATOMIC, described, fingerprint, named
-from .networks import copied, tensors_by_module
+from .networks import copied, device_of, tensors_by_module
 from .plan import Plan
-from .pruner import Criterion, Pruner
+from .pruner import NAMED, Criterion, Pruner
 from .relevance import Relevance
-from .repair import repair
+from .repair import METHODS, repaired
+from .seeds import seeded
 
 Result = TypeVar('Result')
 
@@ -47,7 +49,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     repairs: sequence of str
         Methods of :func:`zennit_prune.repair`, or ``'none'``.
     seeds: sequence of int
-        Passed to criteria, and to ``loader`` if it is a function.
+        Passed to criteria, and to ``loader`` if it is a function; what a loader shuffles depends on it alone.
     checkpoint: path-like, optional
         A file that always holds what is finished; the same call goes on from there. By what a network, a criterion or
         an option holds, and by the code of functions, it is known whether the call is the same; data are not compared.
@@ -72,6 +74,10 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         criteria = dict(zip(names, criteria))
     _several('criteria', criteria)
     _several('repairs', repairs)
+    for what, one, known in [('criteria', each, NAMED) for each in criteria.values()] + \
+            [('repairs', each, METHODS) for each in repairs]:
+        if not (callable(one) or isinstance(one, Relevance)) and one not in known:
+            raise PruneError(f'{what}: {one!r} is unknown, use some of {", ".join(map(repr, known))}.')
     _several('seeds', seeds)
     _several('budgets', budgets)
     seeds = list(map(int, seeds))
@@ -134,22 +140,25 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     def collected(given: Criterion | Relevance, data: Any, seed: int) -> Relevance:
         if isinstance(given, Relevance):
             return given
-        return pruner.collect(data, given, **{'seed': seed, 'progress': False, **collect})
+        with seeded(seed, device_of(pruner.model)):
+            return pruner.collect(data, given, **{'seed': seed, 'progress': False, **collect})
 
     def pruned(relevance: Attempt[Relevance], budget: Budget) -> tuple[Plan, nn.Module]:
         chosen = pruner.plan(relevance.result(), budget, **{'progress': False, **plan})
         return chosen, chosen.apply(pruner.model, progress=False)
 
-    def repaired(small: Attempt[tuple[Plan, nn.Module]], data: Any, method: str) -> nn.Module:
+    def mended(small: Attempt[tuple[Plan, nn.Module]], data: Any, method: str, seed: int) -> nn.Module:
         chosen, network = small.result()
         if method == 'none':
             return copied(network)  # evaluate may train it on
-        return repair(network, pruner.model, chosen, data, method, progress=False)
+        with seeded(seed, device_of(pruner.model)):
+            return repaired(network, pruner.model, chosen, data, method, False)
 
     for seed in seeds:
         data = loader
         if callable(loader) and any(missing(seed, criterion, budgets) for criterion in criteria):
-            data = loader(seed)
+            with seeded(seed, device_of(pruner.model)):
+                data = loader(seed)
             data = list(data) if isinstance(data, Iterator) else data
         for criterion, given in criteria.items():
             if not missing(seed, criterion, budgets):
@@ -160,7 +169,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
                     continue
                 small = Attempt(pruned, relevance, budget)
                 for cell in missing(seed, criterion, [budget]):
-                    network = Attempt(repaired, small, data, cell.repair)
+                    network = Attempt(mended, small, data, cell.repair, seed)
                     value = Attempt(lambda network: _value(evaluate, network.result()), network)
                     left = None if small.error else _left(small.result()[0], budget)
                     yield Row(*cell, left, None if value.error else value.result(),
@@ -177,7 +186,7 @@ def _left(plan: Plan, budget: Budget) -> float:
 
 
 def _value(evaluate: Callable[[nn.Module], float], network: nn.Module) -> float:
-    value = float(evaluate(network))
+    value = evaluated(evaluate, network)
     if not math.isfinite(value):
         raise PruneError(f'evaluate returned {value}: it must return a finite number.')
     return value
