@@ -907,6 +907,31 @@ def test_branch_on_a_width_is_exact_or_refused() -> None:
         zp.Plan(graph, {'conv': [0, 1, 2, 3, 4]}).apply(model, verify=False)
 
 
+def two_widths(relate: Forward, out: int = 8) -> Callable[[], Net]:
+    '''Two layers, and what compares the width of the one with the other's.'''
+    return one_layer(lambda net, h: relate(h, net.other(h)), other=conv(8, out), out=out)
+
+
+def asserted(h: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    assert v.shape == h.shape
+    return v
+
+
+@pytest.mark.parametrize('relate', [
+    lambda h, v: v.view(len(v), h.shape[1], -1, 6), asserted, lambda h, v: v * (v.numel() / h.numel()),
+    lambda h, v: v if v.shape[1] == h.shape[1] else v * 2])
+def test_widths_that_must_stay_equal_are_locked(relate: Forward) -> None:
+    '''On trial, groups of equal size lose different numbers of channels.'''
+    model, example = made(Pattern(two_widths(relate)))
+    graph = zp.trace(model, example)
+    assert graph.groups == () and {'conv', 'other'} <= set(graph.locked)
+
+
+def test_widths_that_must_stay_in_proportion_are_locked() -> None:
+    model, example = made(Pattern(two_widths(lambda h, v: v.view(len(v), 2 * h.shape[1], -1, 6), 16)))
+    assert zp.trace(model, example).groups == ()
+
+
 # what a pruned network keeps
 def test_frozen_parameters_stay_frozen() -> None:
     model, example = made(Pattern(one_layer(lambda net, h: h)))

@@ -156,11 +156,12 @@ class ChannelGraph:
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
 
     def _failed_trial(self, model: nn.Module) -> Failure | None:
-        '''The replay without a third of each group, and, where ``forward`` may divide the attributes that are changed,
-        without one channel of each: with equal shares of all, a quotient would not change.
+        '''The replay without a share of each group, and, where ``forward`` may divide the attributes that are changed,
+        without one channel of each: with shares that are alike, a quotient would not change.
         '''
-        for share in (1 / 3, 0.0):
-            removed = {group.name: _on_trial(group, share) for group in self.groups if group.size > group.step}
+        groups = [group for group in self.groups if group.size > group.step]
+        for counts in (_trial_counts(groups), [1] * len(groups)):
+            removed = {group.name: _on_trial(group, count) for group, count in zip(groups, counts)}
             failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
             if failure is not None or not self.attributes(removed):
                 return failure
@@ -306,7 +307,24 @@ class ChannelGraph:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
 
 
-def _on_trial(group: ChannelGroup, share: float) -> list[int]:
-    '''About this share of the positions, as few as go at once at least, the same at every call.'''
+def _trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
+    '''How many channels each block of each group loses on trial: about a third.
+
+    No two groups lose the same share as long as their sizes allow it: what holds only for groups that stay equally wide
+    would not show.
+    '''
+    last: dict[float, int] = {}  # when each share was used
+    counts = []
+    for turn, group in enumerate(groups):
+        size = group.size // group.step
+        third = max(1, size // 3)
+        found = range(max(1, third - len(groups)), max(1, min(size - 2, third + len(groups))) + 1)
+        counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
+        last[counts[-1] / size] = turn
+    return counts
+
+
+def _on_trial(group: ChannelGroup, count: int) -> list[int]:
+    '''So many positions of each block, the same at every call.'''
     order = group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
-    return order[:max(1, int(group.size // group.step * share)) * group.step].tolist()
+    return order[:count * group.step].tolist()
