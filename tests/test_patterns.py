@@ -907,9 +907,9 @@ def test_branch_on_a_width_is_exact_or_refused() -> None:
         zp.Plan(graph, {'conv': [0, 1, 2, 3, 4]}).apply(model, verify=False)
 
 
-def two_widths(relate: Forward, out: int = 8) -> Callable[[], Net]:
+def two_widths(relate: Forward, width: int = 8, out: int = 8) -> Callable[[], Net]:
     '''Two layers, and what compares the width of the one with the other's.'''
-    return one_layer(lambda net, h: relate(h, net.other(h)), other=conv(8, out), out=out)
+    return one_layer(lambda net, h: relate(h, net.other(h)), width, out, other=conv(width, out))
 
 
 def asserted(h: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -928,7 +928,7 @@ def test_widths_that_must_stay_equal_are_locked(relate: Forward) -> None:
 
 
 def test_widths_that_must_stay_in_proportion_are_locked() -> None:
-    model, example = made(Pattern(two_widths(lambda h, v: v.view(len(v), 2 * h.shape[1], -1, 6), 16)))
+    model, example = made(Pattern(two_widths(lambda h, v: v.view(len(v), 2 * h.shape[1], -1, 6), 6, 12)))
     assert zp.trace(model, example).groups == ()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .attributes import Attribute, Claim, new_sizes
+from .attributes import Attribute, Claim, new_sizes, stating_several
 from .calls import Site
 from .errors import PruneError
 from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
@@ -18,6 +18,7 @@ from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
 from .parametrized import fixed_dims, restore
 from .progress import waiting
+from .recorded import Operation
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -91,6 +92,7 @@ class ChannelGraph:
 
     def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
         self.recording, self.notes = recording, list(recording.notes)
+        self._coupled: set[Attribute] = set()
         self._locks: list[Lock] = [*self._ignored(model, ignore), *self._computed(model)]
         self.roles = Roles(self.recording)
         self._solve()
@@ -148,20 +150,40 @@ class ChannelGraph:
     def _lock_what_fails(self, model: nn.Module) -> None:
         '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
         for _ in range(MAX_TRIALS):
-            failure = self._failed_trial(model)
-            if failure is None:
-                return
-            self._lock(failure)
+            if not self._couple_what_is_counted_once():
+                failure = self._failed_trial(model)
+                if failure is None:
+                    return
+                self._lock(failure)
             self._solve()
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
+
+    def _couple_what_is_counted_once(self) -> bool:
+        '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
+        claims, component = self._claims(), self.solution.component
+        found = stating_several(claims, self.removed_labels(self._on_trial())) if claims else {}
+        fresh = {attribute: rows for attribute, rows in found.items()
+                 if attribute not in self._coupled and (component[rows] != component[rows[:1]]).any()}
+        for attribute, rows in fresh.items():
+            site = Site(attribute.module, 0, attribute.name, 0)
+            self.recording.operations.append(Operation(f'self.{attribute.name}', site, balances=[rows]))
+        self._coupled.update(fresh)
+        return bool(fresh)
+
+    def _on_trial(self, one_each: bool = False) -> dict[str, list[int]]:
+        '''Some positions of all groups that can lose any, as many of each block; the same at every call.'''
+        groups = [group for group in self.groups if group.size > group.step]
+        counts = [1] * len(groups) if one_each else _trial_counts(groups)
+        orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+                  for group in groups)
+        return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
 
     def _failed_trial(self, model: nn.Module) -> Failure | None:
         '''The replay without a share of each group, and, where ``forward`` may divide the attributes that are changed,
         without one channel of each: with shares that are alike, a quotient would not change.
         '''
-        groups = [group for group in self.groups if group.size > group.step]
-        for counts in (_trial_counts(groups), [1] * len(groups)):
-            removed = {group.name: _on_trial(group, count) for group, count in zip(groups, counts)}
+        for one_each in (False, True):
+            removed = self._on_trial(one_each)
             failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
             if failure is not None or not self.attributes(removed):
                 return failure
@@ -314,17 +336,12 @@ def _trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
     would not show.
     '''
     last: dict[float, int] = {}  # when each share was used
-    counts = []
+    counts: list[int] = []
     for turn, group in enumerate(groups):
         size = group.size // group.step
         third = max(1, size // 3)
-        found = range(max(1, third - len(groups)), max(1, min(size - 2, third + len(groups))) + 1)
+        most = min(size - 1 - (size > 3), third + len(groups))
+        found = range(max(1, third - len(groups)), most + 1)
         counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
         last[counts[-1] / size] = turn
     return counts
-
-
-def _on_trial(group: ChannelGroup, count: int) -> list[int]:
-    '''So many positions of each block, the same at every call.'''
-    order = group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
-    return order[:count * group.step].tolist()

@@ -199,7 +199,7 @@ class Recording:
 
     @cached_property
     def operations(self) -> list[Operation]:
-        '''The operations of all passes, without those that did the same in an earlier one.'''
+        '''The operations of all passes, without those that did the same in an earlier one; and what trials added.'''
         return distinct(operation for run in self.runs.values() for operation in run.operations)
 
 
