@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import zennit_prune as zp
+from zennit_prune.substitutes import einsum
 from zennit_prune.verify import compare
 
 Forward = Callable[..., Any]
@@ -860,10 +861,34 @@ def shuffled(net: Net, h: torch.Tensor) -> torch.Tensor:
             one_layer(lambda net, h: net.norm(h).relu(), norm=nn.InstanceNorm2d(8, affine=True)),
             id='instance norm'
         ),
+        pytest.param(
+            one_layer(
+                lambda net, h: torch.einsum('bchw,bc->bchw', h, torch.einsum('bd,cd->bc', torch.einsum(
+                    'bchw,dc->bd', h, net.squeeze).relu(), net.excite).sigmoid()),
+                squeeze=parameter(4, 8), excite=parameter(8, 4)
+            ),
+            id='squeeze and excitation by einsum'
+        ),
+        pytest.param(
+            one_layer(lambda net, h: torch.einsum('bchw,ce,ed->bdhw', h, net.inner, net.outer), out=5,
+                      inner=parameter(8, 6), outer=parameter(6, 5)),
+            id='three factors'
+        ),
     ],
 )
 def test_narrowed_to_a_single_channel(make: Callable[[], Net]) -> None:
     width_one(make)
+
+
+@pytest.mark.parametrize('equation', [
+    'bchw,dc->bd', 'bc,bc->bc', 'bc,cd->', 'bc , dc', 'bij,bjk->bik', 'bc,cd,dh->hb', 'cb,cb->b', 'bi,ci->bc', 'i,i->',
+    'hc,bcwh->wb', 'bb,bc->c', '...c,dc->...d', 'b,c->bc', 'bchw->bc'])
+def test_einsum_is_traced_by_what_computes_the_same(equation: str) -> None:
+    sizes = {letter: size for size, letter in enumerate('bcdhijkw', 2)}
+    tensors = [noise(*(sizes[letter] for letter in term.replace('...', 'bh').strip()))
+               for term in equation.split('->')[0].split(',')]
+    for given in (tensors, [tensors]):
+        assert torch.allclose(einsum(equation, *given), torch.einsum(equation, *given), atol=1e-5)
 
 
 def test_whole_groups_of_group_norm_can_go() -> None:
