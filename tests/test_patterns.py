@@ -928,8 +928,9 @@ def test_branch_on_a_width_is_exact_or_refused() -> None:
     graph = zp.trace(model, example)
     plan = zp.Plan(graph, {'conv': [0]})
     compare(graph, model, plan.apply(model, verify=False), plan.removed, example)
-    with pytest.raises(zp.PruneError):
+    with pytest.raises(zp.PruneError, match=r"Remove fewer channels of 'conv', or none: trace with ignore=\['conv'\]"):
         zp.Plan(graph, {'conv': [0, 1, 2, 3, 4]}).apply(model, verify=False)
+    assert not zp.trace(model, example, ignore=['conv']).groups
 
 
 def two_widths(relate: Forward, width: int = 8, out: int = 8) -> Callable[[], Net]:

@@ -12,7 +12,7 @@ from .attributes import Attribute, Claim, new_sizes, stating_several
 from .calls import Site
 from .errors import PruneError
 from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
-from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
+from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
@@ -173,7 +173,7 @@ class ChannelGraph:
     def _on_trial(self, one_each: bool = False) -> dict[str, list[int]]:
         '''Some positions of all groups that can lose any, as many of each block; the same at every call.'''
         groups = [group for group in self.groups if group.size > group.step]
-        counts = [1] * len(groups) if one_each else _trial_counts(groups)
+        counts = [1] * len(groups) if one_each else trial_counts(groups)
         orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
                   for group in groups)
         return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
@@ -231,6 +231,14 @@ class ChannelGraph:
         if name in self.locked:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
+
+    def layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
+        '''A layer of each group of ``removed`` whose channels meet in an operation, or of each, if none do.'''
+        met = {channel for field in operation.fields()
+               for channel in self.solution.channel[field.labels].reshape(-1).tolist()}
+        groups = [self.group(name) for name in removed]
+        found = [group for group in groups if met.intersection(group.channels.tolist())] or groups
+        return list(dict.fromkeys(group.layers('producer', 'follower')[0] for group in found))
 
     def balanced_by(self, group: ChannelGroup) -> list[str]:
         '''The operations for which the blocks of a group must lose equally many channels.'''
@@ -327,21 +335,3 @@ class ChannelGraph:
 
     def __repr__(self) -> str:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
-
-
-def _trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
-    '''How many channels each block of each group loses on trial: about a third.
-
-    No two groups lose the same share as long as their sizes allow it: what holds only for groups that stay equally wide
-    would not show.
-    '''
-    last: dict[float, int] = {}  # when each share was used
-    counts: list[int] = []
-    for turn, group in enumerate(groups):
-        size = group.size // group.step
-        third = max(1, size // 3)
-        most = min(size - 1 - (size > 3), third + len(groups))
-        found = range(max(1, third - len(groups)), most + 1)
-        counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
-        last[counts[-1] / size] = turn
-    return counts

@@ -26,7 +26,7 @@ from .progress import waiting
 from .reliability import Reliability
 from .surgery import transplant
 from .surviving import warn_of_changed_statistics
-from .tables import Share, Table, table
+from .tables import Share, Table, some, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'
@@ -178,8 +178,9 @@ class Plan:
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:
-            raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or '
-                             f'trace with ignore=[{failure.operation.site.module!r}].')
+            layers = self.graph.layers_in(failure.operation, self.removed)
+            raise PruneError(f'this plan cannot be applied exactly: {failure}. Remove fewer channels of '
+                             f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
 
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,

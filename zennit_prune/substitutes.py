@@ -1,4 +1,4 @@
-'''What stands in for functions of torch while they are traced: their operations change with sizes, or write into views.'''
+'''What stands in, while a network is traced, for functions of torch that cannot be followed as they are.'''
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
