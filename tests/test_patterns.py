@@ -938,6 +938,47 @@ def two_widths(relate: Forward, width: int = 8, out: int = 8) -> Callable[[], Ne
     return one_layer(lambda net, h: relate(h, net.other(h)), width, out, other=conv(width, out))
 
 
+def reason(change: Forward, x: torch.Tensor | None = None) -> str:
+    model = one_layer(change)().double().eval()
+    graph = zp.trace(model, image() if x is None else x)
+    assert not graph.groups
+    return graph.locked['conv']
+
+
+def test_reasons_name_what_changes() -> None:
+    table = reason(lambda net, h: h * h.new_tensor([[h.shape[1] ** -0.5] * 9] * 9), image(9))
+    assert table.startswith('a number changes with the number of channels, from 0.353553 to 0.')
+    assert len(table) < 120
+    parts = reason(lambda net, h: torch.cat([part.relu() for part in h.split(2, 1)], 1))
+    assert 'split returns' in parts and ' tensors, not 4' in parts
+    assert '8 numbers become' in reason(lambda net, h: h + 0 * torch.tensor([1.0] * h.shape[1]).sum())
+
+
+def test_large_tables_made_from_a_width_are_seen() -> None:
+    def scaled(h: torch.Tensor, width: int) -> torch.Tensor:
+        table = np.ones(h.shape[2:], np.float32)
+        table[-1, -1] = width ** -0.5
+        return h * torch.from_numpy(table)
+
+    assert 'a number changes' in reason(lambda net, h: scaled(h, h.shape[1]), image(12))
+    model = one_layer(lambda net, h: scaled(h, 8))().double().eval()
+    assert_prunes_exactly(model, zp.trace(model, image(12)), image(12))
+
+
+def test_other_strides_of_the_same_shape_are_locked() -> None:
+    def strided(strides: Callable[[torch.Tensor], tuple[int, ...]]) -> zp.ChannelGraph:
+        return zp.trace(Net(lambda net, x: (lambda h: net.out(h.as_strided(h.shape, strides(h))))(net.into(x)),
+                            into=nn.Linear(4, 8), out=nn.Linear(8, 3)).double(), noise(8, 4).double())
+
+    assert 'as_strided' in strided(lambda h: (1, len(h))).locked['into']  # transposed, once there are eight samples
+    assert [group.name for group in strided(lambda h: h.stride()).groups] == ['into']
+
+
+def test_not_a_number_is_no_other_number() -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: torch.where(h > 2, float('nan'), h).nan_to_num())))
+    assert [group.size for group in zp.trace(model, example).groups] == [8]
+
+
 def asserted(h: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     assert v.shape == h.shape
     return v

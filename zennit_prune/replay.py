@@ -146,13 +146,15 @@ class Replayer(Tracer):
         if expected is None:
             raise Mismatch(f'the pruned network runs {operation.name} here')
         if expected.scalars != operation.scalars:
-            raise Mismatch(f'a number changes with the number of channels, from {expected.scalars} to '
-                           f'{operation.scalars}')
+            _compare(expected.scalars, operation.scalars)
+        if len(expected.outputs) != len(operation.outputs):
+            raise Mismatch(f'{operation.name} returns {len(operation.outputs)} tensors, not {len(expected.outputs)}')
         for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes,
                                                         operation.outputs, operation.shapes):
             narrowed, _ = self.deletion(fields)
-            if self.deletion.shape(fields, shape) != new_shape:
-                raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}')
+            narrow_shape = self.deletion.shape(fields, shape)
+            if narrow_shape != new_shape:
+                raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}, not {narrow_shape}')
             if len(narrowed) != len(new_fields):
                 raise Mismatch('other channels come out')
             for old, new in zip(narrowed, new_fields):
@@ -184,6 +186,15 @@ class Replayer(Tracer):
                                        for side in (left, right)):
                 return 'other channels meet'
         return next((reason for labels, reason in operation.locks if not every(locked[labels])), '')
+
+
+def _compare(old: list[float], new: list[float]) -> None:
+    '''Refuse numbers that differ; what is not a number equals another such.'''
+    if len(old) != len(new):
+        raise Mismatch(f'{len(old)} numbers become {len(new)} with the number of channels')
+    for before, after in zip(old, new):
+        if before != after and (before == before or after == after):
+            raise Mismatch(f'a number changes with the number of channels, from {before:.6g} to {after:.6g}')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module,

@@ -67,7 +67,7 @@ def _addmm(func: Any, bias: torch.Tensor, left: torch.Tensor, right: torch.Tenso
 
 
 def _mean(func: Any, x: torch.Tensor, *args: Any) -> Any:
-    dims, keepdim = [*args[:2], *(None, False)[len(args):]]
+    dims, keepdim = args[0] if args else None, args[1:] == (True,)
     if not dims or not _are_regular(x) or not all(-x.dim() <= dim < x.dim() for dim in dims):
         return func(x, *args)
     over = {dim % x.dim() for dim in dims}
