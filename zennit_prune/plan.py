@@ -62,6 +62,8 @@ class Plan:
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
                  reliability: Reliability | None = None, timing: Timing | None = None):
+        if not isinstance(graph, ChannelGraph):
+            raise PruneError(f'a plan is made for a ChannelGraph, which zp.trace returns, not for {graph!r}.')
         self.graph, self.reliability, self.timing = graph, reliability, timing
         if removed is not None and not isinstance(removed, Mapping):
             raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
