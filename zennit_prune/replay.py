@@ -20,6 +20,7 @@ from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
+from .tables import some
 from .trace import ForwardError, Recording, run_network
 from .tracer import Tracer
 
@@ -191,7 +192,8 @@ class Replayer(Tracer):
 def _compare(old: list[float], new: list[float]) -> None:
     '''Refuse numbers that differ; what is not a number equals another such.'''
     if len(old) != len(new):
-        raise Mismatch(f'{len(old)} numbers become {len(new)} with the number of channels')
+        shown = [some([f'{number:.6g}' for number in numbers], 4) for numbers in (old, new)]
+        raise Mismatch(f'numbers change with the number of channels, from [{shown[0]}] to [{shown[1]}]')
     for before, after in zip(old, new):
         if before != after and (before == before or after == after):
             raise Mismatch(f'a number changes with the number of channels, from {before:.6g} to {after:.6g}')
