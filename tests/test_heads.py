@@ -220,3 +220,44 @@ def test_attributes_follow(name: str) -> None:
 def test_attributes_that_are_more_than_a_size_keep_their_channels(name: str) -> None:
     graph = zp.trace(seeded(Sized(STAYS[name], width=8)), images())
     assert graph.groups == () and graph.locked['first']
+
+
+class ThreeLayers(nn.Module):
+    '''Attention as it is mostly written by hand: three layers, one width of a head.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = HEADS, SIZE
+        self.query, self.key, self.value = (nn.Linear(WIDTH, HEADS * SIZE) for _ in range(3))
+        self.proj = nn.Linear(HEADS * SIZE, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        q, k, v = (layer(x).view(n, t, self.num_heads, self.head_dim).transpose(1, 2)
+                   for layer in (self.query, self.key, self.value))
+        return self.proj(((0.5 * q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_channels_that_one_attribute_counts_go_together() -> None:
+    model, x = seeded(Net(ThreeLayers())).double(), images(dtype=torch.float64)
+    graph = zp.trace(model, x)
+    assert {group.name: group.size for group in graph.groups} == {'embed': WIDTH, 'attn.query': SIZE}
+    assert 'self.head_dim in attn' in graph.why('attn.value').split('coupled by')[-1]
+    small = zp.Plan(graph, {'attn.query': [1], 'embed': [2, 3]}).apply(model)
+    assert (small.attn.num_heads, small.attn.head_dim) == (HEADS, SIZE - 1)
+    assert small.attn.value.out_features == HEADS * (SIZE - 1)
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        oracle.attn.query.weight.unflatten(0, (HEADS, SIZE))[:, 1] = 0
+        oracle.attn.query.bias.unflatten(0, (HEADS, SIZE))[:, 1] = 0
+        oracle.attn.proj.weight.unflatten(1, (HEADS, SIZE))[:, :, 1] = 0
+        for layer in (oracle.attn.query, oracle.attn.key, oracle.attn.value, oracle.head):
+            layer.weight[:, [2, 3]] = 0
+    assert apart(small(x), oracle(x)) <= 1e-12 < 1e-3 < apart(oracle(x), model(x))
+
+
+def test_an_attribute_that_also_counts_what_stays_keeps_its_channels() -> None:
+    model = seeded(Sized(lambda net, x: x.view(len(x), net.width, -1) + net.first.bias.view(net.width, 1)
+                         + torch.arange(8.0).view(net.width, 1).to(x), width=8))
+    graph = zp.trace(model, images())
+    assert graph.groups == () and graph.locked['first']

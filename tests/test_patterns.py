@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import zennit_prune as zp
+from zennit_prune.substitutes import einsum
 from zennit_prune.verify import compare
 
 Forward = Callable[..., Any]
@@ -860,10 +861,34 @@ def shuffled(net: Net, h: torch.Tensor) -> torch.Tensor:
             one_layer(lambda net, h: net.norm(h).relu(), norm=nn.InstanceNorm2d(8, affine=True)),
             id='instance norm'
         ),
+        pytest.param(
+            one_layer(
+                lambda net, h: torch.einsum('bchw,bc->bchw', h, torch.einsum('bd,cd->bc', torch.einsum(
+                    'bchw,dc->bd', h, net.squeeze).relu(), net.excite).sigmoid()),
+                squeeze=parameter(4, 8), excite=parameter(8, 4)
+            ),
+            id='squeeze and excitation by einsum'
+        ),
+        pytest.param(
+            one_layer(lambda net, h: torch.einsum('bchw,ce,ed->bdhw', h, net.inner, net.outer), out=5,
+                      inner=parameter(8, 6), outer=parameter(6, 5)),
+            id='three factors'
+        ),
     ],
 )
 def test_narrowed_to_a_single_channel(make: Callable[[], Net]) -> None:
     width_one(make)
+
+
+@pytest.mark.parametrize('equation', [
+    'bchw,dc->bd', 'bc,bc->bc', 'bc,cd->', 'bc , dc', 'bij,bjk->bik', 'bc,cd,dh->hb', 'cb,cb->b', 'bi,ci->bc', 'i,i->',
+    'hc,bcwh->wb', 'bb,bc->c', '...c,dc->...d', 'b,c->bc', 'bchw->bc'])
+def test_einsum_is_traced_by_what_computes_the_same(equation: str) -> None:
+    sizes = {letter: size for size, letter in enumerate('bcdhijkw', 2)}
+    tensors = [noise(*(sizes[letter] for letter in term.replace('...', 'bh').strip()))
+               for term in equation.split('->')[0].split(',')]
+    for given in (tensors, [tensors]):
+        assert torch.allclose(einsum(equation, *given), torch.einsum(equation, *given), atol=1e-5)
 
 
 def test_whole_groups_of_group_norm_can_go() -> None:
@@ -903,8 +928,76 @@ def test_branch_on_a_width_is_exact_or_refused() -> None:
     graph = zp.trace(model, example)
     plan = zp.Plan(graph, {'conv': [0]})
     compare(graph, model, plan.apply(model, verify=False), plan.removed, example)
-    with pytest.raises(zp.PruneError):
+    with pytest.raises(zp.PruneError, match=r"Remove fewer channels of 'conv', or none: trace with ignore=\['conv'\]"):
         zp.Plan(graph, {'conv': [0, 1, 2, 3, 4]}).apply(model, verify=False)
+    assert not zp.trace(model, example, ignore=['conv']).groups
+
+
+def two_widths(relate: Forward, width: int = 8, out: int = 8) -> Callable[[], Net]:
+    '''Two layers, and what compares the width of the one with the other's.'''
+    return one_layer(lambda net, h: relate(h, net.other(h)), width, out, other=conv(width, out))
+
+
+def reason(change: Forward, x: torch.Tensor | None = None) -> str:
+    model = one_layer(change)().double().eval()
+    graph = zp.trace(model, image() if x is None else x)
+    assert not graph.groups
+    return graph.locked['conv']
+
+
+def test_reasons_name_what_changes() -> None:
+    table = reason(lambda net, h: h * h.new_tensor([[h.shape[1] ** -0.5] * 9] * 9), image(9))
+    assert table.startswith('a number changes with the number of channels, from 0.353553 to 0.')
+    assert len(table) < 120
+    parts = reason(lambda net, h: torch.cat([part.relu() for part in h.split(2, 1)], 1))
+    assert 'split returns' in parts and ' tensors, not 4' in parts
+    ones = reason(lambda net, h: h + 0 * torch.tensor([1.0] * h.shape[1]).sum())
+    assert 'from [1, 1, 1, 1 and 4 more] to [1, 1' in ones
+
+
+def test_large_tables_made_from_a_width_are_seen() -> None:
+    def scaled(h: torch.Tensor, width: int) -> torch.Tensor:
+        table = np.ones(h.shape[2:], np.float32)
+        table[-1, -1] = width ** -0.5
+        return h * torch.from_numpy(table)
+
+    assert 'a number changes' in reason(lambda net, h: scaled(h, h.shape[1]), image(12))
+    model = one_layer(lambda net, h: scaled(h, 8))().double().eval()
+    assert_prunes_exactly(model, zp.trace(model, image(12)), image(12))
+
+
+def test_other_strides_of_the_same_shape_are_locked() -> None:
+    def strided(strides: Callable[[torch.Tensor], tuple[int, ...]]) -> zp.ChannelGraph:
+        return zp.trace(Net(lambda net, x: (lambda h: net.out(h.as_strided(h.shape, strides(h))))(net.into(x)),
+                            into=nn.Linear(4, 8), out=nn.Linear(8, 3)).double(), noise(8, 4).double())
+
+    assert 'as_strided' in strided(lambda h: (1, len(h))).locked['into']  # as if it were transposed
+    assert [group.name for group in strided(lambda h: h.stride()).groups] == ['into']
+
+
+def test_not_a_number_is_no_other_number() -> None:
+    model, example = made(Pattern(one_layer(lambda net, h: torch.where(h > 2, float('nan'), h).nan_to_num())))
+    assert [group.size for group in zp.trace(model, example).groups] == [8]
+
+
+def asserted(h: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    assert v.shape == h.shape
+    return v
+
+
+@pytest.mark.parametrize('relate', [
+    lambda h, v: v.view(len(v), h.shape[1], -1, 6), asserted, lambda h, v: v * (v.numel() / h.numel()),
+    lambda h, v: v if v.shape[1] == h.shape[1] else v * 2])
+def test_widths_that_must_stay_equal_are_locked(relate: Forward) -> None:
+    '''On trial, groups of equal size lose different numbers of channels.'''
+    model, example = made(Pattern(two_widths(relate)))
+    graph = zp.trace(model, example)
+    assert graph.groups == () and {'conv', 'other'} <= set(graph.locked)
+
+
+def test_widths_that_must_stay_in_proportion_are_locked() -> None:
+    model, example = made(Pattern(two_widths(lambda h, v: v.view(len(v), 2 * h.shape[1], -1, 6), 6, 12)))
+    assert zp.trace(model, example).groups == ()
 
 
 # what a pruned network keeps

@@ -37,6 +37,8 @@ CASES = [
     (aten.addmm.default, (meta(3, 1), meta(3, 4), meta(4, 5))),
     (aten.mean.dim, (meta(*X), [-1, -2], True)),
     (aten.mean.dim, (meta(*X), [1])),
+    (aten.mean.dim, (meta(*X), None, True)),
+    (aten.mean.default, (meta(*X),)),
     (aten.cat.default, ([meta(*X), meta(2, 1, 5, 7)], 1)),
     (aten.cat.default, ([meta(*X), meta(*X)], -1)),
     (aten.cat.default, ([meta(0), meta(2, 3)], 0)),

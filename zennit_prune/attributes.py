@@ -2,7 +2,8 @@
 
 While a copy of the network is traced, its whole numbers know which attribute they are. Where one is the size of a
 dimension that carries labels, as in ``x.reshape(n, t, self.num_heads, -1)``, the attribute states a number of channels,
-and the narrowed network gets another. Whether all else that the attribute is used for goes with it, the replay shows.
+and the narrowed network gets another. Where it states several, these channels go together. Whether all else that the
+attribute is used for goes with it, the replay shows.
 '''
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .labels import Field
+from .labels import Field, Labels, narrowed_to
 from .networks import modules_by_name
 
 SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
@@ -89,6 +90,26 @@ def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attr
     gone: numpy.ndarray
         For each label, whether it is removed.
     '''
+    sizes = {(claim.attribute, claim.size) for claim in claims}
+    return {attribute: min(new) for attribute, new in _sizes_left(claims, gone).items()
+            if len(new) == 1 and (attribute, min(new)) not in sizes}
+
+
+def stating_several(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, Labels]:
+    '''A row of labels for each dimension that an attribute states, if it states several and all shrink when labels go.
+
+    One that also states a dimension which keeps its size has to stay, and all that it states.
+    '''
+    found: dict[Attribute, Labels] = {}
+    for attribute, new in _sizes_left(claims, gone).items():
+        stated = [claim for claim in claims if claim.attribute == attribute]
+        if len(stated) > 1 and max(new) < stated[0].size:
+            found[attribute] = np.stack([narrowed_to(field.labels, (claim.dim,)).reshape(-1) for claim in stated
+                                         for field in claim.fields if claim.dim in field.dims])
+    return found
+
+
+def _sizes_left(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, set[int]]:
     found: dict[Attribute, set[int]] = {}
     for attribute, fields, dim, size in claims:
         stays = np.ones(size, bool)
@@ -97,9 +118,7 @@ def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attr
                 others = tuple(other for other in range(field.labels.ndim) if other != dim)
                 stays &= ~gone[field.labels].all(axis=others)
         found.setdefault(attribute, set()).add(int(stays.sum()))
-    sizes = {(attribute, size) for attribute, _, _, size in claims}
-    return {attribute: min(new) for attribute, new in found.items()
-            if len(new) == 1 and (attribute, min(new)) not in sizes}
+    return found
 
 
 def keeps(network: nn.Module, attribute: Attribute) -> bool:

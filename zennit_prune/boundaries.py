@@ -1,7 +1,7 @@
 '''Watch the calls of modules and torch functions while a network is traced.'''
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +15,13 @@ from .parametrized import parametrizations, record_computed
 from .progress import advance
 from .recorded import Argument, FunctionCall, numbers_in
 from .refusals import refuse_values
+from .substitutes import SUBSTITUTES
 from .tracer import Tracer
 
 MATRIX_PRODUCTS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
                    torch.Tensor.__rmatmul__}
 FROM_NUMBERS = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new'}
 TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
-
-
-def padded(input: torch.Tensor, pad: Sequence[int], mode: str = 'constant', value: float | None = None) -> torch.Tensor:
-    '''``F.pad``, which in its circular mode writes into views of an empty tensor: here that is a concatenation.'''
-    if mode != 'circular' or min(pad) < 0:
-        return nn.functional.pad(input, pad, mode, value)
-    for position, (before, after) in enumerate(zip(pad[::2], pad[1::2])):
-        dim = input.dim() - 1 - position
-        ends = input.narrow(dim, input.shape[dim] - before, before), input.narrow(dim, 0, after)
-        input = torch.cat([ends[0], input, ends[1]], dim)
-    return input
 
 
 class Place(NamedTuple):
@@ -79,8 +69,8 @@ class Guard(CallCounter):
         if func in MATRIX_PRODUCTS:  # which operations these become depends on strides, and strides on sizes
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) and value.dim() > 2 else value
                          for value in args)
-        elif func is nn.functional.pad:
-            func = padded
+        elif func in SUBSTITUTES:
+            func = SUBSTITUTES[func]
         elif self.function in FROM_NUMBERS:
             self.tracer.constant(numbers_in(args))
         elif self.function in TO_PYTHON:

@@ -1,6 +1,7 @@
 '''The arguments that a network is traced with, and how.'''
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,16 +61,29 @@ class Example:
         return torch.empty(shape, dtype=tensor.dtype, device='meta')
 
 
+def _holds_packed(value: Any) -> bool:
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return True
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return any(map(_holds_packed, parts))
+
+
 def prepare_example(model: nn.Module, example: Any) -> Example:
     '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.'''
     if isinstance(example, Example):
         return replace(example)
-    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-    kwargs = example if isinstance(example, dict) else {}
+    if _holds_packed(example):
+        raise PruneError('the example holds a PackedSequence, whose sizes are values, so no other network could be '
+                         'held against it: prune a module that takes padded tensors.')
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
     tensors = tensors_in((args, kwargs))
     if not tensors:
-        raise PruneError(f'the example holds no tensor (it is a {type(example).__name__}): give a tensor, a tuple of '
-                         'arguments or a dict of keyword arguments, as the network is called with.')
+        kinds = ', '.join(dict.fromkeys(type(value).__name__ for value in (*args, *kwargs.values())))
+        raise PruneError(f'the example holds no tensor that was found, only {kinds or "nothing"}: tensors are looked '
+                         'for in tuples, lists and dicts. Give a tensor, a tuple of arguments or a dict of keyword '
+                         'arguments, as the network is called with; where it takes other objects, wrap it in a module '
+                         'that makes them of tensors.')
     if any(tensor.dim() and not tensor.shape[0] for tensor in tensors):
         raise PruneError('the example holds no sample: its batch has size 0.')
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .groups import ChannelGroup, Roles, layer_name
-from .labels import Labels, flat_pairs
+from .labels import Labels, flat_pairs, same
 from .rules import KERNEL
 from .solve import NOT_READ, Solution
 from .tables import Table, some
@@ -71,9 +71,11 @@ def couplings(recording: Recording, solution: Solution, roles: Roles) -> dict[in
     joined: set[tuple[int, int]] = set()  # roots of sets that hold a producer
     found: dict[int, list[str]] = {}
     for operation in recording.operations:
-        if not operation.ties:
+        ties = [*operation.ties, *((rows, rows[:1]) for rows in operation.balances
+                                   if same(solution.component[rows[1:]], solution.component[rows[:-1]]))]
+        if not ties:
             continue
-        left, right = flat_pairs(operation.ties)
+        left, right = flat_pairs(ties)
         channel = solution.channel[left]
         inside = channel >= 0
         left, right, group = left[inside], right[inside], solution.group[channel[inside]]

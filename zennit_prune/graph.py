@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .attributes import Attribute, Claim, new_sizes
+from .attributes import Attribute, Claim, new_sizes, stating_several
 from .calls import Site
 from .errors import PruneError
 from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
-from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked
+from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
 from .parametrized import fixed_dims, restore
 from .progress import waiting
+from .recorded import Operation
 from .replay import Failure, replay
 from .solve import Lock, solve
 from .surgery import narrowed_copy
@@ -91,6 +92,7 @@ class ChannelGraph:
 
     def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
         self.recording, self.notes = recording, list(recording.notes)
+        self._coupled: set[Attribute] = set()
         self._locks: list[Lock] = [*self._ignored(model, ignore), *self._computed(model)]
         self.roles = Roles(self.recording)
         self._solve()
@@ -148,19 +150,40 @@ class ChannelGraph:
     def _lock_what_fails(self, model: nn.Module) -> None:
         '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
         for _ in range(MAX_TRIALS):
-            failure = self._failed_trial(model)
-            if failure is None:
-                return
-            self._lock(failure)
+            if not self._couple_what_is_counted_once():
+                failure = self._failed_trial(model)
+                if failure is None:
+                    return
+                self._lock(failure)
             self._solve()
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
 
+    def _couple_what_is_counted_once(self) -> bool:
+        '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
+        claims, component = self._claims(), self.solution.component
+        found = stating_several(claims, self.removed_labels(self._on_trial())) if claims else {}
+        fresh = {attribute: rows for attribute, rows in found.items()
+                 if attribute not in self._coupled and (component[rows] != component[rows[:1]]).any()}
+        for attribute, rows in fresh.items():
+            site = Site(attribute.module, 0, attribute.name, 0)
+            self.recording.operations.append(Operation(f'self.{attribute.name}', site, balances=[rows]))
+        self._coupled.update(fresh)
+        return bool(fresh)
+
+    def _on_trial(self, one_each: bool = False) -> dict[str, list[int]]:
+        '''Some positions of all groups that can lose any, as many of each block; the same at every call.'''
+        groups = [group for group in self.groups if group.size > group.step]
+        counts = [1] * len(groups) if one_each else trial_counts(groups)
+        orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+                  for group in groups)
+        return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
+
     def _failed_trial(self, model: nn.Module) -> Failure | None:
-        '''The replay without a third of each group, and, where ``forward`` may divide the attributes that are changed,
-        without one channel of each: with equal shares of all, a quotient would not change.
+        '''The replay without a share of each group, and, where ``forward`` may divide the attributes that are changed,
+        without one channel of each: with shares that are alike, a quotient would not change.
         '''
-        for share in (1 / 3, 0.0):
-            removed = {group.name: _on_trial(group, share) for group in self.groups if group.size > group.step}
+        for one_each in (False, True):
+            removed = self._on_trial(one_each)
             failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
             if failure is not None or not self.attributes(removed):
                 return failure
@@ -208,6 +231,14 @@ class ChannelGraph:
         if name in self.locked:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
+
+    def layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
+        '''A layer of each group of ``removed`` whose channels meet in an operation, or of each, if none do.'''
+        met = {channel for field in operation.fields()
+               for channel in self.solution.channel[field.labels].reshape(-1).tolist()}
+        groups = [self.group(name) for name in removed]
+        found = [group for group in groups if met.intersection(group.channels.tolist())] or groups
+        return list(dict.fromkeys(group.layers('producer', 'follower')[0] for group in found))
 
     def balanced_by(self, group: ChannelGroup) -> list[str]:
         '''The operations for which the blocks of a group must lose equally many channels.'''
@@ -304,9 +335,3 @@ class ChannelGraph:
 
     def __repr__(self) -> str:
         return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'
-
-
-def _on_trial(group: ChannelGroup, share: float) -> list[int]:
-    '''About this share of the positions, as few as go at once at least, the same at every call.'''
-    order = group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
-    return order[:max(1, int(group.size // group.step * share)) * group.step].tolist()

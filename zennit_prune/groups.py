@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,3 +204,21 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
             found = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
             locked.setdefault(layer_name(name), next((reason for reason in found if reason != NOT_READ), NOT_READ))
     return locked
+
+
+def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
+    '''How many channels each block of each group loses on trial: about a third.
+
+    No two groups lose the same share as long as their sizes allow it: what holds only for groups that stay equally wide
+    would not show.
+    '''
+    last: dict[float, int] = {}  # when each share was used
+    counts: list[int] = []
+    for turn, group in enumerate(groups):
+        size = group.size // group.step
+        third = max(1, size // 3)
+        most = min(size - 1 - (size > 3), third + len(groups))
+        found = range(max(1, third - len(groups)), most + 1)
+        counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
+        last[counts[-1] / size] = turn
+    return counts

@@ -148,7 +148,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises
     ------
     PruneError
-        For what is not an ordinary module: scripted, exported or quantized networks, or no module at all.
+        For what is not an ordinary module: scripted, exported or quantized networks, lazy ones that have not run, or no
+        module at all.
     '''
     if not isinstance(model, nn.Module):
         raise PruneError(f'a torch.nn.Module is needed, not a {type(model).__name__}.')
@@ -163,6 +164,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             raise PruneError(f'module {name!r} is scripted ({type(module).__name__}): its code cannot be narrowed. '
                              'Prune the network before torch.jit.script or torch.jit.trace.')
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise PruneError(f'module {name!r} has no sizes yet ({type(module).__name__}): run the network once on an '
+                             'example, which makes its weights.')
         if '.quantized' in type(module).__module__:
             raise PruneError(f'module {name!r} is quantized ({type(module).__name__}): prune the network in floating '
                              'point, then quantize it.')

@@ -26,7 +26,7 @@ from .progress import waiting
 from .reliability import Reliability
 from .surgery import transplant
 from .surviving import warn_of_changed_statistics
-from .tables import Share, Table, table
+from .tables import Share, Table, some, table
 from .verify import compare
 
 FORMAT = 'zennit_prune plan'
@@ -62,6 +62,8 @@ class Plan:
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
                  reliability: Reliability | None = None, timing: Timing | None = None):
+        if not isinstance(graph, ChannelGraph):
+            raise PruneError(f'a plan is made for a ChannelGraph, which zp.trace returns, not for {graph!r}.')
         self.graph, self.reliability, self.timing = graph, reliability, timing
         if removed is not None and not isinstance(removed, Mapping):
             raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
@@ -178,8 +180,9 @@ class Plan:
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:
-            raise PruneError(f'this plan cannot be applied exactly: {failure}. Keep the channels that meet there, or '
-                             f'trace with ignore=[{failure.operation.site.module!r}].')
+            layers = self.graph.layers_in(failure.operation, self.removed)
+            raise PruneError(f'this plan cannot be applied exactly: {failure}. Remove fewer channels of '
+                             f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
 
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,

@@ -15,7 +15,7 @@ from .tables import some
 
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
     '''Sorted positions, each a whole number within the group and given once.'''
-    if isinstance(positions, str) or not isinstance(positions, Iterable):
+    if isinstance(positions, str) or not isinstance(positions, Iterable) or getattr(positions, 'ndim', 1) == 0:
         raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
     numbers = []
     for position in positions:

@@ -4,12 +4,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
 from .calls import Site
 from .labels import Field, Labels, same
+
+MANY = 64
 
 
 @dataclass(slots=True)
@@ -148,3 +151,12 @@ def numbers_in(value: Any) -> list[float]:
         elif kind is list or isinstance(item, (int, float, tuple, list, dict)):
             found += numbers_in(item)
     return found
+
+
+def numbers_of(tensor: torch.Tensor) -> list[float]:
+    '''The numbers that a constant holds; of many, the first and a checksum of the others.'''
+    flat = tensor.detach().reshape(-1)
+    numbers: list[float] = flat[:MANY].double().tolist()
+    if len(flat) > MANY:
+        numbers.append(crc32(flat[MANY:].cpu().contiguous().view(torch.uint8).numpy().tobytes()))
+    return numbers

@@ -20,6 +20,7 @@ from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .solve import Solution
+from .tables import some
 from .trace import ForwardError, Recording, run_network
 from .tracer import Tracer
 
@@ -146,13 +147,15 @@ class Replayer(Tracer):
         if expected is None:
             raise Mismatch(f'the pruned network runs {operation.name} here')
         if expected.scalars != operation.scalars:
-            raise Mismatch(f'a number changes with the number of channels, from {expected.scalars} to '
-                           f'{operation.scalars}')
+            _compare(expected.scalars, operation.scalars)
+        if len(expected.outputs) != len(operation.outputs):
+            raise Mismatch(f'{operation.name} returns {len(operation.outputs)} tensors, not {len(expected.outputs)}')
         for fields, shape, new_fields, new_shape in zip(expected.outputs, expected.shapes,
                                                         operation.outputs, operation.shapes):
             narrowed, _ = self.deletion(fields)
-            if self.deletion.shape(fields, shape) != new_shape:
-                raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}')
+            narrow_shape = self.deletion.shape(fields, shape)
+            if narrow_shape != new_shape:
+                raise Mismatch(f'a tensor of shape {shape} becomes {new_shape}, not {narrow_shape}')
             if len(narrowed) != len(new_fields):
                 raise Mismatch('other channels come out')
             for old, new in zip(narrowed, new_fields):
@@ -184,6 +187,16 @@ class Replayer(Tracer):
                                        for side in (left, right)):
                 return 'other channels meet'
         return next((reason for labels, reason in operation.locks if not every(locked[labels])), '')
+
+
+def _compare(old: list[float], new: list[float]) -> None:
+    '''Refuse numbers that differ; what is not a number equals another such.'''
+    if len(old) != len(new):
+        shown = [some([f'{number:.6g}' for number in numbers], 4) for numbers in (old, new)]
+        raise Mismatch(f'numbers change with the number of channels, from [{shown[0]}] to [{shown[1]}]')
+    for before, after in zip(old, new):
+        if before != after and (before == before or after == after):
+            raise Mismatch(f'a number changes with the number of channels, from {before:.6g} to {after:.6g}')
 
 
 def replay(recording: Recording, solution: Solution, pruned: nn.Module,

@@ -66,12 +66,13 @@ def _addmm(func: Any, bias: torch.Tensor, left: torch.Tensor, right: torch.Tenso
     return _new([left.shape[0], right.shape[1]], left)
 
 
-def _mean(func: Any, x: torch.Tensor, dims: Any = None, keepdim: bool = False) -> Any:
+def _mean(func: Any, x: torch.Tensor, *args: Any) -> Any:
+    dims, keepdim = args[0] if args else None, args[1:] == (True,)
     if not dims or not _are_regular(x) or not all(-x.dim() <= dim < x.dim() for dim in dims):
-        return func(x, dims, keepdim)
+        return func(x, *args)
     over = {dim % x.dim() for dim in dims}
     if len(over) < len(dims):
-        return func(x, dims, keepdim)
+        return func(x, *args)
     return _new([1 if dim in over else size for dim, size in enumerate(x.shape) if keepdim or dim not in over], x)
 
 

@@ -37,6 +37,7 @@ from .recorded import FunctionCall, Operation, distinct
 from .shapes import Shapes
 from .tracer import Tracer
 
+TORCHSCRIPT = 'TorchScript interpreter'
 SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
 
 
@@ -158,8 +159,17 @@ class ForwardError(Exception):
     '''``forward`` raised.'''
 
     def __init__(self, module: str, index: int, error: Exception):
-        super().__init__(f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}')
+        super().__init__(f'{type(error).__name__}: {_said(str(error))}')
         self.module, self.index = module, index
+
+
+def _said(text: str) -> str:
+    '''The first line of an error; of one from compiled code, in which function it was and the last line, too.'''
+    first, *others = text.strip().splitlines() or ['']
+    if TORCHSCRIPT not in text:
+        return first
+    where = [line.strip() for line in others if line.strip().startswith('File ')]
+    return f'{first} ' + ': '.join([*where[-1:], *others[-1:]])
 
 
 @dataclass
@@ -199,7 +209,7 @@ class Recording:
 
     @cached_property
     def operations(self) -> list[Operation]:
-        '''The operations of all passes, without those that did the same in an earlier one.'''
+        '''The operations of all passes, without those that did the same in an earlier one; and what trials added.'''
         return distinct(operation for run in self.runs.values() for operation in run.operations)
 
 
@@ -259,9 +269,11 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
         except ForwardError as error:
             last = error
     shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
+    advice = ('What torch.jit.script compiles cannot be followed: call the function itself, or set PYTORCH_JIT=0 in '
+              'the environment before Python starts.' if TORCHSCRIPT in str(last) else 'Give an example that the '
+              'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.')
     raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
-                     f'{last.module or type(model).__name__!r} raised {last}. Give an example that the network '
-                     'accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.') from last
+                     f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {advice}') from last
 
 
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:

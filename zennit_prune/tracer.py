@@ -14,13 +14,12 @@ from .errors import PruneError
 from .known import ACTIVE, OWN, UNIFORM, VANISHING, Known, Outcome, fixed_numbers, vanishes
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
-from .recorded import Operation, count_flops, storage_key
+from .recorded import Operation, count_flops, numbers_of, storage_key
 from .refusals import refuse_counts, refuse_values
 from .rules import Call, Candidates, NoRule, Rule, check_candidates
 from .shapes import Shapes, described_call
 
 NO_FIELDS: list[Field] = []
-SMALL = 64  # constants with more values are hardly made from a width
 
 
 class Tracer(TorchDispatchMode):
@@ -298,8 +297,8 @@ class Tracer(TorchDispatchMode):
                 return self.fields_of(owner)
             self._fields[id(tensor)] = self.fields_of(owner)
             self._values[id(tensor)] = self.value_of(owner)
-        elif not tensor.is_meta and not self.is_active(tensor) and tensor.numel() <= SMALL and not tensor.is_complex():
-            self.constant(tensor.detach().double().reshape(-1).tolist())
+        elif not tensor.is_meta and not self.is_active(tensor) and not tensor.is_complex():
+            self.constant(numbers_of(tensor))
         return []
 
     def _apply(self, rule: Rule | None, call: Call, inputs: list[torch.Tensor]) -> Candidates:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import VerificationError
+from .errors import PruneError, VerificationError
 from .example import Example, prepare_example
 from .graph import ChannelGraph
 from .masking import masked_copy
@@ -57,6 +57,9 @@ def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Ma
     VerificationError
         If that exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16), or is not finite.
     '''
+    if any(tensor.is_meta for tensor in small.parameters()):
+        raise PruneError("the network is on 'meta', where it has no numbers to compare: pass verify=False, the "
+                         'structural proof is made all the same.')
     given = prepare_example(model, example)
     args, kwargs = noise(given, seed)
     masked = masked_copy(graph, model, removed)
