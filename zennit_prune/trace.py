@@ -21,6 +21,7 @@ from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError
 from .example import Example, prepare_example
+from .isolation import uncompiled
 from .known import Outcome
 from .labels import BlockField, Field
 from .networks import (
@@ -133,7 +134,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(enabled=example.device == 'real'), torch.no_grad(), warnings.catch_warnings(), \
-                counter, tracer:
+                uncompiled(), counter, tracer:
             warnings.simplefilter('ignore')
             output = network(*args, **kwargs)
         tracer.finish(output_tensors(output))

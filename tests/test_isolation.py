@@ -1,0 +1,65 @@
+'''What surrounds a network does not matter to a trace, and a trace leaves nothing there.'''
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from small import apart, chain, images, seeded
+from torch import nn
+from torch.nn import functional as F
+
+import zennit_prune as zp
+
+
+class Helped(nn.Module):
+    '''Calls a function between its layers.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.between(self.second(self.between(self.first(x)))).mean((2, 3)))
+
+
+# --- the compiler
+
+
+@pytest.mark.parametrize('part', ['', '3'])
+def test_networks_compiled_in_place_are_copied_uncompiled(part: str) -> None:
+    model = nn.Sequential(*list(chain())[:3], nn.Sequential(*list(chain())[3:]))
+    expected = {group.name: group.size for group in zp.trace(model, images()).groups}
+    model.get_submodule(part).compile(backend='eager')
+    graph = zp.trace(model, images())
+    assert {group.name: group.size for group in graph.groups} == expected
+    small = zp.Plan(graph, {graph.groups[0].name: [0]}).apply(model)
+    small(images()).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'set_stance'), reason='nothing tells the compiler to wait')
+def test_compiled_functions_run_as_they_are_written(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        calls.append(1)
+        return graph.forward
+
+    class Compiled(Helped):
+        @torch.compile(backend=backend)
+        def between(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x)
+
+    model = seeded(Compiled()).eval()
+    with caplog.at_level(logging.WARNING):
+        graph = zp.trace(model, images())
+        small = zp.Plan(graph, {'first': [1]}).apply(model)
+    assert not calls and not caplog.records and not graph.notes
+    assert [group.name for group in graph.groups] == ['first', 'second']
+    assert apart(small(images()), zp.Plan(graph, {'first': [1]}).masked(model)(images())) <= 1e-5 and calls
