@@ -127,7 +127,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
                 for name, parameter in small.named_parameters() if name in kept}
     for name, parameter in old.items():
-        if id(parameter) in replaced and parameter._backward_hooks:
+        hooks = parameter._backward_hooks or getattr(parameter, '_post_accumulate_grad_hooks', None)
+        if id(parameter) in replaced and hooks:
             raise PruneError(f'{name!r} has hooks, which its narrowed successor would lose: remove them first.')
     if optimizer is not None:
         _check_optimizer(optimizer, old, replaced)
