@@ -10,6 +10,7 @@ from torch import nn
 
 from .attributes import Attribute, set_attributes
 from .errors import PruneError
+from .holders import exchange, held_by
 from .networks import computed_name, copied, modules_by_name, tensors_by_module
 
 Indices = npt.NDArray[Any]
@@ -119,7 +120,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     Raises
     ------
     PruneError
-        If the optimizer holds none of the network's parameters, or factored state; nothing is changed then.
+        If the optimizer holds none of the network's parameters, or factored state, or if there is another one, or a
+        parameter has hooks; nothing is changed then.
     '''
     old = dict(model.named_parameters(remove_duplicate=False))
     computed = set(map(computed_name, kept))  # all that such a weight is computed from may have new values
@@ -132,13 +134,15 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
             raise PruneError(f'{name!r} has hooks, which its narrowed successor would lose: remove them first.')
     if optimizer is not None:
         _check_optimizer(optimizer, old, replaced)
+    held = held_by(model)
+    for other in (value for value in held if isinstance(value, torch.optim.Optimizer) and value is not optimizer):
+        if _parameters_of(other) & replaced.keys():
+            raise PruneError(f'the network keeps an optimizer ({type(other).__name__}), which would be left with the '
+                             'old parameters: pass it as the optimizer of apply_.')
     new: dict[int, torch.Tensor] = {key: after for key, (_, after, _) in replaced.items()}
     buffers = dict(small.named_buffers(remove_duplicate=False))
     new.update({id(buffer): buffers[name] for name, buffer in model.named_buffers() if name in kept})
-    for module in model.modules():
-        for key, value in module.__dict__.items():
-            if key != '_modules':
-                module.__dict__[key] = _exchanged(value, new)
+    exchange(held, new)
     fix_attributes(model, kept, group_sizes, sizes)
     for before, after, indices in replaced.values():
         after.__dict__.update(before.__dict__)
@@ -156,17 +160,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
                     for key, value in optimizer.state.pop(before).items()}
 
 
-def _exchanged(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
-    '''Swap tensors by ``id`` in an attribute, also within lists, tuples and dicts, which stay the objects they are.'''
-    if isinstance(value, torch.Tensor):
-        return new.get(id(value), value)
-    if isinstance(value, dict):
-        value.update({key: _exchanged(item, new) for key, item in value.items()})
-    elif isinstance(value, list):
-        value[:] = [_exchanged(item, new) for item in value]
-    elif type(value) is tuple:
-        return tuple(_exchanged(item, new) for item in value)
-    return value
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
@@ -174,8 +169,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Para
     '''Refuse an optimizer that cannot follow its parameters.'''
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise PruneError(f'a torch.optim.Optimizer is needed, not {optimizer!r}.')
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
-    if not held & {id(parameter) for parameter in old.values()}:
+    if not _parameters_of(optimizer) & {id(parameter) for parameter in old.values()}:
         raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
     kind = type(optimizer).__name__
     for name, value in vars(optimizer).items():
