@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 
 import pytest
 import torch
@@ -63,3 +64,35 @@ def test_compiled_functions_run_as_they_are_written(caplog: pytest.LogCaptureFix
     assert not calls and not caplog.records and not graph.notes
     assert [group.name for group in graph.groups] == ['first', 'second']
     assert apart(small(images()), zp.Plan(graph, {'first': [1]}).masked(model)(images())) <= 1e-5 and calls
+
+
+# --- functions that hold the network itself
+
+
+class Closed(Helped):
+    '''A function made when the network was made calls one of its layers.'''
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.mode = mode
+        self.last = nn.Conv2d(6, 6, 1)
+        self.post = {'module': lambda x: self.last(x), 'parameter': lambda x: F.conv2d(x, self.last.weight)}.get(
+            mode.split()[0], F.relu)
+        if mode == 'hook':
+            self.second.register_forward_hook(lambda _, inputs, output: self.last(output))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x))
+        return self.fc((self.post(x) if self.training or 'training' not in self.mode else x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('mode', ['module', 'parameter', 'hook', 'module in training'])
+def test_functions_that_hold_the_network_are_named(mode: str) -> None:
+    with pytest.raises(zp.PruneError, match=r"'last.weight' is used by its copies too, .* the module 'last' itself"):
+        zp.trace(seeded(Closed(mode)), images())
+
+
+def test_functions_that_are_given_a_layer_can_stay() -> None:
+    model = seeded(Closed('none'))
+    model.post = types.MethodType(lambda self, x: self.last(x), model)
+    assert {'first', 'last'} <= {group.name for group in zp.trace(model, images()).groups}

@@ -30,3 +30,16 @@ def refuse_counts(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> 
             f'values of the input ({how}), as when boxes are selected, so no other network can be held against it. '
             "Prune the part before that, a module that returns tensors of fixed size: a detector's backbone and "
             'heads.')
+
+
+class OriginalUsed(PruneError):
+    '''A copy of a network uses a parameter of the network itself.'''
+
+
+def refuse_original(name: str) -> None:
+    '''Refuse a network whose copies use a parameter of the network itself.'''
+    module = name.rpartition('.')[0]
+    raise OriginalUsed(
+        f'the network cannot be pruned: {name!r} is used by its copies too, since a function that it keeps (a lambda, '
+        f'a closure, a hook) holds {f"the module {module!r}" if module else "the network"} itself, not its copy. Make '
+        'the function a method, or give it what it uses as an argument.')

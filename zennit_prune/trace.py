@@ -35,6 +35,7 @@ from .networks import (
 )
 from .parametrized import weights_of
 from .recorded import FunctionCall, Operation, distinct
+from .refusals import OriginalUsed
 from .shapes import Shapes
 from .tracer import Tracer
 
@@ -97,7 +98,7 @@ class Run:
 
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
                 fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard,
-                outcomes: dict[Any, Outcome] | None = None) -> Run:
+                outcomes: dict[Any, Outcome] | None = None, originals: Mapping[int, str] | None = None) -> Run:
     '''Run a structural copy once under a tracer.
 
     Parameters
@@ -114,13 +115,15 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         What is noted of the calls of modules and torch functions.
     outcomes: dict, optional
         What operations did to labels in the other mode of the same network; those of this run are added.
+    originals: mapping of int to str, optional
+        The names of tensors of the network that this is a copy of, by ``id``; they may not be used.
     '''
     found = tensors_by_module(network)
     counter = guard(network)
     tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
     if shapes is not None:
         tracer.shapes = shapes
-    tracer.outcomes = outcomes
+    tracer.outcomes, tracer.originals = outcomes, originals or {}
     for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
@@ -218,12 +221,13 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
     notes: list[str] = []
     shapes = Shapes()
     outcomes: dict[Any, Outcome] = {}
+    originals = {id(tensor): name for name, tensor in reversed(tensors_by_module(model))}
 
     def run(network: nn.Module, training: bool) -> Run:
         if not training:
             outcomes.clear()  # of an attempt that failed
         guard = Outputs if training else Boundaries
-        return run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes)
+        return run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
 
     try:
         runs['eval'] = run(_marked_copy(model), False)
@@ -235,6 +239,8 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
         runs['train'] = run(_marked_copy(model, arguments.device), True)
         if runs['train'].is_like(runs['eval']):
             del runs['train']
+    except OriginalUsed:
+        raise
     except (ForwardError, PruneError) as error:
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
                      'proven')
