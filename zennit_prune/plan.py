@@ -168,6 +168,7 @@ class Plan:
             raise PruneError('the plan is empty: it removes no channel.')
         with waiting('apply', progress):
             small = self._proven(model)
+            self.graph.recording.warn_if_untraced()
             warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
             if verify:
                 compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))

@@ -19,7 +19,7 @@ from torch import nn
 from .attributes import Claim, mark_attributes
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
-from .errors import PruneError
+from .errors import PruneError, PruneWarning
 from .example import Example, prepare_example
 from .isolation import uncompiled
 from .known import Outcome
@@ -186,6 +186,8 @@ class Recording:
         What the user should know about the trace.
     shapes: Shapes
         What operations return, for further runs.
+    untraced: str
+        Why the network could not be run in training mode, if so.
     '''
 
     example: Example
@@ -195,11 +197,19 @@ class Recording:
     runs: dict[str, Run]
     notes: list[str]
     shapes: Shapes
+    untraced: str = ''
 
     @property
     def size(self) -> int:
         '''The number of labels, 0 included.'''
         return self.axes[-1].start + self.axes[-1].size if self.axes else 1
+
+    def warn_if_untraced(self) -> None:
+        '''Say that what comes is proven for evaluation only.'''
+        if self.untraced:
+            warnings.warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
+                          'trained is not proven. Run it once in training mode before you rely on it.',
+                          PruneWarning, stacklevel=3)
 
     @cached_property
     def operations(self) -> list[Operation]:
@@ -233,20 +243,27 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
         runs['eval'] = run(_marked_copy(model), False)
     except ForwardError as error:
         runs['eval'] = _run_otherwise(model, arguments, run, error)
-        if arguments.device == 'real':
-            notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
+    untraced = ''
     try:
-        runs['train'] = run(_marked_copy(model, arguments.device), True)
+        try:
+            runs['train'] = run(_marked_copy(model, arguments.device), True)
+        except ForwardError:
+            if arguments.device == 'real':
+                raise
+            runs['eval'], runs['train'] = _run_on_values(model, arguments, run)
         if runs['train'].is_like(runs['eval']):
             del runs['train']
     except OriginalUsed:
         raise
     except (ForwardError, PruneError) as error:
+        untraced = str(error)
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
                      'proven')
+    if arguments.device == 'real':
+        notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
              for name, tensor in unique_tensors(model).items()}
-    return Recording(arguments, axes, fields, sizes, runs, notes, shapes)
+    return Recording(arguments, axes, fields, sizes, runs, notes, shapes, untraced)
 
 
 def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
@@ -269,6 +286,17 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
     raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
                      f'{last.module or type(model).__name__!r} raised {last}. Give an example that the network '
                      'accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.') from last
+
+
+def _run_on_values(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run]) -> tuple[Run, Run]:
+    '''Run evaluation and training mode with real values, for a network of which only training needs them.'''
+    example.device = 'real'
+    try:
+        training = run(_marked_copy(model, 'real'), True)
+        return run(_marked_copy(model, 'real'), False), training
+    except (ForwardError, PruneError):
+        example.device = 'meta'
+        raise
 
 
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
