@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import random
 import types
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import apart, chain, images, seeded
@@ -96,3 +101,92 @@ def test_functions_that_are_given_a_layer_can_stay() -> None:
     model = seeded(Closed('none'))
     model.post = types.MethodType(lambda self, x: self.last(x), model)
     assert {'first', 'last'} <= {group.name for group in zp.trace(model, images()).groups}
+
+
+# --- caches that are not the network's own
+
+TABLES: dict[tuple[int, ...], torch.Tensor] = {}
+NESTED: dict[str, dict[int, torch.Tensor]] = {'grids': {}}
+LISTED: list[torch.Tensor] = []
+TABLE: torch.Tensor | None = None
+
+
+@functools.lru_cache(None)
+def ramp(size: int, device: torch.device) -> torch.Tensor:
+    return torch.linspace(0.5, 1, size, device=device)
+
+
+class Caching(Helped):
+    '''Multiplies with a ramp, which is made once.'''
+
+    ramps: dict[int, torch.Tensor] = {}
+    ramp: torch.Tensor | None = None
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where = where
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.made(x.shape[-1], x.device)
+
+    def made(self, size: int, device: torch.device) -> torch.Tensor:
+        global TABLE
+        if self.where == 'function':
+            return ramp(size, device)
+        if self.where == 'global':
+            TABLE = ramp.__wrapped__(size, device) if TABLE is None else TABLE
+            return TABLE[:size]
+        if self.where == 'class attribute':
+            type(self).ramp = ramp.__wrapped__(size, device) if self.ramp is None else self.ramp
+            return self.ramp[:size]
+        if self.where == 'list':
+            LISTED.extend([ramp.__wrapped__(size, device)] if not LISTED else [])
+            return LISTED[0][:size]
+        table: dict[Any, Any] = {'class': self.ramps, 'table': TABLES, 'nested': NESTED['grids']}[self.where]
+        if size not in table:
+            table[size] = ramp.__wrapped__(size, device)
+        return table[size]
+
+
+@pytest.mark.parametrize('where', ['class', 'class attribute', 'global', 'table', 'nested', 'list', 'function'])
+def test_caches_of_classes_and_globals_are_left_as_they_are(where: str) -> None:
+    model = seeded(Caching(where))
+    graph = zp.trace(model, images())
+    assert [group.name for group in graph.groups] == ['first', 'second'] and not graph.notes
+    zp.cost(model, images())
+    assert Caching.ramp is TABLE is None and ramp.cache_info().currsize == 0
+    assert not (Caching.ramps or TABLES or NESTED['grids'] or LISTED)
+    small = zp.Plan(graph, {'first': [1]}).apply(model, verify=False)
+    assert model(images()).shape == small(images()).shape
+    del small
+    try:  # once it is filled with numbers, these are used
+        assert zp.trace(model, images()).groups and model(images()).isfinite().all()
+    finally:
+        for table in (Caching.ramps, TABLES, NESTED['grids'], LISTED):
+            table.clear()
+        ramp.cache_clear()
+        Caching.ramp = globals()['TABLE'] = None
+
+
+# --- random numbers
+
+
+class Skipping(nn.Module):
+    def __init__(self, draw: Callable[[], float]):
+        super().__init__()
+        self.conv, self.draw = nn.Conv2d(8, 8, 3, padding=1), draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training and self.draw() < 0.5 else x + self.conv(x)
+
+
+@pytest.mark.parametrize('draw', [random.random, np.random.rand, lambda: torch.rand(1).item()])
+def test_layers_that_are_skipped_at_random(draw: Callable[[], float]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *(Skipping(draw) for _ in range(6)), nn.Conv2d(8, 4, 1)).eval()
+    for seed in range(3):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+        graph = zp.trace(model, images())
+        assert [group.size for group in graph.groups] == [8]
+        zp.Plan(graph, {'0': [0, 4]}).apply(model)
+        assert before == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())

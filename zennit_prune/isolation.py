@@ -2,9 +2,30 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import _lru_cache_wrapper
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
+from torch import nn
+
+from .networks import ATOMIC, device_of, modules_by_name, tensors_in
+from .seeds import seeded
+
+OWNERS = (type, ModuleType)
+NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
+LARGE = 1000  # entries: what holds more is data rather than a cache
+FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
+
+
+@contextmanager
+def isolated(network: nn.Module) -> Iterator[None]:
+    '''Let runs of a network draw the same random numbers, compile nothing, and leave no tensors in caches.'''
+    with uncompiled(), seeded(0, device_of(network)), kept_caches(network):
+        yield
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -12,3 +33,84 @@ def uncompiled() -> AbstractContextManager[None]:
     stance = getattr(torch.compiler, 'set_stance', None)
     # importing the compiler takes a second, and where nobody has, nothing is compiled
     return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
+
+
+@contextmanager
+def kept_caches(network: nn.Module) -> Iterator[None]:
+    '''What ``forward`` keeps in classes, globals and ``functools.cache`` would be without data, or of another width.'''
+    owners = [(owner, dict(vars(owner))) for owner in _owners(network)]
+    containers: list[tuple[Any, Any]] = []
+    counts: list[tuple[Any, int]] = []
+    for _, values in owners:
+        for name, value in values.items():
+            if type(value) is _lru_cache_wrapper:
+                counts.append((value, value.cache_info().misses))
+            elif isinstance(value, (dict, list)) and name[:2] != '__':
+                _note(value, containers)
+    try:
+        yield
+    finally:
+        for owner, values in owners:
+            _rebind(owner, values)
+        for value, before in containers:
+            _refill(value, before)
+        for value, misses in counts:
+            if value.cache_info().misses != misses:
+                value.cache_clear()
+
+
+def _owners(network: nn.Module) -> list[type | ModuleType]:
+    '''The classes of all modules, the files these are written in, and the files that are used there.'''
+    kinds = {kind for own in {type(module) for _, module in modules_by_name(network)} for kind in own.__mro__
+             if _is_own(kind.__module__)}
+    files = {kind.__module__ for kind in kinds} & sys.modules.keys()
+    used = {value.__name__ if type(value) is ModuleType else value.__module__
+            for name in files for value in vars(sys.modules[name]).values() if isinstance(value, NAMING)}
+    files |= {name for name in used & sys.modules.keys() if _is_own(name)}
+    return [*kinds, *(sys.modules[name] for name in files)]
+
+
+def _is_own(file: str) -> bool:
+    return file.partition('.')[0] not in FOREIGN
+
+
+def _note(value: Any, containers: list[tuple[Any, Any]], depth: int = 2) -> None:
+    '''What a container, and those in it, hold now.'''
+    if len(value) <= LARGE:
+        before = dict(value) if isinstance(value, dict) else list(value)
+        containers.append((value, before))
+        if depth and not ATOMIC.issuperset(map(type, _items(before))):
+            for item in _items(before):
+                if isinstance(item, (dict, list)):
+                    _note(item, containers, depth - 1)
+
+
+def _rebind(owner: type | ModuleType, before: dict[str, Any]) -> None:
+    if not _are_same(vars(owner), before):
+        for name, value in list(vars(owner).items()):
+            if before.get(name) is not value and _hold_tensors([value]):
+                if name in before:
+                    setattr(owner, name, before[name])
+                else:
+                    delattr(owner, name)
+
+
+def _refill(value: Any, before: Any) -> None:
+    if not _are_same(value, before):
+        known = set(map(id, _items(before)))
+        if _hold_tensors([item for item in _items(value) if id(item) not in known]):
+            value.clear()
+            (value.update if isinstance(value, dict) else value.extend)(before)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else value.values()
+
+
+def _are_same(value: Any, before: Any) -> bool:
+    return len(value) == len(before) and all(map(is_, _items(value), _items(before)))
+
+
+def _hold_tensors(values: list[Any]) -> bool:
+    attributes = [vars(value) for value in values if hasattr(value, '__dict__') and not isinstance(value, OWNERS)]
+    return bool(tensors_in([values, attributes]))

@@ -21,7 +21,7 @@ from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError, PruneWarning
 from .example import Example, prepare_example
-from .isolation import uncompiled
+from .isolation import isolated
 from .known import Outcome
 from .labels import BlockField, Field
 from .networks import (
@@ -136,8 +136,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(enabled=example.device == 'real'), torch.no_grad(), warnings.catch_warnings(), \
-                uncompiled(), counter, tracer:
+        with torch.no_grad(), warnings.catch_warnings(), isolated(network), counter, tracer:
             warnings.simplefilter('ignore')
             output = network(*args, **kwargs)
         tracer.finish(output_tensors(output))
