@@ -7,6 +7,7 @@ import logging
 import random
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,23 @@ def test_layers_that_are_skipped_at_random(draw: Callable[[], float]) -> None:
         assert [group.size for group in graph.groups] == [8]
         zp.Plan(graph, {'0': [0, 4]}).apply(model)
         assert before == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+
+
+# --- inference mode
+
+
+def test_inference_mode_does_not_matter(tmp_path: Path) -> None:
+    model = chain()
+    expected = zp.trace(model, images())
+    cut = {group.name: [0] for group in expected.groups}
+    with torch.inference_mode():
+        graph = zp.trace(model, images())
+        plan = zp.Plan(graph, cut)
+        small = plan.apply(model)
+        zp.save(small, plan, tmp_path / 'small')
+        found = [small, zp.load(chain(), tmp_path / 'small'), plan.masked(model), plan.apply_(model)]
+    assert [group.name for group in graph.groups] == list(cut)
+    for network in found:
+        network(images()).sum().backward()
+        assert not any(tensor.is_inference() for tensor in network.parameters())
+    assert apart(found[0](images()), found[2](images())) <= 1e-5

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from .attributes import Attribute, Claim, new_sizes
@@ -27,6 +28,7 @@ from .trace import Recording, record
 MAX_TRIALS = 400
 
 
+@torch.inference_mode(False)
 def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
           progress: bool = True) -> ChannelGraph:
     '''Find the removable channels of a network.

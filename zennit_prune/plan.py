@@ -122,6 +122,7 @@ class Plan:
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
+    @torch.inference_mode(False)
     def masked(self, model: nn.Module) -> _Masked:
         '''A separate network of the original shapes that computes what the pruned network will compute.
 
@@ -138,6 +139,7 @@ class Plan:
         masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
         return cast(_Masked, masked)
 
+    @torch.inference_mode(False)
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels: an ordinary, smaller network of the same class.
 
@@ -183,6 +185,7 @@ class Plan:
                              f'trace with ignore=[{failure.operation.site.module!r}].')
         return small
 
+    @torch.inference_mode(False)
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
                verify: bool = True) -> nn.Module:
         '''Remove the channels in place; everything is proven before the first write.

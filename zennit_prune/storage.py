@@ -75,6 +75,7 @@ def _extra_states(small: nn.Module) -> dict[str, Any]:
     return found
 
 
+@torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     '''Narrow a copy of a freshly built original and fill it with what :func:`save` wrote.
 
