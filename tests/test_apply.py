@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,6 +365,24 @@ def test_whole_groups_of_group_norm_are_removable() -> None:
     kept = [0, 1, 4, 5, 6, 7]
     assert torch.equal(small[0].weight, model[0].weight[kept])
     assert (small[1].num_groups, small[1].num_channels) == (3, 6)
+
+
+@pytest.mark.parametrize(('norm', 'shape'), [
+    (nn.InstanceNorm2d(8), (4, 3, 6, 6)),
+    (nn.InstanceNorm2d(8), (3, 6, 6)),
+    (nn.BatchNorm2d(8, affine=False, track_running_stats=False), (4, 3, 6, 6))])
+def test_norms_without_parameters_state_what_they_see(norm: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), torch.randn(shape)
+    plan = zp.Plan(zp.trace(model, x), {'0': [1, 7]})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = plan.apply(model)
+        small(x)
+    assert small[1].num_features == small[0].out_channels == 6 and model[1].num_features == 8
+    zp.save(small, plan, tmp_path / 'small')
+    assert zp.load(model, tmp_path / 'small')[1].num_features == 6
+    assert [group.size for group in zp.trace(small, x).groups] == [6]
+    assert plan.apply_(model)[1].num_features == 6
 
 
 # --- verifying

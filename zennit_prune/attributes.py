@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .labels import Field
-from .networks import modules_by_name
+from .networks import modules_by_name, tensors_by_module
 
 SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
           'layer_norm': ('normalized_shape',)}
@@ -77,6 +77,25 @@ def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
     for dim, size in enumerate(sizes, start):
         if isinstance(size, Known):
             yield size.attribute, dim
+
+
+def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[list[Field]]]) -> Iterable[Claim]:
+    '''What batch and instance norms without parameters state, which nothing but their outputs knows.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network.
+    outputs: mapping
+        The fields of every tensor that a call of a module returned.
+    '''
+    modules = dict(modules_by_name(model))
+    for (name, _), tensors in outputs.items():
+        module = modules.get(name)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not tensors_by_module(module):
+            size = module.num_features
+            for dim in {dim for field in tensors[0] for dim in field.dims if field.labels.shape[dim] == size}:
+                yield Claim(Attribute(name, 'num_features'), tensors[0], dim, size)
 
 
 def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, int]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attributes import Claim, mark_attributes
+from .attributes import Claim, mark_attributes, norm_claims
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
 from .errors import PruneError, PruneWarning
@@ -236,7 +236,9 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
         if not training:
             outcomes.clear()  # of an attempt that failed
         guard = Outputs if training else Boundaries
-        return run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
+        found = run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
+        found.claims += norm_claims(network, found.outputs)
+        return found
 
     try:
         runs['eval'] = run(_marked_copy(model), False)
