@@ -23,9 +23,10 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
     Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
     input channels of a grouped convolution, the output channels of a transposed one.
     '''
+    order = None if tensor.is_contiguous() else sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     if device == 'meta':
         shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
-        return torch.empty(shape, dtype=tensor.dtype, device='meta')
+        return _laid_out(torch.empty(shape, dtype=tensor.dtype, device='meta'), order)
     with torch.no_grad():
         for dim, index in sorted(kept.items()):
             at = torch.as_tensor(index, device=tensor.device)
@@ -34,7 +35,20 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
             else:
                 blocks = tensor.chunk(at.shape[1])
                 tensor = torch.cat([block.index_select(dim, rows) for block, rows in zip(blocks, at.unbind(1))])
-    return tensor.detach()
+    return _laid_out(tensor.detach(), order)
+
+
+def _laid_out(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
+    '''The same values with the dimensions in this order in memory: ``torch.channels_last`` stays.'''
+    if order is None:
+        return tensor
+    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _parameter_like(tensor: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
+    if type(tensor) is nn.Parameter or nn.Parameter not in type(tensor).__mro__:
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return torch.Tensor._make_subclass(type(tensor), new, tensor.requires_grad)  # whatever else its class asks for
 
 
 def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], sizes: Mapping[Attribute, int],
@@ -60,7 +74,7 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
             continue
         new = narrowed(tensor, kept.get(name, {}), device)
         if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            new = _parameter_like(tensor, new)
         memo[id(tensor)] = new
     small = copied(model, memo, for_trace=device == 'meta')
     fix_attributes(small, kept, group_sizes, sizes)
