@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import _lru_cache_wrapper
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .networks import ATOMIC, device_of, modules_by_name, tensors_in
-from .seeds import seeded
+from .seeds import seeded, start
 
 OWNERS = (type, ModuleType)
 NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
@@ -21,11 +22,30 @@ LARGE = 1000  # entries: what holds more is data rather than a cache
 FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
 
 
+_around = threading.local()
+
+
 @contextmanager
 def isolated(network: nn.Module) -> Iterator[None]:
-    '''Let runs of a network draw the same random numbers, compile nothing, and leave no tensors in caches.'''
-    with uncompiled(), seeded(0, device_of(network)), kept_caches(network):
-        yield
+    '''Let runs of a network or its copies compile nothing, and leave random states and caches as they are.
+
+    Such blocks may be nested: each run within one starts from the same random numbers, and with the same caches.
+    '''
+    caches: Caches | None = getattr(_around, 'caches', None)
+    if caches is not None:
+        start(0, device_of(network))
+        try:
+            yield
+        finally:
+            caches.restore()
+        return
+    with uncompiled(), seeded(0, device_of(network)):
+        _around.caches = caches = Caches(network)
+        try:
+            yield
+        finally:
+            _around.caches = None
+            caches.restore()
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -35,28 +55,38 @@ def uncompiled() -> AbstractContextManager[None]:
     return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
 
 
-@contextmanager
-def kept_caches(network: nn.Module) -> Iterator[None]:
-    '''What ``forward`` keeps in classes, globals and ``functools.cache`` would be without data, or of another width.'''
-    owners = [(owner, dict(vars(owner))) for owner in _owners(network)]
-    containers: list[tuple[Any, Any]] = []
-    counts: list[tuple[Any, int]] = []
-    for _, values in owners:
-        for name, value in values.items():
-            if type(value) is _lru_cache_wrapper:
-                counts.append((value, value.cache_info().misses))
-            elif isinstance(value, (dict, list)) and name[:2] != '__':
-                _note(value, containers)
-    try:
-        yield
-    finally:
-        for owner, values in owners:
+class Caches:
+    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``.
+
+    In a trace that is without data, or of another width.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        What is run.
+    '''
+
+    def __init__(self, network: nn.Module):
+        self._owners = [(owner, dict(vars(owner))) for owner in _owners(network)]
+        self._containers: list[tuple[Any, Any]] = []
+        self._counts: list[tuple[Any, int]] = []
+        for _, values in self._owners:
+            for name, value in values.items():
+                if type(value) is _lru_cache_wrapper:
+                    self._counts.append((value, value.cache_info().misses))
+                elif isinstance(value, (dict, list)) and name[:2] != '__':
+                    _note(value, self._containers)
+
+    def restore(self) -> None:
+        '''Take out what holds tensors and was not there before.'''
+        for owner, values in self._owners:
             _rebind(owner, values)
-        for value, before in containers:
+        for value, before in self._containers:
             _refill(value, before)
-        for value, misses in counts:
+        for number, (value, misses) in enumerate(self._counts):
             if value.cache_info().misses != misses:
                 value.cache_clear()
+                self._counts[number] = value, 0
 
 
 def _owners(network: nn.Module) -> list[type | ModuleType]:

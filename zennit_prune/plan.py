@@ -16,6 +16,7 @@ from .cost import CostModel
 from .errors import PruneError
 from .files import write_text
 from .graph import ChannelGraph
+from .isolation import isolated
 from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
@@ -177,7 +178,7 @@ class Plan:
         return small
 
     def _proven(self, model: nn.Module) -> nn.Module:
-        with without_garbage_collection():
+        with without_garbage_collection(), isolated(model):
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:

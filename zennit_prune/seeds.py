@@ -9,18 +9,22 @@ import numpy as np
 import torch
 
 
+def start(seed: int, device: torch.device) -> None:
+    '''Set these random states for good.'''
+    torch.default_generator.manual_seed(seed)
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     '''Let the random states of torch (CPU and ``device``), NumPy and Python start from ``seed``; restored after.'''
     states = random.getstate(), np.random.get_state()
-    on_cuda = device.type == 'cuda'
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2 ** 32)
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        start(seed, device)
         try:
             yield
         finally:
