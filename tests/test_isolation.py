@@ -211,3 +211,40 @@ def test_inference_mode_does_not_matter(tmp_path: Path) -> None:
         network(images()).sum().backward()
         assert not any(tensor.is_inference() for tensor in network.parameters())
     assert apart(found[0](images()), found[2](images())) <= 1e-5
+
+
+# --- hooks
+
+SEEN: dict[str, torch.Tensor] = {}
+
+
+def remember(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+    SEEN['global'] = output
+
+
+class Store:
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+
+
+def test_features_that_hooks_keep_are_those_of_the_network() -> None:
+    model, store, kept = chain(), Store(), {}
+    model[0].register_forward_hook(lambda module, inputs, output: kept.__setitem__('closure', output))
+    model[0].register_forward_hook(lambda module, inputs, output: store.outputs.append(output))
+    model[0].register_forward_hook(remember)
+    with torch.no_grad():
+        model(images())
+    before = [kept['closure'], SEEN['global'], *store.outputs]
+    zp.Plan(zp.trace(model, images()), {'0': [0]}).apply(model)
+    after = [kept['closure'], SEEN.pop('global'), *store.outputs]
+    assert len(before) == len(after) and all(left is right for left, right in zip(before, after))
+
+
+def test_hooks_that_use_values_are_named() -> None:
+    def log_mean(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        print(float(output.mean()))
+
+    model = chain()
+    model[2].register_forward_hook(log_mean)
+    with pytest.raises(zp.PruneError, match=r"the hook 'log_mean' of a Conv2d uses a value .* Remove the hook while"):
+        zp.trace(model, images())

@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import _lru_cache_wrapper
 from operator import is_
 from types import FunctionType, ModuleType
@@ -56,7 +56,7 @@ def uncompiled() -> AbstractContextManager[None]:
 
 
 class Caches:
-    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``.
+    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``, and hooks in what they refer to.
 
     In a trace that is without data, or of another width.
 
@@ -67,8 +67,15 @@ class Caches:
     '''
 
     def __init__(self, network: nn.Module):
-        self._owners = [(owner, dict(vars(owner))) for owner in _owners(network)]
+        modules = [module for _, module in modules_by_name(network)]
+        hooks = [hook for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+                 for hook in hooks.values() if isinstance(hook, FunctionType)]
+        self._owners = [(owner, dict(vars(owner))) for owner in _owners(modules, hooks)]
         self._containers: list[tuple[Any, Any]] = []
+        for held in (value for hook in hooks for value in _enclosed(hook)):
+            held = vars(held) if hasattr(held, '__dict__') and not isinstance(held, OWNERS) else held
+            if isinstance(held, (dict, list)):
+                _note(held, self._containers)
         self._counts: list[tuple[Any, int]] = []
         for _, values in self._owners:
             for name, value in values.items():
@@ -89,11 +96,10 @@ class Caches:
                 self._counts[number] = value, 0
 
 
-def _owners(network: nn.Module) -> list[type | ModuleType]:
-    '''The classes of all modules, the files these are written in, and the files that are used there.'''
-    kinds = {kind for own in {type(module) for _, module in modules_by_name(network)} for kind in own.__mro__
-             if _is_own(kind.__module__)}
-    files = {kind.__module__ for kind in kinds} & sys.modules.keys()
+def _owners(modules: Iterable[nn.Module], hooks: Iterable[Any]) -> list[type | ModuleType]:
+    '''The classes of all modules, the files that these and hooks are written in, and the files that are used there.'''
+    kinds = {kind for own in set(map(type, modules)) for kind in own.__mro__ if _is_own(kind.__module__)}
+    files = {maker.__module__ for maker in (*kinds, *hooks) if _is_own(maker.__module__)} & sys.modules.keys()
     used = {value.__name__ if type(value) is ModuleType else value.__module__
             for name in files for value in vars(sys.modules[name]).values() if isinstance(value, NAMING)}
     files |= {name for name in used & sys.modules.keys() if _is_own(name)}
@@ -102,6 +108,12 @@ def _owners(network: nn.Module) -> list[type | ModuleType]:
 
 def _is_own(file: str) -> bool:
     return file.partition('.')[0] not in FOREIGN
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
 
 
 def _note(value: Any, containers: list[tuple[Any, Any]], depth: int = 2) -> None:
