@@ -181,7 +181,7 @@ class Skipping(nn.Module):
         return x if self.training and self.draw() < 0.5 else x + self.conv(x)
 
 
-@pytest.mark.parametrize('draw', [random.random, np.random.rand, lambda: torch.rand(1).item()])
+@pytest.mark.parametrize('draw', [lambda: random.random(), lambda: np.random.rand(), lambda: torch.rand(1).item()])
 def test_layers_that_are_skipped_at_random(draw: Callable[[], float]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *(Skipping(draw) for _ in range(6)), nn.Conv2d(8, 4, 1)).eval()
     for seed in range(3):
@@ -189,6 +189,8 @@ def test_layers_that_are_skipped_at_random(draw: Callable[[], float]) -> None:
         before = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
         graph = zp.trace(model, images())
         assert [group.size for group in graph.groups] == [8]
+        assert any('draws random numbers when it is trained' in note for note in graph.notes)
+        assert not zp.trace(nn.Sequential(model[0], nn.Dropout(0.5), model[-1]), images()).notes
         zp.Plan(graph, {'0': [0, 4]}).apply(model)
         assert before == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
 

@@ -19,6 +19,12 @@ def start(seed: int, device: torch.device) -> None:
     np.random.seed(seed % 2 ** 32)
 
 
+def states() -> tuple[object, ...]:
+    '''The random states of Python, NumPy and torch (CPU), to compare.'''
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     '''Let the random states of torch (CPU and ``device``), NumPy and Python start from ``seed``; restored after.'''

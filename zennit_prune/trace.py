@@ -36,6 +36,7 @@ from .networks import (
 from .parametrized import weights_of
 from .recorded import FunctionCall, Operation, distinct
 from .refusals import OriginalUsed
+from .seeds import states
 from .shapes import Shapes
 from .tracer import Tracer
 
@@ -74,7 +75,8 @@ class Run:
     '''What one pass through a network showed.
 
     Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
-    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python.
+    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python. In
+    training mode, whether ``forward`` drew random numbers, of which values were known.
     '''
 
     operations: list[Operation]
@@ -83,6 +85,7 @@ class Run:
     outputs: dict[tuple[str, int], list[list[Field]]]
     functions: list[FunctionCall]
     claims: list[Claim]
+    draws: bool = False
 
     def is_like(self, other: Run) -> bool:
         '''Whether two passes did the same to labels.'''
@@ -138,7 +141,10 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     try:
         with torch.no_grad(), warnings.catch_warnings(), isolated(network), counter, tracer:
             warnings.simplefilter('ignore')
+            watched = training and originals is not None  # replays draw what the trace drew
+            before = states() if watched else ()
             output = network(*args, **kwargs)
+            draws = watched and states() != before
         tracer.finish(output_tensors(output))
     except PruneError:
         raise
@@ -154,7 +160,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         torch.backends.mha.set_fastpath_enabled(fast_path)
         del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
     return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
-               counter.claims)
+               counter.claims, draws)
 
 
 class ForwardError(Exception):
@@ -252,6 +258,9 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
             if arguments.device == 'real':
                 raise
             runs['eval'], runs['train'] = _run_on_values(model, arguments, run)
+        if runs['train'].draws and arguments.device == 'meta':
+            notes.append('the network draws random numbers when it is trained, and may branch on them: one path '
+                         'through it is proven')
         if runs['train'].is_like(runs['eval']):
             del runs['train']
     except OriginalUsed:
