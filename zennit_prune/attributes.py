@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .labels import Field
-from .networks import modules_by_name, tensors_by_module
+from .networks import modules_by_name
 
 SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
           'layer_norm': ('normalized_shape',)}
@@ -92,7 +92,7 @@ def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[lis
     modules = dict(modules_by_name(model))
     for (name, _), tensors in outputs.items():
         module = modules.get(name)
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not tensors_by_module(module):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is module.running_mean is None:
             size = module.num_features
             for dim in {dim for field in tensors[0] for dim in field.dims if field.labels.shape[dim] == size}:
                 yield Claim(Attribute(name, 'num_features'), tensors[0], dim, size)

@@ -18,7 +18,7 @@ from .seeds import seeded, start
 
 OWNERS = (type, ModuleType)
 NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
-LARGE = 1000  # entries: what holds more is data rather than a cache
+LARGE = 100  # entries: what holds more is data rather than a cache
 FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
 
 

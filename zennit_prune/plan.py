@@ -140,7 +140,6 @@ class Plan:
         masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
         return cast(_Masked, masked)
 
-    @torch.inference_mode(False)
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels: an ordinary, smaller network of the same class.
 
@@ -169,7 +168,7 @@ class Plan:
         model = self._checked_model(model)
         if not self.removed:
             raise PruneError('the plan is empty: it removes no channel.')
-        with waiting('apply', progress):
+        with torch.inference_mode(False), waiting('apply', progress):
             small = self._proven(model)
             self.graph.recording.warn_if_untraced()
             warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
