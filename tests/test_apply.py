@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,6 +365,49 @@ def test_whole_groups_of_group_norm_are_removable() -> None:
     kept = [0, 1, 4, 5, 6, 7]
     assert torch.equal(small[0].weight, model[0].weight[kept])
     assert (small[1].num_groups, small[1].num_channels) == (3, 6)
+
+
+class Named(nn.Parameter):
+    def __new__(cls, data: torch.Tensor, name: str) -> Named:
+        return torch.Tensor._make_subclass(cls, data, True)
+
+
+def test_the_layout_of_weights_and_their_class_are_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=2), nn.Flatten(1, 2),
+                          nn.Conv1d(64, 6, 3), nn.Flatten(), nn.Linear(36, 4)).to(memory_format=torch.channels_last)
+    model[4].weight = Named(model[4].weight.data, 'weight')
+    with torch.no_grad():
+        model[6].weight.set_(model[6].weight.t().contiguous().t())
+    model(images()).sum().backward()
+    graph = zp.trace(model, images())
+    plan = zp.Plan(graph, {group.name: [0, group.size - 1] for group in graph.groups})
+    small, before = plan.apply(model), copy.deepcopy(model)
+    assert small[0].weight.shape == (6, 3, 3, 3) and small[4].weight.shape[0] == 4
+    plan.apply_(model)
+    for network in (small, model):
+        assert [network[i].weight.is_contiguous(memory_format=torch.channels_last) for i in (0, 2)] == [True, True]
+        assert type(network[4].weight) is Named and isinstance(network.state_dict(), dict)
+        assert network[6].weight.t().is_contiguous() and not network[6].weight.is_contiguous()
+    assert before[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(('norm', 'shape'), [
+    (nn.InstanceNorm2d(8), (4, 3, 6, 6)),
+    (nn.InstanceNorm2d(8), (3, 6, 6)),
+    (nn.BatchNorm2d(8, affine=False, track_running_stats=False), (4, 3, 6, 6))])
+def test_norms_without_parameters_state_what_they_see(norm: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), torch.randn(shape)
+    plan = zp.Plan(zp.trace(model, x), {'0': [1, 7]})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = plan.apply(model)
+        small(x)
+    assert small[1].num_features == small[0].out_channels == 6 and model[1].num_features == 8
+    zp.save(small, plan, tmp_path / 'small')
+    assert zp.load(model, tmp_path / 'small')[1].num_features == 6
+    assert [group.size for group in zp.trace(small, x).groups] == [6]
+    assert plan.apply_(model)[1].num_features == 6
 
 
 # --- verifying

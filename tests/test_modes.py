@@ -1,6 +1,7 @@
 '''Evaluation and training mode: both are proven, and what they share is worked out once.'''
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -133,3 +134,44 @@ def test_modes_are_set_as_the_modules_want(kind: type[nn.Module]) -> None:
         like.train(training)
         assert [module.training for module in network.modules()] == [module.training for module in like.modules()]
     assert like[1][0].training == (kind is nn.BatchNorm2d)
+
+
+class Dropping(nn.Module):
+    '''Draws on the CPU, and has a second output, when it is trained; a batch of one has too few values then.'''
+
+    def __init__(self, decide: Callable[[torch.Tensor], object] = lambda x: None) -> None:
+        super().__init__()
+        self.conv, self.norm, self.decide = nn.Conv2d(3, 8, 3), nn.BatchNorm1d(8), decide
+        self.head, self.side = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> object:
+        x = self.conv(x).mean((2, 3))
+        if not self.training:
+            return self.head(self.norm(x))
+        self.decide(x)
+        x = self.norm(x * (torch.rand(len(x), 1) > 0.1))
+        return self.head(x), self.side(x)
+
+
+def test_training_that_needs_values_is_traced_on_them() -> None:
+    model = Dropping().eval()
+    graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
+    assert [group.size for group in graph.groups] == [8] and not graph.recording.untraced
+    assert any('traced on real tensors' in note for note in graph.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small = zp.Plan(graph, {'conv': [0, 1]}).apply(model)
+    assert [tensor.shape for tensor in small.train()(torch.randn(3, 3, 8, 8))] == [(3, 4), (3, 4)]
+
+
+def raising(x: torch.Tensor) -> None:
+    raise RuntimeError('targets are missing')
+
+
+@pytest.mark.parametrize(('decide', 'reason'), [(lambda x: float(x.sum()), 'uses a value'), (raising, 'targets are')])
+def test_training_that_cannot_be_traced_is_warned_of(decide: Callable[[torch.Tensor], object], reason: str) -> None:
+    model = Dropping(decide).eval()
+    graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
+    assert graph.recording.example.device == 'meta' and any(reason in note for note in graph.notes)
+    with pytest.warns(zp.PruneWarning, match=f'not traced in training mode .*{reason}'):
+        assert zp.Plan(graph, {'conv': [0]}).apply(model)(torch.randn(2, 3, 8, 8)).shape == (2, 4)

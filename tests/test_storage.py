@@ -227,6 +227,48 @@ def test_missing_files(tmp_path: Path) -> None:
             load(tmp_path / 'nowhere')
 
 
+class Tempered(nn.Sequential):
+    '''Divides by a temperature, which is no tensor; whatever it was set to is its extra state.'''
+
+    temperature: Any = 1.0
+
+    def get_extra_state(self) -> Any:
+        return {'temperature': self.temperature}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.temperature = state['temperature']
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / self.temperature
+
+
+def tempered() -> tuple[nn.Module, zp.Plan]:
+    model = Tempered(chain())
+    model.temperature = 4.0
+    graph = zp.trace(model, images())
+    return model, zp.Plan(graph, {graph.groups[0].name: [0]})
+
+
+def test_extra_states_are_saved(tmp_path: Path) -> None:
+    model, plan = tempered()
+    small = plan.apply(model)
+    zp.save(small, plan, tmp_path / 'small')
+    found = zp.load(Tempered(chain()), tmp_path / 'small')
+    assert found.temperature == 4.0 and torch.equal(found(images()), small(images()))
+    with pytest.raises(zp.PruneError, match="saved from another network: module '' has an extra state there, but no"):
+        zp.load(nn.Sequential(chain()), tmp_path / 'small')
+
+
+@pytest.mark.parametrize('temperature', [torch.ones(1), (1, 2), {1: 2}, object()])
+def test_extra_states_that_no_file_holds_are_named(temperature: object, tmp_path: Path) -> None:
+    model, plan = tempered()
+    small = plan.apply(model)
+    small.temperature = temperature
+    with pytest.raises(zp.PruneError, match=r"state of module '' cannot be saved: .* register tensors as buffers"):
+        zp.save(small, plan, tmp_path / 'small')
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_network_that_the_plan_does_not_make_is_not_saved(tmp_path: Path) -> None:
     small, plan = pruned('chain')
     other = plan.keep('0', plan.removed['0'][:1])

@@ -80,6 +80,25 @@ def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
             yield size.attribute, dim
 
 
+def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[list[Field]]]) -> Iterable[Claim]:
+    '''What batch and instance norms without parameters state, which nothing but their outputs knows.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network.
+    outputs: mapping
+        The fields of every tensor that a call of a module returned.
+    '''
+    modules = dict(modules_by_name(model))
+    for (name, _), tensors in outputs.items():
+        module = modules.get(name)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is module.running_mean is None:
+            size = module.num_features
+            for dim in {dim for field in tensors[0] for dim in field.dims if field.labels.shape[dim] == size}:
+                yield Claim(Attribute(name, 'num_features'), tensors[0], dim, size)
+
+
 def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, int]:
     '''What attributes become when labels go; those that state several sizes which part company stay.
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import PruneError
 from .example import prepare_example
 from .graph import ChannelGraph
+from .isolation import isolated
 from .labels import Labels, first
 from .networks import structural_copy, unique_tensors, unwrapped
 from .notebook import panel
@@ -71,7 +72,7 @@ def cost(model: nn.Module, example: Any) -> Cost:
         network = structural_copy(model, given.device).eval()
         args, kwargs = given.arguments()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), isolated(network), FlopCounterMode(display=False) as counter:
                 network(*args, **kwargs)
             break
         except Exception as error:

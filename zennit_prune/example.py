@@ -19,9 +19,9 @@ TRACED_BATCH = 2
 class Example:
     '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
 
-    On meta the batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and
-    channels. ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in
-    :func:`zennit_prune.trace`; of products of stacks of matrices at the sites ``whole``, whole matrices go.
+    The batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and channels.
+    ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in :func:`zennit_prune.trace`; of
+    products of stacks of matrices at the sites ``whole``, whole matrices go.
     '''
 
     args: tuple[Any, ...]
@@ -53,10 +53,12 @@ class Example:
         return map_tensors(self._prepared, self.args), map_tensors(self._prepared, self.kwargs)
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
+        resize = self.resize and tensor.dim() > 0 and tensor.shape[0] == self.given_batch
         if self.device != 'meta':
-            return tensor.detach().clone()
+            tensor = tensor.detach().clone()
+            return tensor[torch.arange(TRACED_BATCH) % self.given_batch] if resize else tensor
         shape = list(tensor.shape)
-        if self.resize and shape and shape[0] == self.given_batch:
+        if resize:
             shape[0] = TRACED_BATCH
         return torch.empty(shape, dtype=tensor.dtype, device='meta')
 

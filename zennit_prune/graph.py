@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from .attributes import Attribute, Claim, new_sizes, stating_several
@@ -13,6 +14,7 @@ from .calls import Site
 from .errors import PruneError
 from .explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
 from .groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
+from .isolation import isolated
 from .labels import Labels
 from .networks import structural_copy, unwrapped, without_garbage_collection
 from .notebook import panel
@@ -28,6 +30,7 @@ from .trace import Recording, record
 MAX_TRIALS = 400
 
 
+@torch.inference_mode(False)
 def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
           progress: bool = True) -> ChannelGraph:
     '''Find the removable channels of a network.
@@ -64,8 +67,9 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     if layernorm not in ('lock', 'surviving'):
         raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
                          "over, nor 'surviving', which takes its statistics over those that are left.")
-    with without_garbage_collection(), waiting('trace', progress):
-        return ChannelGraph(unwrapped(model), example, ignore, layernorm)
+    model = unwrapped(model)
+    with without_garbage_collection(), isolated(model), waiting('trace', progress):
+        return ChannelGraph(model, example, ignore, layernorm)
 
 
 class ChannelGraph:

@@ -20,6 +20,7 @@ CONTENTS = ('_parameters', '_buffers', '_modules')
 HOOKS = frozenset(key for key in vars(nn.Module()) if 'hooks' in key)
 OF_HOOKS = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm')  # which compute a weight before each call
 LISTS = 'parametrizations'  # where torch.nn.utils.parametrize keeps what a weight is computed from
+COMPILED = '_compiled_call_impl'  # of module.compile(): it calls the module it was made for, not a copy of that
 COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__',
                  '__getnewargs__')
 
@@ -216,7 +217,8 @@ class _Copier:
         new = kind.__new__(kind)
         memo[id(module)] = new
         attributes = vars(module).copy()
-        for key, value in vars(module).items():
+        attributes.pop(COMPILED, None)
+        for key, value in attributes.items():
             kind_of_value = type(value)
             if kind_of_value in ATOMIC or (self.for_trace and key in HOOKS and not value):
                 continue

@@ -16,6 +16,7 @@ from .cost import CostModel
 from .errors import PruneError
 from .files import write_text
 from .graph import ChannelGraph
+from .isolation import isolated
 from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
@@ -124,6 +125,7 @@ class Plan:
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
+    @torch.inference_mode(False)
     def masked(self, model: nn.Module) -> _Masked:
         '''A separate network of the original shapes that computes what the pruned network will compute.
 
@@ -168,15 +170,16 @@ class Plan:
         model = self._checked_model(model)
         if not self.removed:
             raise PruneError('the plan is empty: it removes no channel.')
-        with waiting('apply', progress):
+        with torch.inference_mode(False), waiting('apply', progress):
             small = self._proven(model)
+            self.graph.recording.warn_if_untraced()
             warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
             if verify:
                 compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
         return small
 
     def _proven(self, model: nn.Module) -> nn.Module:
-        with without_garbage_collection():
+        with without_garbage_collection(), isolated(model):
             small = self.graph.narrowed(model, self.removed)
             failure = self.graph.prove(small, self.removed)
         if failure is not None:
@@ -185,6 +188,7 @@ class Plan:
                              f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
 
+    @torch.inference_mode(False)
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
                verify: bool = True) -> nn.Module:
         '''Remove the channels in place; everything is proven before the first write.

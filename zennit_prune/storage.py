@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from .attributes import Attribute, keeps
 from .errors import PruneError
 from .files import read_tensors, write_tensors
-from .networks import unique_tensors, unwrapped
+from .networks import modules_by_name, unique_tensors, unwrapped
 from .plan import Plan
 from .surgery import narrowed_copy
 
@@ -33,9 +34,11 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     PruneError
-        If ``small`` is not what ``plan`` makes of the original.
+        If ``small`` is not what ``plan`` makes of the original, or the extra state of a module is not made of numbers,
+        texts, lists and dicts.
     '''
-    tensors = unique_tensors(unwrapped(small))
+    small = unwrapped(small)
+    tensors = unique_tensors(small)
     kept = plan.graph.kept(plan.removed)
     shapes = {name: list(size.shape) for name, size in plan.graph.recording.sizes.items()}
     for name, shape in shapes.items():
@@ -46,10 +49,33 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
                              f'{expected}.')
     metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
                 'group_sizes': json.dumps(plan.graph.group_sizes),
-                'attributes': json.dumps([[*item] for item in plan.graph.attributes(plan.removed).items()])}
+                'attributes': json.dumps([[*item] for item in plan.graph.attributes(plan.removed).items()]),
+                'extra_states': json.dumps(_extra_states(small))}
     write_tensors(path, tensors, metadata, FORMAT)
 
 
+def _keeps_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _extra_states(small: nn.Module) -> dict[str, Any]:
+    '''What ``get_extra_state`` of modules returns, by their names.'''
+    found: dict[str, Any] = {}
+    for name, module in modules_by_name(small):
+        if _keeps_extra_state(module):
+            found[name] = state = module.get_extra_state()
+            try:
+                lossless = json.loads(json.dumps(state)) == state
+            except (TypeError, ValueError):
+                lossless = False
+            if not lossless:
+                raise PruneError(f'the extra state of module {name!r} cannot be saved: a file holds tensors, JSON and '
+                                 f'no code, but get_extra_state() returns {state!r:.80}. Return numbers, texts, lists '
+                                 'and dicts with texts as keys there, and register tensors as buffers.')
+    return found
+
+
+@torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     '''Narrow a copy of a freshly built original and fill it with what :func:`save` wrote.
 
@@ -76,6 +102,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata['shapes']).items()}
         group_sizes = json.loads(metadata['group_sizes'])
         sizes = {Attribute(*attribute): size for attribute, size in json.loads(metadata.get('attributes', '[]'))}
+        extra_states = dict(json.loads(metadata.get('extra_states', '{}')))
     except (KeyError, ValueError, TypeError) as error:
         raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
     fresh = unique_tensors(model)
@@ -90,6 +117,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if not keeps(model, attribute):
             raise PruneError(f'{os.fspath(path)!r} was saved from another network: {attribute.name!r} of module '
                              f'{attribute.module!r} is no whole number in the {type(model).__name__} given.')
+    keeping = {name for name, module in modules_by_name(model) if _keeps_extra_state(module)}
+    for name in keeping ^ extra_states.keys():
+        raise PruneError(f'{os.fspath(path)!r} was saved from another network: module {name!r} has '
+                         f'{"an" if name in extra_states else "no"} extra state there, but '
+                         f'{"an" if name in keeping else "no"} in the {type(model).__name__} given.')
     kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
     kept = {name: dims for name, dims in kept.items() if dims}
@@ -97,4 +129,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for name, tensor in unique_tensors(small).items():
             tensor.data = data[name].to(tensor.device)
+    modules = dict(modules_by_name(small))
+    for name, state in extra_states.items():
+        modules[name].set_extra_state(state)
     return small

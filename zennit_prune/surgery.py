@@ -10,6 +10,7 @@ from torch import nn
 
 from .attributes import Attribute, set_attributes
 from .errors import PruneError
+from .holders import exchange, held_by
 from .networks import computed_name, copied, modules_by_name, tensors_by_module
 
 Indices = npt.NDArray[Any]
@@ -22,9 +23,10 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
     Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
     input channels of a grouped convolution, the output channels of a transposed one.
     '''
+    order = None if tensor.is_contiguous() else sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     if device == 'meta':
         shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
-        return torch.empty(shape, dtype=tensor.dtype, device='meta')
+        return _laid_out(torch.empty(shape, dtype=tensor.dtype, device='meta'), order)
     with torch.no_grad():
         for dim, index in sorted(kept.items()):
             at = torch.as_tensor(index, device=tensor.device)
@@ -33,7 +35,20 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
             else:
                 blocks = tensor.chunk(at.shape[1])
                 tensor = torch.cat([block.index_select(dim, rows) for block, rows in zip(blocks, at.unbind(1))])
-    return tensor.detach()
+    return _laid_out(tensor.detach(), order)
+
+
+def _laid_out(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
+    '''The same values with the dimensions in this order in memory: ``torch.channels_last`` stays.'''
+    if order is None:
+        return tensor
+    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _parameter_like(tensor: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
+    if type(tensor) is nn.Parameter or nn.Parameter not in type(tensor).__mro__:
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return torch.Tensor._make_subclass(type(tensor), new, tensor.requires_grad)  # whatever else its class asks for
 
 
 def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], sizes: Mapping[Attribute, int],
@@ -59,7 +74,7 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
             continue
         new = narrowed(tensor, kept.get(name, {}), device)
         if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            new = _parameter_like(tensor, new)
         memo[id(tensor)] = new
     small = copied(model, memo, for_trace=device == 'meta')
     fix_attributes(small, kept, group_sizes, sizes)
@@ -119,7 +134,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     Raises
     ------
     PruneError
-        If the optimizer holds none of the network's parameters, or factored state; nothing is changed then.
+        If the optimizer holds none of the network's parameters, or factored state, or if there is another one, or a
+        parameter has hooks; nothing is changed then.
     '''
     old = dict(model.named_parameters(remove_duplicate=False))
     computed = set(map(computed_name, kept))  # all that such a weight is computed from may have new values
@@ -127,17 +143,20 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
     replaced = {id(old[name]): (old[name], parameter, kept.get(name, {}))
                 for name, parameter in small.named_parameters() if name in kept}
     for name, parameter in old.items():
-        if id(parameter) in replaced and parameter._backward_hooks:
+        hooks = parameter._backward_hooks or getattr(parameter, '_post_accumulate_grad_hooks', None)
+        if id(parameter) in replaced and hooks:
             raise PruneError(f'{name!r} has hooks, which its narrowed successor would lose: remove them first.')
     if optimizer is not None:
         _check_optimizer(optimizer, old, replaced)
+    held = held_by(model)
+    for other in (value for value in held if isinstance(value, torch.optim.Optimizer) and value is not optimizer):
+        if _parameters_of(other) & replaced.keys():
+            raise PruneError(f'the network keeps an optimizer ({type(other).__name__}), which would be left with the '
+                             'old parameters: pass it as the optimizer of apply_.')
     new: dict[int, torch.Tensor] = {key: after for key, (_, after, _) in replaced.items()}
     buffers = dict(small.named_buffers(remove_duplicate=False))
     new.update({id(buffer): buffers[name] for name, buffer in model.named_buffers() if name in kept})
-    for module in model.modules():
-        for key, value in module.__dict__.items():
-            if key != '_modules':
-                module.__dict__[key] = _exchanged(value, new)
+    exchange(held, new)
     fix_attributes(model, kept, group_sizes, sizes)
     for before, after, indices in replaced.values():
         after.__dict__.update(before.__dict__)
@@ -155,17 +174,8 @@ def transplant(model: nn.Module, small: nn.Module, kept: Kept, group_sizes: Mapp
                     for key, value in optimizer.state.pop(before).items()}
 
 
-def _exchanged(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
-    '''Swap tensors by ``id`` in an attribute, also within lists, tuples and dicts, which stay the objects they are.'''
-    if isinstance(value, torch.Tensor):
-        return new.get(id(value), value)
-    if isinstance(value, dict):
-        value.update({key: _exchanged(item, new) for key, item in value.items()})
-    elif isinstance(value, list):
-        value[:] = [_exchanged(item, new) for item in value]
-    elif type(value) is tuple:
-        return tuple(_exchanged(item, new) for item in value)
-    return value
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Parameter],
@@ -173,8 +183,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, old: Mapping[str, nn.Para
     '''Refuse an optimizer that cannot follow its parameters.'''
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise PruneError(f'a torch.optim.Optimizer is needed, not {optimizer!r}.')
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
-    if not held & {id(parameter) for parameter in old.values()}:
+    if not _parameters_of(optimizer) & {id(parameter) for parameter in old.values()}:
         raise PruneError('the optimizer holds no parameter of this network: pass the one that trains it, or None.')
     kind = type(optimizer).__name__
     for name, value in vars(optimizer).items():

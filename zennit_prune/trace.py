@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attributes import Claim, mark_attributes
+from .attributes import Claim, mark_attributes, norm_claims
 from .boundaries import Boundaries, Guard, Outputs, Place
 from .calls import Site
-from .errors import PruneError
+from .errors import PruneError, PruneWarning
 from .example import Example, prepare_example
+from .isolation import isolated
 from .known import Outcome
 from .labels import BlockField, Field
 from .networks import (
@@ -34,6 +35,8 @@ from .networks import (
 )
 from .parametrized import weights_of
 from .recorded import FunctionCall, Operation, distinct
+from .refusals import OriginalUsed
+from .seeds import states
 from .shapes import Shapes
 from .tracer import Tracer
 
@@ -73,7 +76,8 @@ class Run:
     '''What one pass through a network showed.
 
     Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
-    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python.
+    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python. In
+    training mode, whether ``forward`` drew random numbers, of which values were known.
     '''
 
     operations: list[Operation]
@@ -82,6 +86,7 @@ class Run:
     outputs: dict[tuple[str, int], list[list[Field]]]
     functions: list[FunctionCall]
     claims: list[Claim]
+    draws: bool = False
 
     def is_like(self, other: Run) -> bool:
         '''Whether two passes did the same to labels.'''
@@ -97,7 +102,7 @@ class Run:
 
 def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
                 fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard,
-                outcomes: dict[Any, Outcome] | None = None) -> Run:
+                outcomes: dict[Any, Outcome] | None = None, originals: Mapping[int, str] | None = None) -> Run:
     '''Run a structural copy once under a tracer.
 
     Parameters
@@ -114,13 +119,15 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         What is noted of the calls of modules and torch functions.
     outcomes: dict, optional
         What operations did to labels in the other mode of the same network; those of this run are added.
+    originals: mapping of int to str, optional
+        The names of tensors of the network that this is a copy of, by ``id``; they may not be used.
     '''
     found = tensors_by_module(network)
     counter = guard(network)
     tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
     if shapes is not None:
         tracer.shapes = shapes
-    tracer.outcomes = outcomes
+    tracer.outcomes, tracer.originals = outcomes, originals or {}
     for name, tensor in found:
         if name in fields:
             tracer.place(tensor, fields[name])
@@ -133,10 +140,12 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(enabled=example.device == 'real'), torch.no_grad(), warnings.catch_warnings(), \
-                counter, tracer:
+        with torch.no_grad(), warnings.catch_warnings(), isolated(network), counter, tracer:
             warnings.simplefilter('ignore')
+            watched = training and originals is not None  # replays draw what the trace drew
+            before = states() if watched else ()
             output = network(*args, **kwargs)
+            draws = watched and states() != before
         tracer.finish(output_tensors(output))
     except PruneError:
         raise
@@ -152,7 +161,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         torch.backends.mha.set_fastpath_enabled(fast_path)
         del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
     return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
-               counter.claims)
+               counter.claims, draws)
 
 
 class ForwardError(Exception):
@@ -192,6 +201,8 @@ class Recording:
         What the user should know about the trace.
     shapes: Shapes
         What operations return, for further runs.
+    untraced: str
+        Why the network could not be run in training mode, if so.
     '''
 
     example: Example
@@ -201,11 +212,19 @@ class Recording:
     runs: dict[str, Run]
     notes: list[str]
     shapes: Shapes
+    untraced: str = ''
 
     @property
     def size(self) -> int:
         '''The number of labels, 0 included.'''
         return self.axes[-1].start + self.axes[-1].size if self.axes else 1
+
+    def warn_if_untraced(self) -> None:
+        '''Say that what comes is proven for evaluation only.'''
+        if self.untraced:
+            warnings.warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
+                          'trained is not proven. Run it once in training mode before you rely on it.',
+                          PruneWarning, stacklevel=3)
 
     @cached_property
     def operations(self) -> list[Operation]:
@@ -227,29 +246,44 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
     notes: list[str] = []
     shapes = Shapes()
     outcomes: dict[Any, Outcome] = {}
+    originals = {id(tensor): name for name, tensor in reversed(tensors_by_module(model))}
 
     def run(network: nn.Module, training: bool) -> Run:
         if not training:
             outcomes.clear()  # of an attempt that failed
         guard = Outputs if training else Boundaries
-        return run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes)
+        found = run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
+        found.claims += norm_claims(network, found.outputs)
+        return found
 
     try:
         runs['eval'] = run(_marked_copy(model), False)
     except ForwardError as error:
         runs['eval'] = _run_otherwise(model, arguments, run, error)
-        if arguments.device == 'real':
-            notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
+    untraced = ''
     try:
-        runs['train'] = run(_marked_copy(model, arguments.device), True)
+        try:
+            runs['train'] = run(_marked_copy(model, arguments.device), True)
+        except ForwardError:
+            if arguments.device == 'real':
+                raise
+            runs['eval'], runs['train'] = _run_on_values(model, arguments, run)
+        if runs['train'].draws and arguments.device == 'meta':
+            notes.append('the network draws random numbers when it is trained, and may branch on them: one path '
+                         'through it is proven')
         if runs['train'].is_like(runs['eval']):
             del runs['train']
+    except OriginalUsed:
+        raise
     except (ForwardError, PruneError) as error:
+        untraced = str(error)
         notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
                      'proven')
+    if arguments.device == 'real':
+        notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
     sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
              for name, tensor in unique_tensors(model).items()}
-    return Recording(arguments, axes, fields, sizes, runs, notes, shapes)
+    return Recording(arguments, axes, fields, sizes, runs, notes, shapes, untraced)
 
 
 def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
@@ -274,6 +308,17 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
               'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.')
     raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
                      f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {advice}') from last
+
+
+def _run_on_values(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run]) -> tuple[Run, Run]:
+    '''Run evaluation and training mode with real values, for a network of which only training needs them.'''
+    example.device = 'real'
+    try:
+        training = run(_marked_copy(model, 'real'), True)
+        return run(_marked_copy(model, 'real'), False), training
+    except (ForwardError, PruneError):
+        example.device = 'meta'
+        raise
 
 
 def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:

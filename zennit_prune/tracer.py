@@ -15,7 +15,7 @@ from .known import ACTIVE, OWN, UNIFORM, VANISHING, Known, Outcome, fixed_number
 from .labels import Field, Labels, narrowed_to, varying_dims
 from .networks import tensors_in
 from .recorded import Operation, count_flops, numbers_of, storage_key
-from .refusals import refuse_counts, refuse_values
+from .refusals import refuse_counts, refuse_original, refuse_values
 from .rules import Call, Candidates, NoRule, Rule, check_candidates
 from .shapes import Shapes, described_call
 
@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):
         self.silent = 0  # parametrizations that are running: what they do is one operation
         self.layernorm = 'lock'
         self.whole: frozenset[Site] = frozenset()
+        self.originals: Mapping[int, str] = {}  # of what is traced: a copy may not use them
         self.operations: list[Operation] = []
         self.group_sizes: dict[str, int] = {}
         self._fields: dict[int, list[Field]] = {}
@@ -290,6 +291,8 @@ class Tracer(TorchDispatchMode):
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
         '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
+        if id(tensor) in self.originals and not self.is_parameter(tensor):
+            refuse_original(self.originals[id(tensor)])
         self._alive[id(tensor)] = tensor
         owner = self._owners.get(storage_key(tensor))
         if owner is not None and self.fields_of(owner):

@@ -11,6 +11,7 @@ from torch import nn
 from .errors import PruneError, VerificationError
 from .example import Example, prepare_example
 from .graph import ChannelGraph
+from .isolation import isolated
 from .masking import masked_copy
 from .networks import map_tensors, output_tensors
 from .progress import advance
@@ -63,7 +64,7 @@ def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Ma
     given = prepare_example(model, example)
     args, kwargs = noise(given, seed)
     masked = masked_copy(graph, model, removed)
-    with torch.no_grad(), evaluating(masked), evaluating(small):
+    with torch.no_grad(), isolated(small), evaluating(masked), evaluating(small):
         expected, outputs = _values(masked, args, kwargs), _values(small, args, kwargs)
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
         raise VerificationError(f'the pruned network returns tensors of shape {[tuple(t.shape) for t in outputs]} '
