@@ -362,7 +362,7 @@ def noisy(network: nn.Module) -> None:
 
 
 def run(folder: Path | None = None, **options: Any) -> zp.Result:
-    settings: dict[str, Any] = {'repair': 'batchnorm', 'finetune': noisy, 'evaluate': lambda network: network(
+    settings: dict[str, Any] = {'repair': 'bias', 'finetune': noisy, 'evaluate': lambda network: network(
         images(2)).detach().abs().mean() + torch.rand(()), **QUIET, **options}  # fmt: skip
     one = zp.Pruner(NETWORKS['residual'](), None, images(1))
     return one.iterate(Shuffled(), zp.Budget(flops=0.4), 0.1, checkpoint=folder, **settings)

@@ -140,11 +140,12 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), isolated(network), counter, tracer:
+        with torch.no_grad(), warnings.catch_warnings(), isolated(network):
             warnings.simplefilter('ignore')
             watched = training and originals is not None  # replays draw what the trace drew
             before = states() if watched else ()
-            output = network(*args, **kwargs)
+            with counter, tracer:
+                output = network(*args, **kwargs)
             draws = watched and states() != before
         tracer.finish(output_tensors(output))
     except PruneError:
