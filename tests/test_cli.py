@@ -65,7 +65,7 @@ def test_inspect_removes_nothing_and_writes_what_it_says(here: Path) -> None:
 
 
 def test_run_does_what_the_library_does(here: Path) -> None:
-    result = typed('run', '--flops', '0.5', '--per-class', '2', '--json', '--out', 'out', '--repair', 'batchnorm')
+    result = typed('run', '--flops', '0.5', '--per-class', '2', '--json', '--out', 'out', '--repair', 'refit')
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert {path.name for path in (here / 'out').iterdir()} == {*INSPECTED, 'small.safetensors'}
@@ -84,7 +84,7 @@ def test_run_does_what_the_library_does(here: Path) -> None:
     batch = torch.stack([every[number][0] for number in drawn]), torch.tensor([every[number][1] for number in drawn])
     relevance = pruner.collect(batch, progress=False)
     assert dict(pruner.plan(relevance, zp.Budget(flops=0.5)).removed) == dict(plan.removed)
-    expected = zp.repair(plan.apply(network), network, plan, batch[0], 'batchnorm', progress=False)
+    expected = zp.repair(plan.apply(network), network, plan, batch[0], 'refit', progress=False)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], value)
     with torch.no_grad():
