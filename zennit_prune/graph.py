@@ -1,6 +1,7 @@
 '''``ChannelGraph``: which channels of a network can be removed, what falls with each, and why the others must stay.'''
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -164,7 +165,9 @@ class ChannelGraph:
 
     def _couple_what_is_counted_once(self) -> bool:
         '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
-        claims, component = self._claims(), self.solution.component
+        component, every = self.solution.component, self._claims()
+        stated = Counter(claim.attribute for claim in every)
+        claims = [claim for claim in every if stated[claim.attribute] > 1]
         found = stating_several(claims, self.removed_labels(self._on_trial())) if claims else {}
         fresh = {attribute: rows for attribute, rows in found.items()
                  if attribute not in self._coupled and (component[rows] != component[rows[:1]]).any()}
