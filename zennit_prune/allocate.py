@@ -96,9 +96,8 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     counts = _put_back(costs, budget.unit, limit, removed(high), owner[:high], step[:high])
     finest = min(savings[number] * math.lcm(round_to or 1, graph.groups[number].step) for number in orders)
     if limit - costs(budget.unit, counts) >= finest:
-        closer, taken = _closer(costs, budget.unit, limit, removed(low), owner[low:], step[low:])
-        counts = _put_back(costs, budget.unit, limit, closer, np.append(owner[:low], owner[low:][taken]),
-                           np.append(step[:low], step[low:][taken]))
+        closer, taken = _closer(costs, budget.unit, limit, removed(low), owner, step, low)
+        counts = _put_back(costs, budget.unit, limit, closer, owner[taken], step[taken])
     return {graph.groups[number].name: sorted(orders[number][:int(counts[number])].tolist())
             for number in np.flatnonzero(counts).tolist()}
 
@@ -120,14 +119,16 @@ def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.
 
 
 def _closer(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.float64], owner: npt.NDArray[np.int64],
-            step: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], list[int]]:
-    '''Take the steps that save no more than is needed, in order; and then the one that saves the least of the others.
+            step: npt.NDArray[np.float64], first: int) -> tuple[npt.NDArray[np.float64], list[int]]:
+    '''From the first step on that is not taken, take those that save no more than is needed, in order; and then the one
+    that saves the least of the others.
 
     Returns what is removed of each group, and which steps were taken.
     '''
-    taken: list[int] = []
+    taken = list(range(first))
     too_much: dict[int, int] = {}  # by group, the first step that was not taken
-    for place, number in enumerate(owner.tolist()):
+    for place in range(first, len(owner)):
+        number = int(owner[place])
         if number not in too_much:
             counts[number] += step[place]
             if costs(unit, counts) > limit:

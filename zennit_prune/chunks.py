@@ -60,8 +60,10 @@ class Inputs:
             self._starts.append(self._starts[-1] + batch_size(inputs))
         if not self._starts[-1]:
             raise PruneError('there is no input to repair with: the data are empty.')
-        distinct = torch.tensor(list({key: number for number, key in reversed(list(enumerate(self._keys())))}.values()))
-        distinct = distinct.sort().values
+        first: dict[tuple[int, ...], int] = {}
+        for number, key in enumerate(self._keys()):
+            first.setdefault(key, number)
+        distinct = torch.tensor(list(first.values()))
         self.order = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))]
         self._folds = torch.zeros(self._starts[-1], dtype=torch.int64)
         self._folds[self.order] = torch.arange(len(self.order)) % FOLDS

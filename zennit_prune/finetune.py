@@ -84,10 +84,9 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     '''
     if optimizer not in OPTIMIZERS:
         raise PruneError(f'optimizer={optimizer!r} is unknown: use one of {", ".join(map(repr, OPTIMIZERS))}.')
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise PruneError(f'epochs={epochs!r}: give a whole number from 1 on.')
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise PruneError(f'patience={patience!r}: give a whole number of epochs from 1 on.')
+    for name, count in (('epochs', epochs), ('patience', patience)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise PruneError(f'{name}={count!r}: give a whole number of epochs from 1 on.')
     for name, value in (('temperature', temperature), ('clip', clip), *([] if lr is None else [('lr', lr)])):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise PruneError(f'{name}={value!r}: give a number above 0.')

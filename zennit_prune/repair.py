@@ -102,13 +102,15 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
             return network.eval(), fitted
 
         network, fitted = fitted_to(inputs.order)
-        norms = norms_of(network)
-        if not fitted and (method != 'batchnorm' or not norms):
-            reason = 'the network was left as it is: ' if method == 'batchnorm' else \
-                'the network has no layer that can be refitted, and '
-            found = 'its BatchNorm is estimated anew' if norms else \
-                'it has no BatchNorm with statistics: nothing was repaired'
-            warnings.warn(f'{reason}{found}.', PruneWarning, stacklevel=3)
+        if not fitted:
+            lacking = '' if method == 'batchnorm' else 'the network has no layer that can be refitted, and '
+            if not norms_of(network):
+                reason = lacking or 'the network was left as it is: '
+                warnings.warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.', PruneWarning,
+                              stacklevel=3)
+                return result
+            if lacking:
+                warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=3)
         problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: fitted_to(chosen)[0])
         if problem:
             warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
