@@ -13,6 +13,7 @@ from tqdm.auto import trange
 
 from .attribute import call_network, main_output
 from .errors import PruneError
+from .initial import check_labels
 from .loaders import batch_size, batches
 from .networks import copied, map_tensors, unique_tensors, unwrapped
 from .seeds import seeded
@@ -209,11 +210,8 @@ def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
                          'outputs and labels.')
-    wrong = labels[(labels < 0) & (labels != IGNORED) | (labels >= output.shape[1])] \
-        if not labels.is_floating_point() else labels[:0]
-    if wrong.numel():
-        raise PruneError(f'label {wrong.flatten()[0]} is out of range: the network has {output.shape[1]} classes, from '
-                         f'0 to {output.shape[1] - 1}.')
+    if not labels.is_floating_point():
+        check_labels(labels[labels != IGNORED], output.shape[1])
     return labels
 
 

@@ -163,6 +163,14 @@ def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None
     return rows
 
 
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    '''Raise unless all class indices are among those of the network.'''
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise PruneError(f'label {int(wrong[0])} is out of range: the network has {classes} classes, from 0 to '
+                         f'{classes - 1}.')
+
+
 def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
     '''Rows for class indices, for several of them per sample, or for a mask of them.'''
     expected = (output.shape[0], *output.shape[2:])
@@ -175,10 +183,7 @@ def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
     none = torch.zeros_like(target, dtype=torch.bool)
     if target.dim() > 1:
         none = (target < 0) | ((target == UNKNOWN) & (classes <= UNKNOWN) & (not several))
-    wrong = target[~none & ((target < 0) | (target >= classes))]
-    if len(wrong):
-        raise PruneError(f'label {int(wrong[0])} is out of range: the network has {classes} classes, 0 to '
-                         f'{classes - 1}.')
+    check_labels(target[~none], classes)
     if several:
         ordered = target.sort(1).values
         twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]

@@ -1,4 +1,4 @@
-'''Networks of which a trace would prove one path only.'''
+'''Networks that a trace cannot follow, or of which it would prove one path only.'''
 from __future__ import annotations
 
 import sys
@@ -12,6 +12,8 @@ from .errors import PruneError
 
 if TYPE_CHECKING:
     from .tracer import Tracer
+
+TORCHSCRIPT = 'TorchScript interpreter'
 
 
 def refuse_values(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -60,3 +62,20 @@ def refuse_original(name: str) -> None:
         f'the network cannot be pruned: {name!r} is used by its copies too, since a function that it keeps (a lambda, '
         f'a closure, a hook) holds {f"the module {module!r}" if module else "the network"} itself, not its copy. Make '
         'the function a method, or give it what it uses as an argument.')
+
+
+class ForwardError(Exception):
+    '''``forward`` raised.'''
+
+    def __init__(self, module: str, index: int, error: Exception):
+        super().__init__(f'{type(error).__name__}: {_said(str(error))}')
+        self.module, self.index = module, index
+
+
+def _said(text: str) -> str:
+    '''The first line of an error; of one from compiled code, in which function it was and the last line, too.'''
+    first, *others = text.strip().splitlines() or ['']
+    if TORCHSCRIPT not in text:
+        return first
+    where = [line.strip() for line in others if line.strip().startswith('File ')]
+    return f'{first} ' + ': '.join([*where[-1:], *others[-1:]])

@@ -19,9 +19,10 @@ from .known import Outcome
 from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
+from .refusals import ForwardError
 from .solve import Solution
 from .tables import some
-from .trace import ForwardError, Recording, run_network
+from .trace import Recording, run_network
 from .tracer import Tracer
 
 Kept = dict[int, npt.NDArray[np.bool_]]

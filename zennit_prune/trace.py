@@ -35,12 +35,11 @@ from .networks import (
 )
 from .parametrized import weights_of
 from .recorded import FunctionCall, Operation, distinct
-from .refusals import OriginalUsed
+from .refusals import TORCHSCRIPT, ForwardError, OriginalUsed
 from .seeds import states
 from .shapes import Shapes
 from .tracer import Tracer
 
-TORCHSCRIPT = 'TorchScript interpreter'
 SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
 
 
@@ -163,23 +162,6 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
         del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
     return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
                counter.claims, draws)
-
-
-class ForwardError(Exception):
-    '''``forward`` raised.'''
-
-    def __init__(self, module: str, index: int, error: Exception):
-        super().__init__(f'{type(error).__name__}: {_said(str(error))}')
-        self.module, self.index = module, index
-
-
-def _said(text: str) -> str:
-    '''The first line of an error; of one from compiled code, in which function it was and the last line, too.'''
-    first, *others = text.strip().splitlines() or ['']
-    if TORCHSCRIPT not in text:
-        return first
-    where = [line.strip() for line in others if line.strip().startswith('File ')]
-    return f'{first} ' + ': '.join([*where[-1:], *others[-1:]])
 
 
 @dataclass
