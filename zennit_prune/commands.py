@@ -16,8 +16,8 @@ from .files import all_at_once, check_absent
 from .heatmap import heatmap, heatmap_image
 from .iterate import costs_left
 from .jobs import Job
-from .optional import needed
 from .plan import Plan
+from .plots import needed
 from .references import References
 from .relevance import Relevance
 from .repair import repair

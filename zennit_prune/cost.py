@@ -21,6 +21,7 @@ from .networks import structural_copy, unique_tensors, unwrapped
 from .notebook import panel
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
+UNIT_NAMES = {'flops': 'FLOPs', 'params': 'parameters'}
 BUDGETS = (*UNITS, 'latency', 'latency_fraction')
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from .cost import UNIT_NAMES
 from .errors import PruneError
 from .files import check_folder, write_text
-from .optional import needed
+from .plots import needed
 from .tables import table
 
 FORMAT = 'zennit_prune sweep'
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#999999')
 STYLES = ('-', '--', ':', '-.')
 MARKERS = 'os^Dv*'
-NAMES = {'flops': 'FLOPs', 'params': 'parameters'}
 
 
 class Cell(NamedTuple):
@@ -194,7 +194,7 @@ class Sweep:
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
         unit = self.unit.removesuffix('_fraction')
-        axes.set_xlabel(f'{NAMES.get(unit, unit)} left')
+        axes.set_xlabel(f'{UNIT_NAMES.get(unit, unit)} left')
         axes.set_ylabel(self.evaluated)
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(axis='y', color='0.9', linewidth=0.8)

@@ -14,9 +14,9 @@ from .loaders import batch_size, batches
 from .networks import device_of
 from .pictures import SMALL, full_colour, heat, picture
 from .plan import Plan
-from .pruner import Pruner
 from .relevance import Relevance
 from .risk import Risk, risky
+from .subject import Subject
 
 PAIRS = 5
 SHOWN = 5  # references of a channel
@@ -56,7 +56,7 @@ class Risky:
 Samples = dict[int, tuple[torch.Tensor, int | None]]
 
 
-def risky_channels(pruner: Pruner, plan: Plan, relevance: Relevance | None, references: Any,
+def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
                    names: Any) -> Risky | None:
     '''The channels at the largest risk; None where relevance has no exemplars, or there are no references.
 
@@ -144,7 +144,7 @@ def _check_order(risks: Collection[Risk], samples: Samples) -> None:
                              'shuffling.')
 
 
-def _excerpts(pruner: Pruner, group: str, channel: int, numbers: list[int], samples: Samples,
+def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
               names: Any) -> list[Excerpt]:
     if not numbers:
         return []

@@ -22,10 +22,10 @@ from .fingerprint import described
 from .graph import ChannelGraph
 from .networks import output_tensors, unique_tensors, unwrapped
 from .plan import Plan
-from .pruner import Pruner
 from .relevance import Relevance
 from .reliability import Reliability
 from .storage import load, save
+from .subject import Subject
 from .verify import compare, evaluating, noise
 
 UNITS = {'params': 'Parameters', 'flops': 'FLOPs per sample', 'bytes': 'Bytes', 'channels': 'Removable channels'}
@@ -177,7 +177,7 @@ def locked_by_reason(graph: ChannelGraph) -> dict[str, list[str]]:
     return found
 
 
-def checks(pruner: Pruner, plan: Plan, small: nn.Module | None, x: Any, target: Any) -> list[Check]:
+def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target: Any) -> list[Check]:
     '''Is the plan exact, does its network survive a file, is relevance sound? A failure is an answer, too.'''
     model, graph, built = pruner.model, plan.graph, [unwrapped(small)] if small is not None else []
 
@@ -229,7 +229,7 @@ def _asked(name: str, question: Callable[[], str] | str) -> Check:
         return Check(name, False, str(error))
 
 
-def origin(pruner: Pruner, plan: Plan, relevance: Relevance | None, small: nn.Module | None) -> dict[str, str]:
+def origin(pruner: Subject, plan: Plan, relevance: Relevance | None, small: nn.Module | None) -> dict[str, str]:
     '''What it takes to make the same again: versions, rules, seeds, and sums to compare with.'''
     from . import __version__  # set after this module is imported
 

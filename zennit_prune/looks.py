@@ -12,9 +12,9 @@ from .agreement import Agreement, agreement
 from .charts import Chart
 from .pictures import CHANGE, SMALL, full_colour, heat, picture
 from .plan import Plan
-from .pruner import Pruner
 from .relevance import Relevance
 from .risk import class_losses
+from .subject import Subject
 
 MOVED = 0.5  # of the relevance: where more moves, an explanation is said to change
 CLASSES = 20  # rows of the matrix
@@ -82,7 +82,7 @@ class ClassLosses:
     summary: str
 
 
-def look_at(pruner: Pruner, plan: Plan, small: nn.Module | None, images: Images) -> Looks | None:
+def look_at(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> Looks | None:
     '''Heatmaps of the network as it is and as it would be: those images first whose explanation changes most.'''
     if images.x is None:
         return None

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .graph import ChannelGraph
+from .channels import Channels
 from .networks import computed_name, copied, tensors_by_module
 from .parametrized import plain
 from .surviving import let_survive, normalised_survivors
 
 
-def masked_copy(graph: ChannelGraph, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
     '''A copy of ``model`` in which the channels at these positions of these groups are silent.
 
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .errors import PruneError
 
+Indices = npt.NDArray[Any]
 ATOMIC = frozenset((int, float, bool, str, type(None)))
 EMPTY = (dict, OrderedDict, list, set)
 CONTENTS = ('_parameters', '_buffers', '_modules')
@@ -269,3 +271,31 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, for_trace: bool
     except Exception as error:
         raise PruneError(f'a {type(model).__name__} cannot be copied ({error}). Remove what cannot: tensors with a '
                          'gradient history kept as attributes, open files, locks.') from error
+
+
+def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | None = None) -> torch.Tensor:
+    '''Keep the given indices of each dimension; on ``'meta'``, without data.
+
+    Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
+    input channels of a grouped convolution, the output channels of a transposed one.
+    '''
+    order = None if tensor.is_contiguous() else sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if device == 'meta':
+        shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
+        return _laid_out(torch.empty(shape, dtype=tensor.dtype, device='meta'), order)
+    with torch.no_grad():
+        for dim, index in sorted(kept.items()):
+            at = torch.as_tensor(index, device=tensor.device)
+            if at.dim() == 1:
+                tensor = tensor.index_select(dim, at)
+            else:
+                blocks = tensor.chunk(at.shape[1])
+                tensor = torch.cat([block.index_select(dim, rows) for block, rows in zip(blocks, at.unbind(1))])
+    return _laid_out(tensor.detach(), order)
+
+
+def _laid_out(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
+    '''The same values with the dimensions in this order in memory: ``torch.channels_last`` stays.'''
+    if order is None:
+        return tensor
+    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,11 +18,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import PruneError
 from .labels import Field
-from .networks import LISTS, OF_HOOKS, computed_name, modules_by_name, tensors_by_module, unique_tensors
-from .surgery import narrowed
-
-if TYPE_CHECKING:
-    from .tracer import Tracer
+from .networks import LISTS, OF_HOOKS, computed_name, modules_by_name, narrowed, tensors_by_module, unique_tensors
+from .tracer import Tracer
 
 REMEDY = ('torch.nn.utils.parametrize.remove_parametrizations makes it a plain parameter, which can be pruned, and '
           'register_parametrization puts it back')

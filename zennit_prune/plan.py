@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +23,7 @@ from .latency import Timing
 from .masking import masked_copy
 from .networks import tensors_by_module, unwrapped, without_garbage_collection
 from .notebook import panel
-from .plots import plot_plan
+from .plots import BEFORE, KEPT, finished, new_figure, without_mathematics
 from .positions import check_balance, checked_positions
 from .progress import waiting
 from .reliability import Reliability
@@ -283,7 +285,7 @@ class Plan:
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         '''Draw how many channels of every group stay, to a file or not; returns the matplotlib figure.'''
-        return plot_plan(self, path)
+        return _plotted(self, path)
 
     def _tables(self) -> tuple[Table, list[str]]:
         '''The groups, and lines on the whole network.'''
@@ -356,3 +358,19 @@ class _Masked(_Network):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         return None
+
+
+def _plotted(plan: Plan, path: str | os.PathLike[str] | None = None) -> Any:
+    '''A column for every group: how many channels it has, and how many stay.'''
+    figure = new_figure(path, (8, 3.2))
+    axes = figure.add_subplot()
+    groups = plan.graph.groups
+    at = np.arange(len(groups))
+    axes.bar(at, [group.size for group in groups], color=BEFORE, label='before')
+    axes.bar(at, [group.size - len(plan.removed.get(group.name, ())) for group in groups], color=KEPT, label='left')
+    step = max(1, math.ceil(len(groups) / 40))  # of names that can be read
+    axes.set_xticks(at[::step], [without_mathematics(group.name) for group in groups[::step]], rotation=90, fontsize=7)
+    axes.set_ylabel('channels')
+    axes.margins(x=0.01)
+    axes.legend(frameon=False)
+    return finished(figure, [axes], path)

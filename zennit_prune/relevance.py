@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import ItemsView, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from .best import Best
@@ -13,12 +15,14 @@ from .errors import PruneError
 from .exemplars import Exemplars
 from .files import read_tensors, write_tensors
 from .notebook import panel
-from .plots import plot_relevance
+from .plots import KEPT, finished, new_figure, without_mathematics
 from .reliability import Reliability
 from .reliability import spearman as spearman
 from .tables import Table, table
 
 FORMAT = 'zennit_prune relevance'
+
+PANELS = 5  # in a row
 
 
 class Relevance:
@@ -159,7 +163,7 @@ class Relevance:
         PruneError
             Without matplotlib.
         '''
-        return plot_relevance(self, path)
+        return _plotted(self, path)
 
     def _table(self) -> Table:
         stability = self.stability() if self.has_halves else {}
@@ -177,3 +181,22 @@ class Relevance:
         how = ', '.join(f'{key}={value!r}' for key, value in self.info.items())
         channels = sum(map(len, self._scores.values()))
         return f'Relevance({channels} channels of {len(self)} groups{", " * bool(how)}{how})'
+
+
+def _plotted(relevance: Relevance, path: str | os.PathLike[str] | None = None) -> Any:
+    '''A panel for every group: its scores in ascending order.'''
+    scores: Mapping[str, Any] = dict(relevance.items())
+    wide = min(PANELS, len(scores) or 1)
+    high = math.ceil((len(scores) or 1) / wide)
+    figure = new_figure(path, (2.2 * wide, 1.5 * high + 0.3))
+    panels = figure.subplots(high, wide, squeeze=False).flatten()
+    for axes, (name, values) in zip(panels, scores.items()):
+        ordered = values.sort().values.numpy()
+        axes.fill_between(np.arange(len(ordered) + 1), np.append(ordered, ordered[-1]), step='post', color=KEPT)
+        axes.set_title(without_mathematics(name), fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.set_xlim(0, len(ordered))
+    for axes in panels[len(scores):]:
+        axes.set_axis_off()
+    figure.supxlabel('channels, least relevant first', fontsize=8)
+    return finished(figure, panels, path)

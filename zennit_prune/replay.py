@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from .calls import CallCounter
+from .channels import Solved
 from .known import Outcome
 from .labels import BlockField, Field, Labels, every, same, varies
 from .networks import structural_copy
 from .recorded import Operation
 from .refusals import ForwardError
-from .solve import Solution
 from .tables import some
 from .trace import Recording, run_network
 from .tracer import Tracer
@@ -110,7 +110,7 @@ class Replayer(Tracer):
     counts_flops = False
 
     def __init__(self, calls: CallCounter, parameters: Mapping[int, str], expected: list[Operation], deletion: Deletion,
-                 solution: Solution):
+                 solution: Solved):
         super().__init__(calls, parameters)
         self.expected, self.deletion, self.solution = expected, deletion, solution
         self._equal: set[tuple[int, int]] = set()
@@ -200,7 +200,7 @@ def _compare(old: list[float], new: list[float]) -> None:
             raise Mismatch(f'a number changes with the number of channels, from {before:.6g} to {after:.6g}')
 
 
-def replay(recording: Recording, solution: Solution, pruned: nn.Module,
+def replay(recording: Recording, solution: Solved, pruned: nn.Module,
            removed: npt.NDArray[np.bool_]) -> Failure | None:
     '''Trace ``pruned`` and compare it with the recorded original.
 
@@ -208,7 +208,7 @@ def replay(recording: Recording, solution: Solution, pruned: nn.Module,
     ----------
     recording: Recording
         The original network.
-    solution: Solution
+    solution: Solved
         Its channels.
     pruned: torch.nn.Module
         The narrowed network, a copy of its own without data: ``forward`` may write into it.

@@ -14,17 +14,17 @@ from tqdm.auto import tqdm
 
 from . import charts, findings
 from .charts import Chart, Markup, amount
-from .curves import NAMES, Sweep
+from .cost import UNIT_NAMES
 from .errors import PruneError
 from .excerpts import Risky, risky_channels
 from .files import check_folder, write_text
 from .findings import Amount, Check, Costs, Group
 from .looks import ClassLosses, Images, Looks, class_losses_of, look_at
-from .optional import needed
 from .plan import Plan
-from .pruner import Pruner
+from .plots import needed
 from .relevance import Relevance
 from .reliability import Reliability
+from .subject import Curved, Subject
 from .tables import some
 
 SECTIONS = {'summary': 'Summary', 'images': 'Images', 'plan': 'Plan', 'classes': 'Classes', 'risky': 'Channels',
@@ -81,10 +81,10 @@ class Page:
     missing: Mapping[str, str]
 
 
-def report(path: str | os.PathLike[str], pruner: Pruner, plan: Plan, relevance: Relevance | None = None, x: Any = None,
+def report(path: str | os.PathLike[str], pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None,
            target: Any = None, *, small: nn.Module | None = None, display: torch.Tensor | None = None,
            class_names: Sequence[str] | None = None, image_names: Sequence[str] | None = None,
-           sweep: Sweep | None = None, evaluation: Mapping[str, tuple[Any, Any]] | None = None,
+           sweep: Curved | None = None, evaluation: Mapping[str, tuple[Any, Any]] | None = None,
            references: Any = None, commands: Sequence[str] | None = None, max_images: int = 16,
            title: str | None = None, progress: bool = True) -> None:
     '''Write one self-contained HTML page about a plan: what goes, why, and what the network sees without it.
@@ -148,8 +148,8 @@ def report(path: str | os.PathLike[str], pruner: Pruner, plan: Plan, relevance: 
     write_text(path, text.lstrip())
 
 
-def _page(pruner: Pruner, plan: Plan, relevance: Relevance | None, images: Images, small: nn.Module | None,
-          references: Any, sweep: Sweep | None, evaluation: Mapping[str, tuple[Any, Any]] | None,
+def _page(pruner: Subject, plan: Plan, relevance: Relevance | None, images: Images, small: nn.Module | None,
+          references: Any, sweep: Curved | None, evaluation: Mapping[str, tuple[Any, Any]] | None,
           commands: Sequence[str], title: str | None, progress: bool) -> Page:
     with tqdm(desc='report', total=5, disable=not progress, leave=False) as bar:
         amounts, costs = findings.amounts(plan, evaluation), findings.layer_costs(plan)
@@ -200,7 +200,7 @@ def _first(groups: Sequence[Group], checks: Sequence[Check], looks: Looks | None
         yield f'Other references would rank otherwise: two halves agree by {reliability.network:.2f} only.', 'stability'
 
 
-def _curves(sweep: Sweep) -> Curves:
+def _curves(sweep: Curved) -> Curves:
     curves = sweep.curves()
     plain = {repair for _, repair in curves} == {'none'}
     drawn = [charts.Line(criterion if plain else f'{criterion}, {repair}',
@@ -210,10 +210,10 @@ def _curves(sweep: Sweep) -> Curves:
         raise PruneError('sweep has no value to draw: print it for the reasons.')
     chart, legend = charts.lines(drawn, sweep.original)
     unit = sweep.unit.removesuffix('_fraction')
-    return Curves(chart, legend, f'{sweep.evaluated} over {NAMES.get(unit, unit)} left', str(sweep))
+    return Curves(chart, legend, f'{sweep.evaluated} over {UNIT_NAMES.get(unit, unit)} left', str(sweep))
 
 
-def _checked(pruner: Pruner, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,
+def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,
              max_images: Any) -> Images:
     if plan.graph is not pruner.graph and plan.graph.groups != pruner.graph.groups:
         raise PruneError('the plan was made from another trace than the pruner: read it with '

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from .files import check_folder, write_text
-from .optional import needed
 from .plan import Plan
+from .plots import needed
 from .relevance import Relevance
 from .tables import table
 

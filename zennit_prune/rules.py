@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from .calls import Site
 from .errors import PruneError
 from .labels import Field, Labels, first
 from .networks import tensors_in
-
-if TYPE_CHECKING:
-    from .recorded import Operation
-    from .tracer import Tracer
+from .recorded import Operation
 
 Candidates = Sequence[Sequence[Field | Labels]]
 Rule = Callable[['Call'], Candidates]
@@ -76,6 +74,34 @@ UNKNOWN = Traits()
 OPERATIONS: dict[str, Traits] = {}
 
 
+class Tracing(Protocol):
+    '''What a rule may ask the tracer that calls it.'''
+
+    layernorm: str
+    whole: frozenset[Site]
+
+    def fields_of(self, tensor: Any) -> list[Field]:
+        '''The label fields of a tensor.'''
+
+    def is_active(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor depends on the network's input.'''
+
+    def is_uniform(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor is constant or independent noise.'''
+
+    def vanishes(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor is zero where its channels are.'''
+
+    def is_parameter(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor is a parameter or buffer of the network.'''
+
+    def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
+        '''Whether a tensor shares its memory with a parameter or buffer of the network.'''
+
+    def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
+        '''Record that the module of a weight has one group for so many of its channels.'''
+
+
 class NoRule(Exception):
     '''Raised by a rule that does not cover the case at hand; the operation then locks what flows into it.'''
 
@@ -95,7 +121,7 @@ class Call:
         The record of this call, filled by the methods below.
     '''
 
-    def __init__(self, tracer: Tracer, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    def __init__(self, tracer: Tracing, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
                  outputs: list[torch.Tensor]):
         self.tracer, self.operation, self.func = tracer, operation, func
         self.args, self.kwargs, self.outputs = args, kwargs, outputs

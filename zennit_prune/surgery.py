@@ -4,45 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from .attributes import Attribute, set_attributes
 from .errors import PruneError
 from .holders import exchange, held_by
-from .networks import computed_name, copied, modules_by_name, tensors_by_module
+from .networks import Indices, computed_name, copied, modules_by_name, narrowed, tensors_by_module
 
-Indices = npt.NDArray[Any]
 Kept = Mapping[str, Mapping[int, Indices]]
-
-
-def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | None = None) -> torch.Tensor:
-    '''Keep the given indices of each dimension; on ``'meta'``, without data.
-
-    Indices of shape (kept, blocks) differ from block to block of dimension 0, which lose equally many indices: the
-    input channels of a grouped convolution, the output channels of a transposed one.
-    '''
-    order = None if tensor.is_contiguous() else sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    if device == 'meta':
-        shape = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(tensor.shape)]
-        return _laid_out(torch.empty(shape, dtype=tensor.dtype, device='meta'), order)
-    with torch.no_grad():
-        for dim, index in sorted(kept.items()):
-            at = torch.as_tensor(index, device=tensor.device)
-            if at.dim() == 1:
-                tensor = tensor.index_select(dim, at)
-            else:
-                blocks = tensor.chunk(at.shape[1])
-                tensor = torch.cat([block.index_select(dim, rows) for block, rows in zip(blocks, at.unbind(1))])
-    return _laid_out(tensor.detach(), order)
-
-
-def _laid_out(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
-    '''The same values with the dimensions in this order in memory: ``torch.channels_last`` stays.'''
-    if order is None:
-        return tensor
-    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _parameter_like(tensor: nn.Parameter, new: torch.Tensor) -> nn.Parameter:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .channels import Channels
 from .errors import PruneError, VerificationError
 from .example import Example, prepare_example
-from .graph import ChannelGraph
 from .isolation import isolated
 from .masking import masked_copy
 from .networks import map_tensors, output_tensors
@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
-def compare(graph: ChannelGraph, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
             example: Any, seed: int = 0) -> float:
     '''Run the masked original and the pruned network on the same noise.
 
@@ -113,7 +113,7 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
     return map_tensors(drawn, example.args), map_tensors(drawn, example.kwargs)
 
 
-def _first_wrong(graph: ChannelGraph, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
     '''The first module, in execution order, whose surviving output channels differ.'''
     deletion = Deletion(graph.removed_labels(removed))
