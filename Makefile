@@ -4,8 +4,7 @@ PYTHON_OLDEST ?= $(PYTHON)
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
-ZENNIT_FACING := $(addprefix tests/test_,$(addsuffix .py,attributors canonize closed_forms collect criteria functions \
-	heatmap layers preflight))
+ZENNIT_FACING := $(addprefix tests/,relevance looking/test_heatmap.py promises/test_closed_forms.py repairs/test_targets.py)
 
 .PHONY: demo test test-other-zennit test-slow test-oldest lint benchmark notebooks clean
 

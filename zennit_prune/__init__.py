@@ -1,32 +1,28 @@
 '''Prune networks by explaining them: remove the channels of least relevance, exactly.'''
-from . import presets
-from .agreement import Agreement, agreement
-from .at_once import prune
-from .canonize import GraphCanonizer
-from .choose import Choice, choose
-from .collect import Collector
-from .conditional import channel_heatmap
-from .cost import Budget, Cost, cost
-from .curves import Sweep
 from .errors import PruneError, PruneWarning, VerificationError
-from .exemplars import Exemplars
-from .finetune import finetune
-from .graph import ChannelGraph, trace
-from .groups import ChannelGroup, Member
-from .heatmap import heatmap, heatmap_image
-from .latency import LatencyTable, latency
-from .plan import Plan, verify
-from .pruner import Pruner
-from .receptive import receptive_field
-from .relevance import Relevance
-from .reliability import Reliability
-from .repair import repair
-from .report import report
-from .result import Result, Step
-from .risk import Risk, class_losses, risky
-from .rules import register_operation
-from .storage import load, save
-from .sweep import sweep
+from .graph._graph import ChannelGraph, trace
+from .graph._groups import ChannelGroup, Member
+from .looking._agreement import Agreement, agreement
+from .looking._heatmap import channel_heatmap, heatmap, heatmap_image
+from .looking._receptive import receptive_field
+from .looking._report import report
+from .pipeline import _presets as presets
+from .pipeline._choose import Choice, choose
+from .pipeline._finetune import finetune
+from .pipeline._pruner import Pruner, prune
+from .pipeline._result import Result, Step
+from .pipeline._sweep import Sweep, sweep
+from .planning._cost import Budget, Cost, cost
+from .planning._latency import LatencyTable, latency
+from .planning._plan import Plan, verify
+from .planning._risk import Risk, class_losses, risky
+from .planning._storage import load, save
+from .relevance._canonize import GraphCanonizer
+from .relevance._collect import Collector
+from .relevance._exemplars import Exemplars
+from .relevance._relevance import Relevance, Reliability
+from .repairs._repair import repair
+from .tracing._rules import register_operation
 
 __version__ = '0.1.0'
 

@@ -1,4 +1,5 @@
 '''The errors and warnings users meet; each message names the thing, the value, what is allowed and what to do.'''
+from __future__ import annotations
 
 
 class PruneError(ValueError):

@@ -1,0 +1,134 @@
+'''A criterion is chosen by what it does to outputs that nothing was fitted to.'''
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import Residual, chain, images, same, seeded, snapshot
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import zennit_prune as zp
+from zennit_prune.repairs._trial import Divergence, divergence, outputs
+
+QUIET: Any = {'progress': False}
+HALF = zp.Budget(flops=0.5)
+
+
+def data(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    return images(count, seed=3), torch.arange(count) % 4
+
+
+def pruner() -> zp.Pruner:
+    return zp.Pruner(seeded(Residual()), None, images())
+
+
+def upside_down(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+    '''The most relevant channels go first.'''
+    found = zp.Pruner(model, None, images()).collect(data(), **QUIET)
+    return zp.Relevance({name: -values for name, values in found.items()})
+
+
+def broken(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+    raise zp.PruneError('it says nothing here')
+
+
+@pytest.mark.parametrize('criteria', [('relevance', upside_down), (upside_down, 'relevance')])
+def test_the_better_criterion_is_chosen(criteria: Any) -> None:
+    one = pruner()
+    before = snapshot(one.model)
+    choice = zp.choose(one, data(), HALF, criteria, 'none', **QUIET)
+    assert choice.criterion == 'relevance' and same(before, snapshot(one.model))
+    assert choice.divergences['relevance'].error < min(  # type: ignore[union-attr]
+        found.error for name, found in choice.divergences.items() if name != 'relevance')  # type: ignore[union-attr]
+    assert 'chosen' in str(choice) and 'upside_down' in str(choice)
+
+
+def test_what_is_judged_was_held_out() -> None:
+    seen: list[int] = []
+
+    def counting(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+        seen.append(sum(len(inputs) for inputs, _ in loader))
+        return zp.Relevance({group.name: torch.arange(group.size) for group in graph.groups})
+
+    choice = zp.choose(pruner(), data(40), HALF, [counting], **QUIET)
+    assert seen == [30] and choice.criterion is counting
+
+
+def test_one_that_fails_is_named_and_the_others_go_on() -> None:
+    choice = zp.choose(pruner(), data(), HALF, [broken, 'l1'], 'none', **QUIET)
+    assert choice.criterion == 'l1' and 'it says nothing here' in str(choice)
+    with pytest.raises(zp.PruneError, match=r'no criterion works: .*it says nothing here'):
+        zp.choose(pruner(), data(), HALF, [broken], **QUIET)
+
+
+@pytest.mark.parametrize('loader', [data(), iter([data(20), data(20)]),
+                                    [(images(20), [0, 1, 2, 3] * 5), (images(20, seed=1), [0, 1, 2, 3] * 5)]])
+def test_auto_prunes_by_the_choice(loader: Any) -> None:
+    one = pruner()
+    choice = zp.choose(one, list(loader) if not isinstance(loader, tuple) else loader, HALF, method='none', **QUIET) \
+        if not hasattr(loader, '__next__') else None
+    result = one.prune(loader, HALF, 'auto', 'none', **QUIET)
+    if choice is not None:
+        assert result.relevance.info['criterion'] == choice.criterion
+
+
+def test_auto_in_one_call_and_in_steps() -> None:
+    model = seeded(Residual())
+    small = zp.prune(model, None, data(), HALF, criterion='auto', repair='none', progress=False)
+    assert zp.cost(small, images()).flops <= 0.5 * zp.cost(model, images()).flops
+    result = pruner().iterate(data(), HALF, 0.25, 'auto', 'none', **QUIET)
+    assert len(result.history) == 3
+
+
+def test_what_cannot_be_chosen() -> None:
+    with pytest.raises(zp.PruneError, match="criterion='auto' depends on the budget"):
+        pruner().collect(data(), 'auto', **QUIET)
+    with pytest.raises(zp.PruneError, match=r'there are 7 references.*takes 8 at least'):
+        zp.choose(pruner(), data(7), HALF, **QUIET)
+    with pytest.raises(zp.PruneError, match="criteria='l1': give a list"):
+        zp.choose(pruner(), data(), HALF, 'l1', **QUIET)  # type: ignore[arg-type]
+    with pytest.raises(zp.PruneError, match="method='lsq' is unknown"):
+        zp.choose(pruner(), data(), HALF, method='lsq', **QUIET)
+
+
+def test_a_loader_that_shuffles_is_read_alike() -> None:
+    loader, one, seen = DataLoader(TensorDataset(*data(24)), 4, shuffle=True), pruner(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        seen.append(zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', **QUIET).divergences)
+        assert torch.equal(before, torch.get_rng_state())
+    assert seen[0] == seen[1]
+    assert seen[0] != zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', seed=1, **QUIET).divergences
+
+
+def test_divergence_in_closed_form() -> None:
+    original = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    found = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    one = divergence([found], [original])
+    p, q = torch.full((3,), 1 / 3), torch.tensor([1.0, 0, 0]).softmax(0)
+    assert one.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+    assert one.error == pytest.approx((1 / 6) / float((original - original.mean(0)).square().mean()))
+    assert one == divergence(found.split(1), original.split(1))
+    assert divergence([original], [original]) == (0, 0)
+    assert divergence([found[:, :2]], [original[:, :2]]).kl == 0  # two may be anything
+    assert divergence([found[1:] + 1], [original[1:]]).error == pytest.approx(3 / 14)  # one has no variance
+    assert one.worse_than(divergence([original], [original])) and not one.worse_than(one)
+    broken = divergence([found * float('nan')], [original])
+    assert broken.worse_than(one) and broken.worse_than(broken)
+
+
+@pytest.mark.parametrize('error,kl,worse', [(0.5, 1.9, False), (0.5, 2.1, True), (2.1, 0.5, True), (1.9, 0.5, False),
+                                            (1.01, 1, True), (1, 1, False)])
+def test_the_clearer_of_two_measures_counts(error: float, kl: float, worse: bool) -> None:
+    assert Divergence(0.3 * error, 0.02 * kl).worse_than(Divergence(0.3, 0.02)) == worse
+    assert Divergence(0.3 * error, 0).worse_than(Divergence(0.3, 0)) == (error > 1)
+
+
+def test_outputs_of_several_batches() -> None:
+    model = chain()
+    parts = images(10).split(4)
+    with torch.no_grad():
+        assert torch.allclose(torch.cat(outputs(model, parts)), model(images(10)).double(), atol=1e-6)

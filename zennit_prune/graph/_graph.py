@@ -1,0 +1,342 @@
+'''``ChannelGraph``: which channels of a network can be removed, what falls with each, and why the others must stay.'''
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import PruneError
+from ..surgery._replay import Failure, replay
+from ..surgery._surgery import narrowed_copy
+from ..tracing._attributes import Attribute, Claim, new_sizes, stating_several
+from ..tracing._calls import Site
+from ..tracing._labels import Labels
+from ..tracing._parametrized import fixed_dims, restore
+from ..tracing._recorded import Operation
+from ..tracing._trace import Recording, record
+from ..util._display import Table, panel, some, table, waiting
+from ..util._isolation import isolated
+from ..util._networks import structural_copy, unwrapped, without_garbage_collection
+from ._explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
+from ._groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
+from ._solve import Lock, solve
+
+MAX_TRIALS = 400
+
+
+@torch.inference_mode(False)
+def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
+          progress: bool = True) -> ChannelGraph:
+    '''Find the removable channels of a network.
+
+    The network is run on a copy without data; it is not touched. What the trace cannot prove removable is locked.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel``
+        and compiled networks are unwrapped.
+    example: torch.Tensor, tuple or dict
+        An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
+    ignore: sequence of str
+        ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
+    layernorm: str
+        ``'lock'``: channels that LayerNorm runs over stay, since removing one changes the statistics of all others.
+        ``'surviving'``: they can go, and mean and variance are then taken over the channels that are left. This changes
+        the network by more than the removal: the pruned network is exact against an original whose LayerNorm runs over
+        the surviving channels only, and :meth:`Plan.apply` warns.
+    progress: bool
+        Show a progress bar on standard error once it takes more than two seconds.
+
+    Returns
+    -------
+    ChannelGraph
+
+    Raises
+    ------
+    PruneError
+        If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
+        the example is on another device; if a pattern in ``ignore`` matches nothing.
+    '''
+    if layernorm not in ('lock', 'surviving'):
+        raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
+                         "over, nor 'surviving', which takes its statistics over those that are left.")
+    model = unwrapped(model)
+    with without_garbage_collection(), isolated(model), waiting('trace', progress):
+        return ChannelGraph(model, example, ignore, layernorm)
+
+
+class ChannelGraph:
+    '''The removable channels of a network, made by :func:`trace`; printing it shows groups and locked layers.
+
+    Attributes
+    ----------
+    groups: tuple of ChannelGroup
+        In execution order of their first producers.
+    locked: dict of str to str
+        The layers and parameters whose channels, or some of them, must stay, and why.
+    notes: list of str
+        What the user should know about the trace.
+    '''
+
+    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
+        self._find(model, record(model, example, layernorm), ignore)
+        whole = self._stuck_stacks()
+        if whole:
+            found = vars(self).copy()
+            self._find(model, record(model, example, layernorm, whole), ignore)
+            if not any((self.solution.channel[labels] >= 0).any() for labels in self._joint(whole)):
+                self.__dict__.update(found)
+
+    def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
+        self.recording, self.notes = recording, list(recording.notes)
+        self._coupled: set[Attribute] = set()
+        self._locks: list[Lock] = [*self._ignored(model, ignore), *self._computed(model)]
+        self.roles = Roles(self.recording)
+        self._solve()
+        self._lock_what_fails(model)
+
+    def _stuck_stacks(self) -> set[Site]:
+        '''Where stacks of matrices are multiplied of which no row or column can go in all: whole matrices might.
+
+        In attention these are heads. Its two products are in one module: if one of them can lose width, heads stay.
+        A module that makes no shape from its attributes could not be told how many heads are left.
+        '''
+        stating = {claim.attribute.module for claim in self._claims()}
+        sites = {operation.site for operation in self.recording.operations
+                 if operation.joint and operation.site.module in stating}
+        loose = {site[:2] for site in sites for labels in self._joint([site]) if not self.solution.locked[labels].all()}
+        return {site for site in sites if site[:2] not in loose}
+
+    def _joint(self, sites: Iterable[Site]) -> list[Labels]:
+        return [labels for operation in self.recording.operations if operation.site in set(sites)
+                for labels in operation.joint]
+
+    def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
+        '''The channels that leave the modules, or come out of the parameters, that a pattern names.'''
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable) \
+                or not all(isinstance(pattern, str) for pattern in patterns):
+            raise PruneError(f"ignore is a sequence of patterns of module names, not {patterns!r}: e.g. ignore=['fc'].")
+        modules = [name for name, _ in model.named_modules() if name] if patterns else []
+        for pattern in patterns:
+            matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
+            if not matches:
+                raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of '
+                                 f'named_modules(), e.g. {", ".join(map(repr, modules[:5]))}; * matches dots too.')
+            reason, found = f'ignored ({pattern})', False
+            for run in self.recording.runs.values():
+                for (name, _), tensors in run.outputs.items():
+                    if name in matches:
+                        for field in (field for fields in tensors for field in fields):
+                            found = True
+                            yield field.labels, reason
+            for name, fields in self.recording.fields.items():
+                inside = not found and any(name.startswith(f'{match}.') for match in matches)  # not called as a module
+                if inside or name in matches:
+                    yield from ((field.labels, reason) for field in fields[:1])
+
+    def _computed(self, model: nn.Module) -> Iterable[Lock]:
+        '''The channels that the way a weight is computed keeps.'''
+        for name, dim, reason in fixed_dims(model):
+            yield from ((field.labels, reason) for field in self.recording.fields.get(name, ()) if dim in field.dims)
+
+    def _solve(self) -> None:
+        self.solution = solve(self.recording, self._locks)
+        self.groups: tuple[ChannelGroup, ...] = build_groups(self.recording, self.solution, self.roles)
+        self.locked: dict[str, str] = build_locked(self.recording, self.solution, self.roles)
+
+    def _lock_what_fails(self, model: nn.Module) -> None:
+        '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
+        for _ in range(MAX_TRIALS):
+            if not self._couple_what_is_counted_once():
+                failure = self._failed_trial(model)
+                if failure is None:
+                    return
+                self._lock(failure)
+            self._solve()
+        raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
+
+    def _couple_what_is_counted_once(self) -> bool:
+        '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
+        component, every = self.solution.component, self._claims()
+        stated = Counter(claim.attribute for claim in every)
+        claims = [claim for claim in every if stated[claim.attribute] > 1]
+        found = stating_several(claims, self.removed_labels(self._on_trial())) if claims else {}
+        fresh = {attribute: rows for attribute, rows in found.items()
+                 if attribute not in self._coupled and (component[rows] != component[rows[:1]]).any()}
+        for attribute, rows in fresh.items():
+            site = Site(attribute.module, 0, attribute.name, 0)
+            self.recording.operations.append(Operation(f'self.{attribute.name}', site, balances=[rows]))
+        self._coupled.update(fresh)
+        return bool(fresh)
+
+    def _on_trial(self, one_each: bool = False) -> dict[str, list[int]]:
+        '''Some positions of all groups that can lose any, as many of each block; the same at every call.'''
+        groups = [group for group in self.groups if group.size > group.step]
+        counts = [1] * len(groups) if one_each else trial_counts(groups)
+        orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+                  for group in groups)
+        return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
+
+    def _failed_trial(self, model: nn.Module) -> Failure | None:
+        '''The replay without a share of each group, and, where ``forward`` may divide the attributes that are changed,
+        without one channel of each: with shares that are alike, a quotient would not change.
+        '''
+        for one_each in (False, True):
+            removed = self._on_trial(one_each)
+            failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
+            if failure is not None or not self.attributes(removed):
+                return failure
+        return None
+
+    def _lock(self, failure: Failure) -> None:
+        '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
+        operations = self.recording.runs[failure.mode].operations
+        culprit = failure.operation
+        what = (culprit.name, culprit.kind, culprit.site[2:])
+        alike = [operation for operation in operations
+                 if (operation.name, operation.kind, operation.site[2:]) == what]
+        before, after = reversed(operations[:failure.index]), operations[failure.index + 1:]
+        for candidates in (alike, *([operation] for operation in (*before, *after))):
+            fresh = [(field.labels, str(failure)) for operation in candidates for field in operation.fields()
+                     if (self.solution.channel[field.labels] >= 0).any()]
+            if fresh:
+                self._locks += fresh
+                return
+        raise PruneError(f'the network cannot be pruned: {failure}, and no channel flows there that could be kept.')
+
+    # what the steps after the trace ask
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        '''Weights whose module has one group for so many of their channels (depthwise convolutions, GroupNorm).'''
+        return {name: size for run in self.recording.runs.values() for name, size in run.group_sizes.items()}
+
+    def group(self, name: str) -> ChannelGroup:
+        '''The group called ``name``, or the only one that holds channels of the layer ``name``.
+
+        Raises
+        ------
+        PruneError
+            If there is none, or if the layer belongs to several.
+        '''
+        for group in self.groups:
+            if group.name == name:
+                return group
+        holders = [group for group in self.groups if name in group.layers('producer', 'follower')]
+        if len(holders) == 1:
+            return holders[0]
+        if holders:
+            raise PruneError(f'{name!r} holds channels of several groups: '
+                             f'{", ".join(repr(group.name) for group in holders)}. Name one of these.')
+        if name in self.locked:
+            raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
+        raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
+
+    def layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
+        '''A layer of each group of ``removed`` whose channels meet in an operation, or of each, if none do.'''
+        met = {channel for field in operation.fields()
+               for channel in self.solution.channel[field.labels].reshape(-1).tolist()}
+        groups = [self.group(name) for name in removed]
+        found = [group for group in groups if met.intersection(group.channels.tolist())] or groups
+        return list(dict.fromkeys(group.layers('producer', 'follower')[0] for group in found))
+
+    def balanced_by(self, group: ChannelGroup) -> list[str]:
+        '''The operations for which the blocks of a group must lose equally many channels.'''
+        found = balances(self.recording, self.solution)
+        return found.get(int(self.solution.group[group.channels[0]]), []) if group.blocks is not None else []
+
+    def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
+        '''For each label, whether it goes when the channels at these positions of these groups go.'''
+        gone = np.zeros(len(self.solution.group) + 1, bool)
+        for name, positions in removed.items():
+            gone[self.group(name).channels[list(positions)]] = True
+        return gone[self.solution.channel]
+
+    def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
+        '''The indices that stay, by parameter or buffer and dimension, where any go; see :func:`surgery.narrowed`.'''
+        gone = self.removed_labels(removed)
+        kept: dict[str, dict[int, Labels]] = {}
+        for axis in self.recording.axes:
+            mask = gone[axis.start:axis.start + axis.size]
+            if mask.any():
+                index: Labels = np.flatnonzero(~mask)
+                if axis.blocks > 1:
+                    index = index.reshape(axis.blocks, -1).T % axis.length
+                kept.setdefault(axis.parameter, {})[axis.dim] = index
+        return kept
+
+    def attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
+        '''What attributes of modules become that ``forward`` makes shapes from, where they change.'''
+        return new_sizes(self._claims(), self.removed_labels(removed))
+
+    def _claims(self) -> list[Claim]:
+        return [claim for run in self.recording.runs.values() for claim in run.claims]
+
+    def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
+        '''A copy of ``model`` without these channels; not yet proven.'''
+        kept, device = self.kept(removed), device if self.recording.example.device == 'meta' else None
+        small = narrowed_copy(model, kept, self.group_sizes, self.attributes(removed), device)
+        if device is None:
+            restore(small, model, kept)
+        return small
+
+    def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
+        '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''
+        return self._replayed(structural_copy(small, self.recording.example.device), removed)
+
+    def _replayed(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
+        return replay(self.recording, self.solution, small, self.removed_labels(removed))
+
+    # what people read
+    @property
+    def reach(self) -> Reach:
+        '''The shares of parameters, FLOPs and output channels that can be pruned at all.'''
+        return reach(self.recording, self.solution, self.roles)
+
+    def why(self, name: str) -> str:
+        '''What couples or locks the channels of a layer, in words.
+
+        Parameters
+        ----------
+        name: str
+            A layer, parameter or group.
+
+        Raises
+        ------
+        PruneError
+            If there is nothing of that name.
+        '''
+        coupled, lines = self._couplings(), []
+        for group in self.groups:
+            if name == group.name or name in group.layers():
+                number = int(self.solution.group[group.channels[0]])
+                lines += group_text(group, name, coupled.get(number, []), self.balanced_by(group))
+        if name in self.locked:
+            lines.append(f'{name}: output channels are locked: {self.locked[name]}')
+        lines += locked_inputs(self.recording, self.solution, self.roles, name)
+        if not lines:
+            self.group(name)
+        return '\n'.join(lines)
+
+    def _couplings(self) -> dict[int, list[str]]:
+        return couplings(self.recording, self.solution, self.roles)
+
+    def _shown(self) -> tuple[list[Table], list[str]]:
+        tables = graph_tables(self.groups, self.locked, self.solution, self._couplings())
+        return tables, [f'Note: {note}.' for note in self.notes]
+
+    def __str__(self) -> str:
+        tables, notes = self._shown()
+        return '\n\n'.join([f'{self!r}; {self.reach}.', *(table(*one) for one in tables), *notes])
+
+    def _repr_html_(self) -> str:
+        tables, notes = self._shown()
+        return panel(f'{self!r}; {self.reach}', tables, notes)
+
+    def __repr__(self) -> str:
+        return f'ChannelGraph({len(self.groups)} groups, {sum(group.size for group in self.groups)} removable channels)'

@@ -1,0 +1,224 @@
+'''Channel groups: the channels that share producers, followers and consumers, and where each of them sits.'''
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tracing._labels import Field, Labels
+from ..tracing._trace import Recording
+from ..util._networks import computed_name
+from ._solve import NOT_READ, Solution
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    '''One dimension of one parameter or buffer that holds the channels of a group.
+
+    Attributes
+    ----------
+    parameter: str
+        Its name in ``named_parameters`` or ``named_buffers``.
+    dim: int
+        The dimension.
+    role: str
+        ``'producer'``: the channels come out of this weight; ``'consumer'``: it reads them; ``'follower'``: it scales
+        or shifts them (norms, biases, depthwise kernels, layer scales).
+    index: numpy.ndarray
+        int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
+    blocks: int
+        With several, the dimension is that of the input channels of a grouped convolution (the output channels of a
+        transposed one), and the index counts those
+        of the first block of dimension 0, then those of the second, and so on.
+    '''
+
+    parameter: str
+    dim: int
+    role: str
+    index: Labels = field(repr=False)
+    blocks: int = 1
+
+    @property
+    def layer(self) -> str:
+        '''The name of the layer: the parameter's without ``.weight``.'''
+        return layer_name(self.parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    '''Channels that fall by themselves; the i-th of the group sits at ``member.index[i]`` of every member.
+
+    Attributes
+    ----------
+    name: str
+        The first producer's in execution order.
+    size: int
+        The number of channels.
+    members: tuple of Member
+        Every dimension that holds these channels.
+    channels: numpy.ndarray
+        Their numbers in the solution of the graph.
+    blocks: numpy.ndarray or None
+        Where equally many channels of several blocks must go (the groups of a convolution, the parts of a split), the
+        number of each channel's block, from 0; None where any channel may go.
+    '''
+
+    name: str
+    size: int
+    members: tuple[Member, ...] = field(repr=False)
+    channels: Labels = field(repr=False)
+    blocks: Labels | None = field(default=None, repr=False)
+
+    @property
+    def step(self) -> int:
+        '''How many channels go at once, one of each block; 1 where any channel may go.'''
+        return 1 if self.blocks is None else int(self.blocks.max()) + 1
+
+    def in_turn(self, scores: npt.ArrayLike) -> Labels:
+        '''The positions by ascending score, one of each block in turn: the first ``n * step`` can go.'''
+        order = np.argsort(np.asarray(scores, float), kind='stable')
+        if self.blocks is None:
+            return order
+        return order[np.argsort(self.blocks[order], kind='stable')].reshape(self.step, -1).T.reshape(-1)
+
+    def layers(self, *roles: str) -> list[str]:
+        '''The names of the layers that hold the channels in one of ``roles`` (any, if none is given), each once.'''
+        return list(dict.fromkeys(member.layer for member in self.members if not roles or member.role in roles))
+
+
+def layer_name(parameter: str) -> str:
+    '''``'features.0.weight'`` belongs to layer ``'features.0'``; other parameters keep their name.'''
+    return computed_name(parameter).removesuffix('.weight')
+
+
+class Roles:
+    '''What the recorded operations do with each label.
+
+    Attributes
+    ----------
+    axis: numpy.ndarray
+        For each label, the number of its axis (-1 for label 0).
+    consumes, produces: numpy.ndarray
+        Whether a label is on the contracted side of a weight, and whether it comes out of one.
+    order: dict of int to int
+        The operation that first produces an axis.
+    '''
+
+    def __init__(self, recording: Recording):
+        sizes = [axis.size for axis in recording.axes]
+        self.axis = np.concatenate([[-1], np.repeat(np.arange(len(recording.axes)), sizes)])
+        self.consumes = np.zeros(recording.size, bool)
+        self.produces = np.zeros(recording.size, bool)
+        self.order: dict[int, int] = {}
+        for position, operation in enumerate(recording.operations):
+            for labels in operation.consumers:
+                self.consumes[labels] = True
+            for labels in operation.producers:
+                self.produces[labels] = True
+                for axis in np.unique(self.axis[labels]).tolist():
+                    self.order.setdefault(axis, position)
+        self.consumes[0] = self.produces[0] = False
+        self.order.pop(-1, None)
+
+
+def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tuple[ChannelGroup, ...]:
+    '''All groups, in execution order of their first producers.'''
+    labels = np.flatnonzero(solution.channel >= 0)
+    if not len(labels):
+        return ()
+    number = solution.group[solution.channel[labels]]
+    order = np.argsort(number, kind='stable')
+    labels, number = labels[order], number[order]
+    axis = roles.axis[labels]
+    cuts = np.flatnonzero((np.diff(number) != 0) | (np.diff(axis) != 0)) + 1
+    segments: dict[int, list[tuple[int, Labels]]] = {}
+    for segment in np.split(labels, cuts):
+        group = int(solution.group[solution.channel[segment[0]]])
+        segments.setdefault(group, []).append((int(roles.axis[segment[0]]), segment))
+    drafts = []
+    for places in segments.values():
+        last = len(roles.order) + len(recording.operations)
+        when, first_axis, segment = min((roles.order.get(axis, last), axis, segment) for axis, segment in places)
+        channels = solution.channel[segment]
+        channels = channels[np.sort(np.unique(channels, return_index=True)[1])]
+        members = tuple(_member(recording, solution, roles, axis, segment, channels) for axis, segment in places)
+        drafts.append((when, int(segment[0]), layer_name(recording.axes[first_axis].parameter), members, channels))
+    drafts.sort(key=lambda draft: draft[:2])
+    shared = Counter(name for _, _, name, _, _ in drafts)
+    seen: Counter[str] = Counter()
+    groups = []
+    for _, _, name, members, channels in drafts:
+        seen[name] += 1
+        suffix = f'#{seen[name]}' if shared[name] > 1 else ''
+        groups.append(ChannelGroup(name + suffix, len(channels), members, channels, _blocks(solution, channels)))
+    return tuple(groups)
+
+
+def _blocks(solution: Solution, channels: Labels) -> Labels | None:
+    '''The block of each channel, numbered as they come; None if there is only one.'''
+    _, starts, inverse = np.unique(solution.block[channels], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(starts))[inverse] if len(starts) > 1 else None
+
+
+def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels,
+            channels: Labels) -> Member:
+    axis = recording.axes[number]
+    numbers = solution.channel[labels]
+    at = labels - axis.start
+    if not np.array_equal(numbers, channels):
+        order = np.argsort(channels)
+        position = order[np.searchsorted(channels, numbers, sorter=order)]
+        at = at[np.argsort(position, kind='stable')]
+    role = 'consumer' if roles.consumes[labels].any() else 'producer' if roles.produces[labels].any() else 'follower'
+    return Member(axis.parameter, axis.dim, role, at.reshape(len(channels), -1), axis.blocks)
+
+
+def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict[str, str]:
+    '''The layers whose output channels, or some of them, must stay, and why; and the parameters no operation met.'''
+    locked: dict[str, str] = {}
+    for number in sorted(roles.order, key=lambda number: roles.order[number]):
+        axis = recording.axes[number]
+        labels = np.arange(axis.start, axis.start + axis.size)
+        stuck = labels[solution.locked[labels] & roles.produces[labels]]
+        if len(stuck):
+            reasons = Counter(solution.reason(label) for label in stuck.tolist())
+            share = '' if len(stuck) == axis.size else f'{len(stuck)} of {axis.size} channels: '
+            locked.setdefault(layer_name(axis.parameter), share + '; '.join(reasons))
+    met = {id(field) for operation in recording.operations for fields in operation.inputs for field in fields}
+    for name, fields in recording.fields.items():
+        if fields and not any(id(field) in met for field in fields):
+            locked.setdefault(layer_name(name), 'it is not used when the network runs')
+    produced = np.zeros(recording.size, bool)
+    produced[solution.component[roles.produces]] = True
+    explained = produced[solution.component] | ~solution.locked
+    by_weight: dict[str, list[Field]] = {}
+    for name, fields in recording.fields.items():
+        by_weight.setdefault(computed_name(name), []).extend(fields)
+    for name, fields in by_weight.items():  # parameters that no producer explains
+        if fields and not any(explained[field.labels].any() for field in fields):
+            found = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
+            locked.setdefault(layer_name(name), next((reason for reason in found if reason != NOT_READ), NOT_READ))
+    return locked
+
+
+def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
+    '''How many channels each block of each group loses on trial: about a third.
+
+    No two groups lose the same share as long as their sizes allow it: what holds only for groups that stay equally wide
+    would not show.
+    '''
+    last: dict[float, int] = {}  # when each share was used
+    counts: list[int] = []
+    for turn, group in enumerate(groups):
+        size = group.size // group.step
+        third = max(1, size // 3)
+        most = min(size - 1 - (size > 3), third + len(groups))
+        found = range(max(1, third - len(groups)), most + 1)
+        counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
+        last[counts[-1] / size] = turn
+    return counts

@@ -1,0 +1,309 @@
+'''What excites the channels that a plan takes at a risk, beside one that stays: excerpts of the references.
+
+What a report shows of images and of their classes: heatmaps before and after, and what classes lose.
+'''
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import RandomSampler
+
+from ..errors import PruneError
+from ..planning._plan import Plan
+from ..planning._risk import Risk, class_losses, risky
+from ..relevance._relevance import Relevance
+from ..util._loaders import batch_size, batches
+from ..util._networks import device_of
+from . import _charts as charts
+from ._agreement import Agreement, agreement
+from ._charts import CHANGE, SMALL, Chart, full_colour, heat, picture
+from ._heatmap import channel_heatmap
+from ._subject import Subject
+
+MOVED = 0.5  # of the relevance: where more moves, an explanation is said to change
+CLASSES = 20  # rows of the matrix
+
+
+@dataclass(frozen=True)
+class Images:
+    '''What the caller gave to look at.'''
+
+    x: torch.Tensor | None
+    target: Any
+    display: torch.Tensor | None
+    classes: list[str]
+    names: list[str]
+    most: int
+
+    def shown(self, number: int) -> str:
+        '''The picture of an image, as a data URI.'''
+        source = self.x if self.display is None else self.display
+        assert source is not None
+        return picture(source[number], self.display is not None)
+
+    def class_name(self, number: int) -> str:
+        '''What a class is called.'''
+        return str(self.classes[number]) if 0 <= number < len(self.classes) else f'class {number}'
+
+    def image_name(self, number: int) -> str:
+        '''What an image is called.'''
+        return str(self.names[number]) if self.names else f'image {number}'
+
+
+@dataclass(frozen=True)
+class Look:
+    '''An image, and what became of its explanation.'''
+
+    name: str
+    prediction: str
+    verdict: str
+    level: str
+    picture: str
+    before: str
+    after: str
+    difference: str
+    small: bool
+    cosine: float
+    rank: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Looks:
+    '''The images that change most, and what to say of all.'''
+
+    summary: str
+    note: str
+    shown: list[Look]
+
+
+@dataclass(frozen=True)
+class ClassLosses:
+    '''What every class loses of its relevance, by group.'''
+
+    chart: Chart
+    caption: str
+    summary: str
+
+
+def look_at(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> Looks | None:
+    '''Heatmaps of the network as it is and as it would be: those images first whose explanation changes most.'''
+    if images.x is None:
+        return None
+    after = plan.masked(pruner.model) if small is None else small
+    target = 'predicted' if images.target is None else images.target
+    found = agreement(pruner.model, after, pruner.composite, images.x, target)
+    turns = found.same & (found.moved > MOVED)
+    order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
+    shown = [_look(number, found, images) for number in order[:images.most]]
+    stay = int(found.same.sum())
+    summary = (f'{stay:,} of {len(order):,} predictions stay; in {int(turns.sum()):,} of these, more than half of '
+               f'the relevance moves. Median cosine of the heatmaps: {float(found.cosine.median()):.2f}.')
+    most = f' The {len(shown)} that change most are shown.' if len(shown) < len(order) else ''
+    return Looks(summary, f'{summary}{most} Images that keep their prediction while its explanation changes come '
+                 'first, for accuracy does not show them; then those whose prediction changes.', shown)
+
+
+def _look(number: int, found: Agreement, images: Images) -> Look:
+    assert images.x is not None
+    same, moved = bool(found.same[number]), float(found.moved[number])
+    level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
+    verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'stays'}[level]
+    before, after = (classes[number] for classes in found.predicted)
+    prediction = 'predicted position by position'
+    if before.dim() == 0:
+        prediction = f'predicted {images.class_name(int(before))}'
+        prediction += f', then {images.class_name(int(after))}' * (not same)
+    if isinstance(images.target, torch.Tensor) and images.target.dim() == 1:
+        prediction += f'; heatmaps for {images.class_name(int(images.target[number]))}'
+    maps = torch.stack([found.before[number], found.after[number]])
+    scale = full_colour(maps)
+    return Look(
+        images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
+        heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,
+        float(found.cosine[number]), float(found.rank[number]), moved)
+
+
+def class_losses_of(plan: Plan, relevance: Relevance | None, images: Images) -> ClassLosses | None:
+    '''The share of its relevance that every class loses at every group; None where classes were not kept apart.'''
+    exemplars = getattr(relevance, 'exemplars', None)
+    if relevance is None or exemplars is None or not exemplars.classes:
+        return None
+    losses = class_losses(plan, relevance)
+    means = losses.mean(1)
+    order = means.argsort(descending=True).tolist()[:CLASSES]
+    names = [images.class_name(number) for number in exemplars.classes]
+    chart = charts.matrix([names[row] for row in order], list(exemplars.by_class),
+                          [losses[row].tolist() for row in order], 'goes')
+    most = f'The {CLASSES} of {len(names)} classes that lose most. ' if len(names) > CLASSES else ''
+    caption = (f'{most}The full colour is {float(losses.max()):.0%}. A row that stands out is a class that pays for '
+               'the others.')
+    summary = f'{names[order[0]]} loses most: {means[order[0]]:.0%} of its relevance, averaged over the groups'
+    if len(names) > 1:
+        summary += f'; {names[int(means.argmin())]} loses least: {float(means.min()):.0%}'
+    return ClassLosses(chart, caption, f'{summary}.')
+
+
+PAIRS = 5
+SHOWN = 5  # references of a channel
+INSIDE = 0.9  # of the relevance of a channel is inside its excerpt, along each side
+LARGEST = 112  # pixels of the longer side of what is shown
+LEAST = 0.25  # of the shorter side of the image, at least, is the side of an excerpt
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    '''A part of a reference, and where the relevance of a channel sits in it.'''
+
+    picture: str
+    heat: str
+    caption: str
+    small: bool
+
+
+@dataclass(frozen=True)
+class Channel:
+    '''A channel, and the references that excite it most.'''
+
+    title: str
+    text: str
+    goes: bool
+    excerpts: list[Excerpt]
+
+
+@dataclass(frozen=True)
+class Risky:
+    '''Channels that go although a reference needs them, each beside the least relevant of its group that stays.'''
+
+    note: str
+    pairs: list[tuple[Channel, Channel | None]]
+
+
+Samples = dict[int, tuple[torch.Tensor, int | None]]
+
+
+def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
+                   names: Any) -> Risky | None:
+    '''The channels at the largest risk; None where relevance has no exemplars, or there are no references.
+
+    Parameters
+    ----------
+    pruner, plan, relevance, references:
+        See :func:`zennit_prune.report`.
+    names: callable
+        From the number of a class to its name.
+
+    Raises
+    ------
+    PruneError
+        If ``references`` are not what relevance was collected from.
+    '''
+    exemplars = getattr(relevance, 'exemplars', None)
+    if relevance is None or exemplars is None or references is None or not plan.removed:
+        return None
+    risks = risky(plan, relevance, PAIRS)
+    survivors = {risk.group: _survivor(plan, relevance, risk.group) for risk in risks}
+    wanted = {(risk.group, risk.channel) for risk in risks}
+    wanted |= {(group, channel) for group, channel in survivors.items() if channel is not None}
+    shown = {key: [number for number in exemplars.samples[key[0]][key[1]].tolist() if number >= 0][:SHOWN]
+             for key in wanted}
+    samples = _samples(references, {number for numbers in shown.values() for number in numbers} |
+                       {risk.sample for risk in risks})
+    _check_order(risks, samples)
+    drawn = {key: _excerpts(pruner, *key, numbers, samples, names) for key, numbers in shown.items()}
+
+    def channel(group: str, position: int, goes: bool, text: str) -> Channel:
+        scores = relevance[group]
+        rank = int((scores < scores[position]).sum()) + 1
+        text = f'Relevance {float(scores[position]):.3g}, rank {rank} of {len(scores)} from below; {text}'
+        return Channel(f'{group}, channel {position}', text, goes, drawn[group, position])
+
+    pairs = []
+    for risk in risks:
+        whose = '' if risk.class_ < 0 else f' ({names(risk.class_)})'
+        goes = channel(risk.group, risk.channel, True,
+                       f"but {risk.value:.0%} of the group's relevance for reference {risk.sample}{whose}.")
+        beside = survivors[risk.group]
+        pairs.append((goes, None if beside is None else
+                      channel(risk.group, beside, False, 'the least relevant of the group that stays.')))
+    note = ('Scores are means over the references, so a channel that a single one depends on may go. These channels '
+            'have the largest share in the relevance of any single reference; shown are the references with the most '
+            'relevance at the channel, cut to where it sits. Ask what is lost with it, and whether the one that stays '
+            'sees the same.')
+    return Risky(note, pairs) if pairs else None
+
+
+def _survivor(plan: Plan, relevance: Relevance, group: str) -> int | None:
+    '''The least relevant channel of a group that stays.'''
+    gone = set(plan.removed.get(group, ()))
+    order: list[int] = relevance[group].argsort().tolist()
+    return next((position for position in order if position not in gone), None)
+
+
+def _samples(references: Any, wanted: Collection[int]) -> Samples:
+    '''Images and labels by their number in the order of the loader.'''
+    if isinstance(getattr(references, 'sampler', None), RandomSampler):
+        raise PruneError('references are shuffled, so that it cannot be told which were collected from: give a loader '
+                         'with shuffle=False to collect() and here.')
+    found: Samples = {}
+    first = 0
+    for inputs, target in batches(references):
+        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
+            raise PruneError('references are shown as images: give a loader of tensors of shape (N, C, H, W).')
+        labels = target if isinstance(target, torch.Tensor) and target.dim() == 1 else None
+        for index in range(batch_size(inputs)):
+            if first + index in wanted:
+                found[first + index] = inputs[index], None if labels is None else int(labels[index])
+        first += batch_size(inputs)
+    if len(found) < len(wanted):
+        raise PruneError(f'references hold {first} samples, but relevance was collected from sample {max(wanted)}, '
+                         'too: give the loader it was collected from.')
+    return found
+
+
+def _check_order(risks: Collection[Risk], samples: Samples) -> None:
+    for risk in risks:
+        label = samples[risk.sample][1]
+        if label is not None and risk.class_ >= 0 and label != risk.class_:
+            raise PruneError(f'references are in another order than relevance was collected in: sample {risk.sample} '
+                             f'was of class {risk.class_}, here it is of class {label}. Give the same loader, without '
+                             'shuffling.')
+
+
+def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
+              names: Any) -> list[Excerpt]:
+    if not numbers:
+        return []
+    x = torch.stack([samples[number][0] for number in numbers]).to(device_of(pruner.model))
+    labels = [samples[number][1] for number in numbers]
+    target: Any = 'predicted' if None in labels else torch.tensor(labels, device=x.device)
+    maps = channel_heatmap(pruner.model, pruner.composite, x, target, group, channel, graph=pruner.graph)
+    found = []
+    for number, image, label, values in zip(numbers, x, labels, maps):
+        rows, columns = _box(values)
+        part = values[rows, columns]
+        scale = full_colour(part[None], LARGEST)
+        drawn = picture(image[:, rows, columns], largest=LARGEST), heat(part, scale, largest=LARGEST)
+        caption = f'{number}' if label is None else f'{number}, {names(label)}'
+        found.append(Excerpt(*drawn, caption, max(part.shape) <= SMALL))
+    return found
+
+
+def _box(values: torch.Tensor) -> tuple[slice, slice]:
+    '''The square that holds most of a heatmap.'''
+    mass = values.abs().double()
+    ends = []
+    for dim in (1, 0):
+        share = mass.sum(dim).cumsum(0) / mass.sum().clamp(min=1e-300)
+        ends.append((int((share < (1 - INSIDE) / 2).sum()), int((share < (1 + INSIDE) / 2).sum()) + 1))
+    side = max(*(stop - start for start, stop in ends), round(LEAST * min(values.shape)))
+    slices = []
+    for (start, stop), size in zip(ends, values.shape):
+        length = min(side, size)
+        first = min(max((start + stop - length) // 2, 0), size - length)
+        slices.append(slice(first, first + length))
+    return slices[0], slices[1]

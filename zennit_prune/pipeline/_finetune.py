@@ -1,0 +1,237 @@
+'''Train a pruned network on, briefly: plain PyTorch with sensible defaults.'''
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import trange
+
+from ..errors import PruneError
+from ..relevance._attribute import call_network, main_output
+from ..relevance._initial import check_labels
+from ..util._isolation import seeded
+from ..util._loaders import batch_size, batches, held_out, many_times
+from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
+
+WARM_UP = 0.05  # of all updates
+IGNORED = -100  # a label that cross-entropy leaves out
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
+    'sgd': (torch.optim.SGD, {'lr': 1e-2, 'momentum': 0.9, 'weight_decay': 1e-4}),
+    'adamw': (torch.optim.AdamW, {'lr': 1e-3, 'weight_decay': 1e-2}),
+}
+Loss = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+@torch.inference_mode(False)
+def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer: str = 'sgd', lr: float | None = None,
+             teacher: nn.Module | None = None, temperature: float = 4.0, loss: Loss | None = None,
+             validation: float | Iterable[Any] | None = None, patience: int = 3, clip: float = 1.0, seed: int = 0,
+             callback: Callable[[dict[str, float]], object] | None = None, progress: bool = True) -> nn.Module:
+    '''Train a copy of a network.
+
+    SGD with momentum (or AdamW) under a cosine schedule after a short warm-up; gradients are clipped; mixed precision
+    where the network is on a GPU. Frozen parameters stay, and so does BatchNorm whose parameters are all frozen. With
+    ``validation``, the epoch that did best there is returned, which may be the start: it never gets worse there.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        It is not touched.
+    loader: iterable
+        Yields (inputs, labels) batches; or a pair of tensors, which is shuffled. A generator is held in memory.
+    epochs: int
+        How often to go through it, at most.
+    optimizer: str
+        ``'sgd'`` or ``'adamw'``.
+    lr: float, optional
+        The largest learning rate; 0.01 for SGD and 0.001 for AdamW.
+    teacher: torch.nn.Module, optional
+        Usually the unpruned network: learn its outputs in place of the labels, which may be missing; probabilities of
+        classes, or values where there is one output only.
+    temperature: float
+        What the outputs are divided by before they are compared with the teacher's.
+    loss: callable, optional
+        From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy.
+    validation: float or iterable, optional
+        A loader to validate on after every epoch, or the share of ``loader`` to hold out for that: samples of tensors
+        and of a ``DataLoader``, whole batches of others.
+    patience: int
+        Stop after so many epochs that were not better there.
+    clip: float
+        The largest norm of the gradients of all parameters together; longer ones are scaled down.
+    seed: int
+        For shuffling, dropout and what is held out; global random states are restored.
+    callback: callable, optional
+        Called after every epoch with its ``'epoch'``, ``'loss'``, and ``'validation'`` loss if there is one.
+    progress: bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    torch.nn.Module
+        A new network, in evaluation mode.
+
+    Raises
+    ------
+    PruneError
+        For arguments out of range, labels that are missing, a network without trainable parameters, or a loss that is
+        not finite.
+    '''
+    if optimizer not in OPTIMIZERS:
+        raise PruneError(f'optimizer={optimizer!r} is unknown: use one of {", ".join(map(repr, OPTIMIZERS))}.')
+    for name, count in (('epochs', epochs), ('patience', patience)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise PruneError(f'{name}={count!r}: give a whole number of epochs from 1 on.')
+    for name, value in (('temperature', temperature), ('clip', clip), *([] if lr is None else [('lr', lr)])):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise PruneError(f'{name}={value!r}: give a number above 0.')
+    network = copied(unwrapped(model)).eval()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise PruneError('the network has no trainable parameter: set requires_grad of those that are to learn.')
+    with seeded(seed, parameters[0].device), torch.enable_grad():
+        train, unseen = many_times(loader), None
+        if isinstance(validation, (int, float)):
+            train, unseen = held_out(train, validation)
+        elif validation is not None:
+            unseen = many_times(validation)
+        kind, defaults = OPTIMIZERS[optimizer]
+        steps = kind(parameters, **{**defaults, **({} if lr is None else {'lr': lr})})
+        schedule = torch.optim.lr_scheduler.LambdaLR(steps, _Cosine(epochs * _count(train)))
+        objective = _Objective(network, teacher, temperature, loss)
+        best, since, kept = (None if unseen is None else objective.mean(unseen)), 0, _values(network)
+        for epoch in trange(epochs, desc='fine-tuning', leave=False, disable=not progress):
+            said = {'epoch': epoch + 1, 'loss': objective.epoch(train, steps, schedule, clip)}
+            if best is not None and unseen is not None:
+                said['validation'] = objective.mean(unseen)
+                since += 1
+                if said['validation'] < best:
+                    best, since, kept = said['validation'], 0, _values(network)
+            if callback is not None:
+                callback(said)
+            if since >= patience:
+                break
+    with torch.no_grad():
+        for name, tensor in unique_tensors(network).items() if best is not None else ():
+            tensor.copy_(kept[name])
+    network.zero_grad()
+    return network
+
+
+class _Objective:
+    '''The loss of a network on a batch, and an update that lowers it.'''
+
+    def __init__(self, network: nn.Module, teacher: nn.Module | None, temperature: float, loss: Loss | None):
+        self.network, self.temperature, self.loss = network, temperature, loss
+        device = self.device = next(network.parameters()).device
+        self.teacher = None if teacher is None else copied(unwrapped(teacher)).eval().requires_grad_(False).to(device)
+        mixed = device.type == 'cuda' and all(parameter.dtype == torch.float32 for parameter in network.parameters())
+        dtype = torch.float16 if mixed and not torch.cuda.is_bf16_supported() else torch.bfloat16
+        self.mixed = torch.autocast(device.type, dtype, mixed)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def __call__(self, inputs: Any, labels: Any) -> torch.Tensor:
+        inputs, labels = map_tensors(lambda tensor: tensor.to(self.device), (inputs, labels))
+        with self.mixed:
+            output = main_output(call_network(self.network, inputs))
+            if self.teacher is not None:
+                with torch.no_grad():
+                    labels = main_output(call_network(self.teacher, inputs))
+        if labels is None:
+            raise PruneError('there are no labels to learn: give (inputs, labels) batches, or teacher=, the unpruned '
+                             'network.')
+        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if self.loss is not None:
+            return self.loss(output, labels)
+        if self.teacher is None:
+            return F.cross_entropy(output, _checked(labels, output))
+        if output.dim() < 2 or output.shape[1] == 1:  # no classes, whose probabilities could be compared
+            return F.mse_loss(output, labels.to(output.dtype))
+        soft, wanted = ((values / self.temperature).log_softmax(1) for values in (output, labels.to(output.dtype)))
+        divergence = F.kl_div(soft, wanted, reduction='none', log_target=True).sum(1).mean()
+        return divergence * self.temperature ** 2  # so that gradients do not depend on the temperature
+
+    def epoch(self, loader: Iterable[Any], optimizer: torch.optim.Optimizer,
+              schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> float:
+        '''Train on all batches; the mean loss over samples, each before its update.'''
+        total, samples = 0.0, 0
+        for inputs, labels in batches(loader):
+            size = batch_size(inputs)
+            self._set_training(size)
+            value = self(inputs, labels)
+            if not torch.isfinite(value):
+                raise PruneError(f'the loss is {value.item()}: training diverged, or the data are not finite. Lower '
+                                 f'lr, now {optimizer.param_groups[0]["lr"]:.3g}, or check the data.')
+            optimizer.zero_grad()
+            self.scaler.scale(value).backward()
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], clip)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            schedule.step()
+            total, samples = total + value.item() * size, samples + size
+        self.network.eval()
+        return self._per_sample(total, samples)
+
+    def _set_training(self, size: int) -> None:
+        '''Training mode, but for BatchNorm whose parameters are frozen, and all of it for a single sample.'''
+        self.network.train()
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                own = list(module.parameters())
+                module.train(size > 1 and (not own or any(parameter.requires_grad for parameter in own)))
+
+    def mean(self, loader: Iterable[Any]) -> float:
+        '''The mean loss over samples.'''
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for inputs, labels in batches(loader):
+                total += float(self(inputs, labels)) * batch_size(inputs)
+                samples += batch_size(inputs)
+        return self._per_sample(total, samples)
+
+    @staticmethod
+    def _per_sample(total: float, samples: int) -> float:
+        if not samples:
+            raise PruneError('there is nothing to train or to validate on: the loader is empty. Every epoch reads it '
+                             'anew.')
+        return total / samples
+
+
+def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
+    '''Labels as a tensor, classes among those of the output.'''
+    labels = torch.as_tensor(labels, device=output.device)
+    if output.dim() < 2:
+        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
+                         'outputs and labels.')
+    if not labels.is_floating_point():
+        check_labels(labels[labels != IGNORED], output.shape[1])
+    return labels
+
+
+class _Cosine:
+    '''The factor of the learning rate at each update: up in a straight line, then down along a cosine.'''
+
+    def __init__(self, updates: int):
+        self.updates, self.warm_up = updates, max(1, round(WARM_UP * updates))
+
+    def __call__(self, update: int) -> float:
+        if update < self.warm_up:
+            return (update + 1) / (self.warm_up + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - self.warm_up) / max(1, self.updates - self.warm_up))))
+
+
+def _values(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in unique_tensors(network).items()}
+
+
+def _count(loader: Iterable[Any]) -> int:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in loader)

@@ -1,0 +1,13 @@
+'''Score channels on reference samples, by LRP and by the criteria that it is compared with.
+
+A composite is attached to a canonized copy of the network, relevance is read at the activation sites of the channels,
+and scores are summed over samples; this room may import :mod:`zennit_prune.graph` and below.
+Start with ``_collect.py``, then ``_criteria.py`` (what can be collected) and ``_canonize.py`` (what makes it sound).
+'''
+from ._canonize import GraphCanonizer
+from ._collect import Collector
+from ._exemplars import Exemplars
+from ._preflight import Preflight
+from ._relevance import Relevance, Reliability
+
+__all__ = ['Collector', 'Exemplars', 'GraphCanonizer', 'Preflight', 'Relevance', 'Reliability']

@@ -1,0 +1,356 @@
+'''Relevance by one of Zennit's Attributors, which run a network several times: the mean over its passes.
+
+What attribution passes share: a copy to work on, the default composite, and readers of tensors.
+
+All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's
+network, its training flags, gradients and hooks are never touched.
+'''
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from zennit.attribution import Attributor, identity
+from zennit.composites import LayerMapComposite, layer_map_base
+from zennit.core import BasicHook, Composite, RemovableHandleList
+from zennit.rules import Epsilon
+from zennit.types import Linear
+
+from ..errors import PruneError
+from ..tracing._boundaries import Place
+from ..tracing._calls import CallCounter
+from ..tracing._parametrized import plain
+from ..util._networks import check_finite, copied, device_of, map_tensors, output_tensors, tensors_in
+from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
+
+
+def recommended_composite() -> Composite:
+    '''Epsilon everywhere, the rule that ranks channels best across layers; the graph's canonizer merges BatchNorm.'''
+    return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
+
+
+@contextmanager
+def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
+                reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
+    '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
+
+    The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
+    composite itself may be in use elsewhere.
+    '''
+    _refuse_patched_rules()
+    network = plain(copied(model)).eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    reading = reader(network) if reader else None
+    registered = copy.copy(composite)
+    registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
+    given = canonizer is None or any(isinstance(other, GraphCanonizer) for other in composite.canonizers)
+    registered.canonizers = [*composite.canonizers, *([] if given else [canonizer])]
+    try:
+        registered.register(network)
+        if canonizer is not None:
+            _rules_per_call(network, registered, canonizer)
+        if reading is not None:
+            reading.attach()
+        yield Attribution(network, reading, registered)
+    finally:
+        registered.remove()
+
+
+def _refuse_patched_rules() -> None:
+    '''LXT, for one, replaces methods of all of Zennit's rules, after which gradients are no relevance.'''
+    for name in ('forward', 'backward', 'pre_forward', 'post_forward', 'pre_backward'):
+        home = getattr(BasicHook, name).__module__
+        if home != BasicHook.__module__:
+            raise PruneError(f'zennit.core.BasicHook.{name} was replaced by one of {home!r} (LXT does so when it '
+                             'patches Zennit): gradients are then no relevance. Use a process without that patch.')
+
+
+class Attribution(NamedTuple):
+    '''A network under rules: the copy that runs, what reads its tensors, and the composite registered with it.'''
+
+    network: nn.Module
+    reader: Any
+    composite: Composite
+
+
+def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
+    '''Give every call of a reused module a rule of its own: those of Zennit keep the last call's tensors only.'''
+    for name, module in network.named_modules():
+        rules = [rule for rule in rules_of(module) if isinstance(rule, BasicHook)]
+        if canonizer.calls.get(name, 1) < 2 or not rules or lends_its_rules(module):
+            continue
+        unregister(module, rules)
+        calls = _CallsOf(network, module)
+        for rule in rules:
+            for call in range(canonizer.calls[name]):
+                copied_rule = rule.copy()
+                composite.hook_refs.add(copied_rule)
+                composite.handles.append(copied_rule.register(calls.only(call, copied_rule)))
+                calls.rules.append(copied_rule)
+
+
+class _CallsOf:
+    '''Stands in for a module while rules are registered, so that each sees one of its calls only.'''
+
+    def __init__(self, network: nn.Module, module: nn.Module):
+        self.module, self.running = module, -1
+        self.rules: list[BasicHook] = []  # a hook lives as long as someone holds it
+        module.register_forward_pre_hook(self._begin, prepend=True)
+        network.register_forward_pre_hook(self._restart, prepend=True)
+
+    def _restart(self, network: nn.Module, inputs: Any) -> None:
+        self.running = -1
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self.running += 1
+
+    def only(self, call: int, rule: BasicHook) -> Any:
+        '''What a rule registers with: ``register_forward_hook`` and ``register_forward_pre_hook`` for one call.'''
+        def registering(method: Callable[..., Any]) -> Callable[..., Any]:
+            def register(hook: Callable[..., Any], **options: Any) -> Any:
+                def in_this_call(*args: Any) -> Any:
+                    return hook(*args) if self.running == call else None
+
+                in_this_call.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
+                return method(in_this_call, **options)
+            return register
+
+        return SimpleNamespace(register_forward_hook=registering(self.module.register_forward_hook),
+                               register_forward_pre_hook=registering(self.module.register_forward_pre_hook))
+
+
+class Reader(CallCounter):
+    '''Catch the gradient edges of tensors at given places while a network runs.
+
+    An edge is caught where the tensor appears, so that later in-place operations do not matter.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The copy that will be attributed, before a composite is registered.
+    places: sequence of Place
+        What to catch.
+    '''
+
+    def __init__(self, network: nn.Module, places: Sequence[Place]):
+        super().__init__(network)
+        self.network = network
+        self.caught: dict[Place, GradientEdge] = {}
+        self._counts: list[dict[str, int]] = []
+        self._wanted = {place for place in places if place.side == 'function'}
+        self._sites = {place.site for place in self._wanted}
+        self._at_modules: defaultdict[str, list[Place]] = defaultdict(list)
+        for place in places:
+            if place.side != 'function':
+                self._at_modules[place.module].append(place)
+        if self._wanted:  # entered inside the canonizers' own modes, so that it sees the calls first
+            self.accompany(network)
+
+    def attach(self) -> None:
+        '''Hook the modules, after the composite did: what is caught is what its rules return.'''
+        for name, module in self.network.named_modules():
+            places = self._at_modules.get(name, ())
+            if places:
+                calls = {'input': 0, 'output': 0}
+                self._counts.append(calls)
+                if any(place.side == 'input' for place in places):
+                    module.register_forward_pre_hook(self._hook('input', places, calls), prepend=True)
+                if any(place.side == 'output' for place in places):
+                    module.register_forward_hook(self._hook('output', places, calls))
+
+    def _hook(self, side: str, places: Sequence[Place], calls: dict[str, int]) -> Callable[..., None]:
+        def catch(module: nn.Module, inputs: Any, output: Any = None) -> None:
+            for place in places:
+                if place.side == side and place.call == calls[side]:
+                    self._catch(place, inputs if side == 'input' else output)
+            calls[side] += 1
+        return catch
+
+    def _catch(self, place: Place, value: Any) -> None:
+        tensors = tensors_in(value)
+        if place.position < len(tensors) and tensors[place.position].requires_grad:
+            self.caught[place] = get_gradient_edge(tensors[place.position])
+
+    def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        site = self.site
+        result = func(*args, **kwargs)
+        if site in self._sites:
+            for place in self._wanted:
+                if place.site == site:
+                    self._catch(place, result)
+        return result
+
+    def clear(self) -> None:
+        '''Forget what was caught, before the next pass.'''
+        self.caught.clear()
+        for calls in self._counts:
+            calls.update(input=0, output=0)
+
+
+def differentiable(inputs: Any, network: nn.Module) -> Any:
+    '''A copy of the inputs on the network's device, from which relevance can be traced back to every layer.
+
+    Raises
+    ------
+    PruneError
+        If an input holds values that are not finite.
+    '''
+    device = device_of(network)
+    inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), inputs)
+    tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    check_finite(tensors)
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    if not tensors:  # token numbers, say: relevance is traced back to the embeddings
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+    return inputs
+
+
+def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
+              again: bool = False) -> Sequence[torch.Tensor | None]:
+    '''The relevance at ``inputs`` (tensors or gradient edges) for ``start`` on ``output``; None where none arrives.
+
+    With ``again``, the graph is kept for another start.
+
+    Raises
+    ------
+    PruneError
+        If a rule of the composite fails.
+    '''
+    try:
+        return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
+    except PruneError:
+        raise
+    except RuntimeError as error:
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a '
+                         'module that it does not fit, e.g. one with several inputs: map it to no rule, or to one that '
+                         'fits.') from error
+
+
+def call_network(network: nn.Module, inputs: Any) -> Any:
+    '''Call a network with a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises
+    ------
+    PruneError
+        If it does not run, with the shapes it was given.
+    '''
+    inputs = map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, inputs)  # may be written to
+    args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    try:
+        return network(*args, **kwargs)
+    except PruneError:
+        raise
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: '
+                         f'{error}') from error
+
+
+def main_output(output: Any) -> torch.Tensor:
+    '''The first floating-point tensor that a network returned.'''
+    for tensor in output_tensors(output):
+        if tensor.is_floating_point():
+            return tensor
+    raise PruneError('the network returns no floating-point tensor to start relevance from, but a '
+                     f'{type(output).__name__}.')
+
+
+AttributorFactory = Callable[[nn.Module], Attributor]
+
+
+class Passes(nn.Module):
+    '''A network as an Attributor sees it; adds up the relevance that arrives at each place.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The network under rules.
+    reader: Reader
+        What catches its tensors.
+    forget: callable
+        Removes what the last pass left behind.
+    '''
+
+    def __init__(self, network: nn.Module, reader: Reader, forget: Callable[[], None]):
+        super().__init__()
+        self.network, self.reader, self.forget = network, reader, forget
+        self.sums: dict[Place, torch.Tensor] = {}
+        self.passes = 0
+
+    def forward(self, inputs: Any) -> torch.Tensor:
+        '''Run the network and wait for relevance to come back.'''
+        self.forget()
+        output = main_output(call_network(self.network, inputs))
+        for place, edge in self.reader.caught.items():
+            edge.node.register_prehook(partial(self._add, place, edge.output_nr))
+        if output.requires_grad:
+            output.register_hook(self._count)
+        return output
+
+    def _add(self, place: Place, position: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        relevance = gradients[position]
+        if relevance is not None:
+            relevance = relevance.detach()
+            self.sums[place] = self.sums[place] + relevance if place in self.sums else relevance
+
+    def _count(self, gradient: torch.Tensor) -> None:
+        self.passes += 1
+
+    def mean(self) -> dict[Place, torch.Tensor]:
+        '''The relevance at each place that any arrived at.'''
+        return {place: values / self.passes for place, values in self.sums.items()}
+
+
+def attributed(factory: AttributorFactory, passes: Passes, inputs: Any,
+               start: Callable[[torch.Tensor], torch.Tensor], seed: int) -> dict[Place, torch.Tensor]:
+    '''The mean relevance at every place over the passes of an Attributor, whose noise depends on ``seed`` only.
+
+    Raises
+    ------
+    PruneError
+        If ``factory`` makes no Attributor, one with a start or rules of its own, or one that fails.
+    '''
+    if not isinstance(inputs, torch.Tensor):
+        raise PruneError(f'an Attributor takes a single tensor, but the inputs are a {type(inputs).__name__}.')
+    attributor = factory(passes)
+    if not isinstance(attributor, Attributor):
+        raise PruneError(f'attributor= made a {type(attributor).__name__}: give a Zennit Attributor class, or a '
+                         'function from a model to an Attributor.')
+    if attributor.composite is not None or attributor.attr_output_fn is not identity:
+        raise PruneError('make the Attributor without composite and attr_output: the network it is given is under the '
+                         'rules already, and relevance starts as initial= says.')
+    try:
+        with fixed_randomness(seed, inputs.device):
+            attributor(inputs.detach(), start)
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(f'{type(attributor).__name__} does not run on this network: {type(error).__name__}: '
+                         f'{error}') from error
+    return passes.mean()
+
+
+@contextmanager
+def fixed_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    '''Random numbers from ``seed``; the global random state is as before afterwards.'''
+    accelerated = device.type != 'cpu'
+    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else 'cuda'):
+        torch.default_generator.manual_seed(seed)
+        if accelerated:
+            accelerator = getattr(torch, device.type)
+            with accelerator.device(device):
+                accelerator.manual_seed(seed)
+        yield

@@ -1,0 +1,338 @@
+'''Is relevance sound on this network? Follow it from the output to the input, and name what makes it or loses it.
+
+LRP conserves relevance: what an operation receives it passes on in full. Where an operation has no rule that does so,
+relevance multiplies or vanishes, and channels are ranked by where they sit instead of by what they do. What the rules
+of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and so
+is the constant term of a softmax. It is told apart: it is counted at the layers, the unsound rest at the operations
+between them.
+'''
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from zennit.core import Composite
+from zennit.layer import Sum
+from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
+
+from ..errors import PruneError
+from ..tracing._calls import CallCounter, Frame, Site
+from ..tracing._recorded import FunctionCall
+from ..tracing._trace import Recording, Run
+from ..util._display import table
+from ..util._networks import map_tensors, tensors_in
+from ._attribute import attributing, call_network, differentiable, main_output, propagate
+from ._canonize import GraphCanonizer, rules_of
+from ._functions import Equivalent
+from ._initial import initial_relevance
+
+TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
+ROUNDING = 1e-3  # of the mass, which the tolerance grows with: of large shares that cancel, little is left
+FADED = 0.01  # of the initial relevance, in absolute values
+EXPLODED = 1e4  # times the initial relevance, in absolute values
+CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
+NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
+
+
+class Stage(NamedTuple):
+    '''A tensor that all relevance flows through; numbers are over the initial relevance.
+
+    Attributes
+    ----------
+    name: str
+        The module that returns it, or the function and its module; the first is ``'output'``, the last ``'input'``.
+    sum: float
+        The sum of relevance there: that at the output, which is 1 unless the start cancels, ``- taken + made``.
+    mass: float
+        The sum of its absolute values: a sum of 1 can hide a large mass.
+    taken: float
+        What the rules of the layers behind took for biases and stabilizers, or found nothing to give to.
+    made: float
+        What the operations between these layers made, or, negative, lost: 0 on a sound network.
+    '''
+
+    name: str
+    sum: float
+    mass: float
+    taken: float
+    made: float
+
+
+@dataclass
+class Account:
+    '''What one call received from behind and passed on, over the initial relevance; masses are sums of absolutes.'''
+
+    function: str
+    module: str
+    is_layer: bool = False
+    received: float = 0.0
+    received_mass: float = 0.0
+    passed: float = 0.0
+    passed_mass: float = 0.0
+
+    @property
+    def made(self) -> float:
+        '''What was added to relevance; negative where some was lost.'''
+        return self.passed - self.received
+
+    def __str__(self) -> str:
+        return _place(self.function, self.module)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    '''What became of the initial relevance.
+
+    Attributes
+    ----------
+    stages: tuple of Stage
+        From the output to the input.
+    problems: tuple of str
+        What is unsound, for people to read; empty on a sound network.
+    accounts: tuple of Account
+        What each function, and each module with a rule, passed on of what it received; from the output to the input.
+    '''
+
+    stages: tuple[Stage, ...]
+    problems: tuple[str, ...]
+    accounts: tuple[Account, ...]
+
+    @property
+    def sound(self) -> bool:
+        '''Whether relevance can be trusted.'''
+        return not self.problems
+
+    def __str__(self) -> str:
+        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:4]), f'{round(stage.made, 4) + 0.0:.3g}')
+                for stage in self.stages]
+        return '\n'.join([table(('stage', 'sum', 'mass', 'taken by layers', 'made between'), rows),
+                          *(self.problems or ['Relevance is sound.'])])
+
+
+def preflight(model: nn.Module, composite: Composite, recording: Recording, x: Any, target: Any = 'predicted',
+              initial: Any = 'one-hot') -> Preflight:
+    '''Follow the relevance of a few samples through a network.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network; it is left as it is.
+    composite: zennit.core.Composite
+        The rules.
+    recording: Recording
+        The trace of the network.
+    x: torch.Tensor, tuple or dict
+        A few inputs.
+    target, initial:
+        Where relevance starts, as for :class:`zennit_prune.Collector`.
+
+    Raises
+    ------
+    PruneError
+        If relevance ceases to be finite, with the operation where it does; if inputs or target do not fit.
+    '''
+    run = recording.runs['eval']
+    canonizer = GraphCanonizer.from_recording(recording)
+    with attributing(model, composite, canonizer,
+                     lambda network: Bookkeeper(network, run.functions, canonizer.functions)) as attribution:
+        book, started = _book(attribution.network, attribution.reader, x, target, initial)
+    positions = {key: position for position, key in enumerate(book)}
+    stages = [Stage('output', *started, 0.0, 0.0)]
+    for name, keys in _bottlenecks(run):
+        key = next((key for key in keys if key in book), None)
+        if key is not None:
+            behind = [account for other, account in book.items() if positions[other] > positions[key]]
+            taken, made = (sum(account.made for account in behind if account.is_layer == layer)
+                           for layer in (True, False))
+            stages.append(Stage(name, book[key].received, book[key].received_mass, -taken, made))
+    accounts = tuple(account for key, account in reversed(book.items()) if key != 'input')
+    return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
+
+
+def _takes(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
+    '''Whether a call may take relevance: as a layer does, or for constants (class tokens, pads) beside its input.'''
+    if equivalent is not None:
+        return equivalent.takes
+    names = {operation.name for operation in call.operations if any(operation.active)}
+    return names == {'constant_pad_nd'} or (names <= CHOOSING and not all(tensor.requires_grad for tensor in tensors))
+
+
+def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
+          ) -> tuple[dict[Any, Account], tuple[float, float]]:
+    '''The accounts of one pass, by what they are of, in the order of the forward pass; the input is the first.
+
+    Beside them, the sum and the mass that the pass started with.
+    '''
+    inputs = differentiable(x, network)
+    leaves = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+    if leaves:  # else tokens
+        bookkeeper.open('input', Account('', 'input'), leaves)
+    with torch.enable_grad():
+        output = main_output(call_network(network, inputs))
+        start = initial_relevance(output, target, initial)
+        propagate(output, start, leaves or [value for value in network.parameters() if value.requires_grad])
+    return bookkeeper.close(start)
+
+
+class Bookkeeper(CallCounter):
+    '''While a network runs, hook what enters and leaves its functions and the modules that have rules.'''
+
+    def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], equivalents: Mapping[Site, Equivalent]):
+        super().__init__(network)
+        self._network, self._equivalents = network, equivalents
+        self._called = {call.site: call for call in calls}
+        self._accounts: dict[Any, Account] = {}
+        self._sums: defaultdict[tuple[Any, str], list[torch.Tensor]] = defaultdict(list)
+        self.accompany(network)
+
+    def attach(self) -> None:
+        '''Nothing to do: the modules are met while the network runs.'''
+
+    def __enter__(self) -> CallCounter:
+        self._owners = {name: module for name, module in self._network.named_modules() if rules_of(module)}
+        return super().__enter__()
+
+    def open(self, key: Any, account: Account, outputs: Sequence[torch.Tensor]) -> None:
+        '''Open the account of what made some tensors.'''
+        self._accounts[key] = account
+        for tensor in outputs:
+            self._watch(key, 'received', tensor)
+
+    def _watch(self, key: Any, side: str, tensor: torch.Tensor) -> None:
+        if tensor.requires_grad:
+            sums = self._sums[key, side]
+
+            def add(grad: torch.Tensor | None) -> None:
+                if grad is None:  # of a function that passes nothing on
+                    return
+                sums.append(torch.stack([grad.real.sum(), grad.abs().sum()]).double().cpu())
+
+            tensor.register_hook(add)
+
+    def _aliased(self, key: Any, tensors: Any, active: Sequence[int] | None = None, in_place: int | None = None) -> Any:
+        '''The same tensors by names of their own: what flows back through them comes from one reader alone.'''
+        found = tensors_in(tensors)
+        watched = [position for position in active or () if found[position].requires_grad] or range(len(found))
+        numbers = iter(range(len(found)))
+
+        def alias(tensor: torch.Tensor) -> torch.Tensor:
+            position = next(numbers)
+            tensor = tensor if position == in_place or not tensor.requires_grad else tensor.view_as(tensor)
+            if position in watched:  # parameters are not, but those that token numbers choose from
+                self._watch(key, 'passed', tensor)
+            return tensor
+
+        return map_tensors(alias, tensors)
+
+    def intercept(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        key = self.site
+        call = self._called.get(key)
+        if call is None or any(frame.module in self._owners for frame in self._stack):
+            return func(*args, **kwargs)
+        takes = _takes(call, self._equivalents.get(key), tensors_in((args, kwargs)))
+        args, kwargs = self._aliased(key, (args, kwargs), call.active, call.in_place)
+        result = func(*args, **kwargs)
+        self.open(key, Account(key.function.strip('_'), key.module, takes), tensors_in(result))
+        return result
+
+    def _is_outermost_owner(self, frame: Frame) -> bool:
+        return frame.module in self._owners and not any(
+            other.module in self._owners for other in self._stack if other is not frame)
+
+    def entered(self, frame: Frame, inputs: Any) -> Any:
+        return self._aliased((frame.module, frame.call), inputs) if self._is_outermost_owner(frame) else None
+
+    def left(self, frame: Frame, output: Any) -> None:
+        if self._is_outermost_owner(frame):
+            between = isinstance(self._owners[frame.module], (Activation, AvgPool, BatchNorm, MaxPool, Sum))
+            self.open((frame.module, frame.call), Account('', frame.module, not between), tensors_in(output))
+
+    def close(self, start: torch.Tensor) -> tuple[dict[Any, Account], tuple[float, float]]:
+        '''The accounts over the relevance that was started with, and that itself.'''
+        total, mass = float(start.double().sum()), float(start.double().abs().sum())
+        if not 0 < mass < torch.inf:
+            raise PruneError(f'the initial relevance has a mass of {mass:.3g}: start from an output that the network '
+                             'decides, e.g. the predicted class.')
+        cancels = abs(total) < 1e-3 * mass  # contrastive, say: there is no sum to speak of
+        scale = torch.tensor([mass if cancels else total, mass], dtype=torch.float64)
+        for (key, side), sums in self._sums.items():
+            amounts = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
+            for name, amount in zip((side, f'{side}_mass'), amounts):
+                setattr(self._accounts[key], name, amount)
+        for account in reversed(self._accounts.values()):
+            if not account.passed_mass < torch.inf:
+                raise PruneError(f'relevance is not finite any more behind {account}: a rule there divides by zero or '
+                                 'overflows. Use a rule with a larger epsilon, or attribute in float32 or float64.')
+        return self._accounts, (total / float(scale[0]), 1.0)
+
+
+def _place(function: str, module: str) -> str:
+    return f'{function} in {module!r}' if function and module else function or repr(module)
+
+
+def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
+    '''The values that all relevance passes, from output to input: a name, and the keys of accounts of what made it.
+
+    Of values that follow each other with nothing but norms and activations between, the last is taken.
+    '''
+    makers: defaultdict[int, list[Any]] = defaultdict(list)
+    names: dict[int, str] = {}
+    for call in run.functions:
+        for value in call.results[:1]:
+            makers[value].append(call.site)
+            names.setdefault(value, _place(call.site.function.strip('_'), call.site.module))
+    for value, places in run.places.items():
+        modules = [(place.module, place.call) for place in places if place.side == 'output' and place.module]
+        makers[value] += modules
+        if modules:
+            names[value] = min((module for module, _ in modules), key=len)
+    operations = [operation for operation in run.operations if any(operation.active)]
+    last = {value: index for index, operation in enumerate(operations)
+            for value, active in zip(operation.reads, operation.active or [True] * len(operation.reads)) if active}
+    live = set(last).difference(value for operation in operations for value in operation.writes)  # the inputs
+    found: list[tuple[bool, str, list[Any]]] = []
+    for index, operation in enumerate(operations):
+        live = {value for value in live if last[value] > index} | {
+            value for value in operation.writes if last.get(value, -1) > index}
+        if len(live) == 1 and operation.writes and operation.writes[0] in live:
+            value = operation.writes[0]
+            if value in names:
+                found.append((operation.name in NEW_STAGE, names[value], makers[value]))
+    for index in range(len(found) - 1, -1, -1):
+        if index + 1 == len(found) or found[index + 1][0]:
+            yield found[index][1:]
+    yield 'input', ['input']  # without an account where there are token numbers, to which no relevance comes
+
+
+def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[str]:
+    worst = max(stages, key=lambda stage: abs(stage.made))
+    if not abs(worst.made) <= TOLERANCE * max(1, ROUNDING * max(stage.mass for stage in stages)):
+        culprits = [account for account in accounts
+                    if not account.is_layer and abs(account.made) > 0.01 * abs(account.received) + 1e-3]
+        yield (f'Relevance is unsound: {abs(worst.made):.3g} times the initial one is '
+               f'{"made" if worst.made > 0 else "lost"} between the output and {worst.name!r}, by operations without a '
+               f'rule that conserves it: {_listed(culprits)}.')
+    heaviest = max(stages, key=lambda stage: stage.mass)
+    if heaviest.mass > EXPLODED:
+        culprits = [account for account in accounts if account.received_mass > 0.1]
+        culprits.sort(key=lambda account: account.received_mass / max(account.passed_mass, 1e-9))
+        yield (f'The absolute relevance at {heaviest.name!r} is {heaviest.mass:.3g} times the initial one: large '
+               f'positive and negative shares cancel. It grows most in {_listed(culprits[:3])}.')
+    lightest = min(stages, key=lambda stage: stage.mass)
+    if lightest.mass < FADED:
+        culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
+        culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
+        yield (f'Relevance fades: {lightest.mass:.2g} of the initial one arrives at {lightest.name!r}, so that '
+               'channels in front are ranked below those behind. Most is taken for biases, or where z-plus finds '
+               f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
+
+
+def _listed(accounts: Sequence[Account]) -> str:
+    '''The first few, from the output, with what they make of relevance.'''
+    shown = [f'{account} ({account.received:.3g} becomes {account.passed:.3g})' for account in accounts[:3]]
+    more = [f'{len(accounts) - 3} more'] if len(accounts) > 3 else []
+    return ', '.join([*shown, *more]) or 'no function or module that can be named'

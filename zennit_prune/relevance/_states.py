@@ -1,0 +1,241 @@
+'''Where the relevance of a channel is read: the tensors that carry its complete value.
+
+For a plain convolution that is its output. In a residual stream it is the first value and the output of every coupling
+operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel
+a new value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before
+may be a constant that matters behind. A norm whose statistics depend on the sample is no different; before it,
+relevance sums to zero. Nor is a gated linear unit, which makes one value of two.
+'''
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..graph._graph import ChannelGraph
+from ..graph._groups import ChannelGroup
+from ..tracing._boundaries import Place
+from ..tracing._labels import Field, Labels
+from ..tracing._recorded import Operation
+from ..tracing._rules import OPERATIONS, UNKNOWN
+
+MOVES = {'view', 'permute', 'transpose', 't', 'unsqueeze', 'squeeze'}
+
+
+@dataclass(eq=False)
+class State:
+    '''One tensor in which channels of a group can be read.
+
+    Attributes
+    ----------
+    group: str
+        The group.
+    value: int
+        The number of the value in the trace.
+    place: Place
+        Where the tensor is found when the network runs.
+    dims: tuple of int
+        The dimensions along which the channels lie.
+    positions: torch.Tensor
+        int64, shaped as these dimensions: the position in the group, or its size where something else sits.
+    size: int
+        The size of the group.
+    '''
+
+    group: str
+    value: int
+    place: Place
+    dims: tuple[int, ...]
+    positions: torch.Tensor
+    size: int
+
+    def per_sample(self, relevance: torch.Tensor, batch: int) -> torch.Tensor:
+        '''Sum over space, tokens and whatever the channel's removal takes along.
+
+        Parameters
+        ----------
+        relevance: torch.Tensor
+            As the tensor is shaped; its first dimension may hold several entries of each sample.
+        batch: int
+            The number of samples.
+
+        Returns
+        -------
+        torch.Tensor
+            float64 (float32 on devices without it), shape (batch, size of the group).
+        '''
+        relevance = relevance.to(accumulation_dtype(relevance.device))
+        others = [dim for dim in range(1, relevance.dim()) if dim not in self.dims]
+        if others:
+            relevance = relevance.sum(others)
+        relevance = relevance.reshape(batch, -1, self.positions.numel()).sum(1)
+        result = relevance.new_zeros(batch, self.size + 1)
+        result.index_add_(1, self.positions.to(relevance.device).reshape(-1), relevance)
+        return result[:, :self.size]
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    '''float64 where the device has it.'''
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def keeps_elements(name: str) -> bool:
+    '''Whether an operation is a norm, a view, or acts on each element by itself.'''
+    packet = getattr(torch.ops.aten, name, None)
+    tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags} if packet else set()
+    is_pointwise = torch.Tag.pointwise in tags or OPERATIONS.get(name, UNKNOWN).pointwise
+    return is_pointwise or 'batch_norm' in name or name == 'view'
+
+
+def find_states(graph: ChannelGraph, values: Callable[[Flow, ChannelGroup], Iterable[int]] | None = None
+                ) -> tuple[list[State], dict[str, str]]:
+    '''All states of all groups, or the tensors that hold other ``values``; and, for groups without any, why.'''
+    flow = Flow(graph)
+    states: list[State] = []
+    missing: dict[str, str] = {}
+    for group in graph.groups:
+        found = [state for value in (values or Flow.complete)(flow, group) for state in flow.state(group, value)]
+        if not found:
+            missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns'
+        unique = {(state.place.side, state.place.module, state.place.call, state.place.position,
+                   state.place.site): state for state in found}
+        states += unique.values()
+    return states, missing
+
+
+class Flow:
+    '''Which operation writes and reads which value, in evaluation mode.'''
+
+    def __init__(self, graph: ChannelGraph):
+        self.graph = graph
+        run = graph.recording.runs['eval']
+        self.operations, self.places = run.operations, run.places
+        self.fields: dict[int, list[Field]] = {}
+        self.readers: defaultdict[int, list[Operation]] = defaultdict(list)
+        self.writer: dict[int, Operation] = {}
+        for operation in self.operations:
+            for value, fields in zip(operation.writes, operation.outputs):
+                self.fields[value] = fields
+                self.writer[value] = operation
+            for value, active in zip(operation.reads, operation.active or [True] * len(operation.reads)):
+                if active:
+                    self.readers[value].append(operation)
+        owner = np.full(len(graph.solution.group) + 1, -1)
+        for number, group in enumerate(graph.groups):
+            owner[group.channels] = number
+        self.owner = owner[graph.solution.channel]
+        self.number = {group.name: number for number, group in enumerate(graph.groups)}
+        self._producing: defaultdict[int, list[Operation]] = defaultdict(list)
+        self._renewing: defaultdict[int, list[Operation]] = defaultdict(list)
+        for operation in self.operations:
+            for number in self._numbers(operation.producers):
+                self._producing[number].append(operation)
+            carried = [set(self._numbers([field.labels for field in fields]))
+                       for fields, active in zip(operation.inputs, operation.active) if active]
+            if operation.contracted or operation.name == 'cat':
+                continue
+            source = self.writer.get(operation.reads[0]) if operation.name == 'sum' else None
+            anew = (operation.name in ('convolution', 'native_group_norm', 'glu')
+                    or operation.decisions.get('statistics of the batch')
+                    or (source is not None and source.name == 'stack'))  # zennit.layer.Sum
+            for number in set().union(*carried):
+                if anew or sum(number in numbers for numbers in carried) > 1:
+                    self._renewing[number].append(operation)
+
+    def _numbers(self, arrays: list[Labels]) -> list[int]:
+        '''The groups that label arrays hold channels of.'''
+        return sorted({number for labels in arrays for number in np.unique(self.owner[labels]).tolist() if number >= 0})
+
+    def carries(self, value: int, group: ChannelGroup) -> Field | None:
+        '''The field of a value that holds channels of a group.'''
+        for field in self.fields.get(value, ()):
+            if (self.owner[field.labels] == self.number[group.name]).any():
+                return field
+        return None
+
+    def complete(self, group: ChannelGroup) -> Iterator[int]:
+        '''The values that carry a channel's complete value.'''
+        number = self.number[group.name]
+        for value in self._written(group, self._producing[number] + self._renewing[number]):
+            if self.is_complete(value, group):
+                yield value
+
+    def settled(self, group: ChannelGroup) -> Iterator[int]:
+        '''The same, each after the norms and activations that alone read it.'''
+        renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
+        for value in self.complete(group):
+            last = value
+            while len(self.readers[value]) == 1:
+                operation = self.readers[value][0]
+                if (sum(operation.active) != 1 or id(operation) in renewing or not keeps_elements(operation.name)
+                        or not self.carries(operation.writes[0], group)):
+                    break
+                value = operation.writes[0]
+                last = value if value in self.places else last
+            yield last
+
+    def produced(self, group: ChannelGroup) -> Iterator[int]:
+        '''The values that weights bring forth.'''
+        return self._written(group, self._producing[self.number[group.name]])
+
+    def consumed(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
+        '''The values that weights read, and where.'''
+        for operation in self.operations:
+            if self.number[group.name] in self._numbers(operation.consumers):
+                for value, active in zip(operation.reads, operation.active):
+                    if active and self.carries(value, group):
+                        yield self._before_moves(value), operation
+
+    def _written(self, group: ChannelGroup, operations: Iterable[Operation]) -> Iterator[int]:
+        for operation in operations:
+            for value in operation.writes[:1] if operation.name != 'stack' else ():
+                if self.carries(value, group):
+                    yield value
+
+    def _before_moves(self, value: int) -> int:
+        '''Back to where a value, then of another shape, enters or leaves a module or function.'''
+        while value not in self.places and value in self.writer and self.writer[value].name in MOVES:
+            value = self.writer[value].reads[0]
+        return value
+
+    def is_complete(self, value: int, group: ChannelGroup) -> bool:
+        '''Whether anything reads the value, perhaps after norms and activations, but to turn it into another state.'''
+        renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
+        front, seen = [value], {value}
+        while front:
+            for operation in self.readers[front.pop()]:
+                if id(operation) in renewing:
+                    continue
+                onward = [written for written in operation.writes if self.carries(written, group)]
+                contracted = operation.contracted and self.number[group.name] in self._numbers(operation.contracted)
+                if contracted or not onward:
+                    return True
+                front += [written for written in onward if written not in seen]
+                seen.update(onward)
+        return False
+
+    def state(self, group: ChannelGroup, value: int) -> Iterator[State]:
+        '''The state at a value: where it, or the only thing computed from it, enters or leaves a module or function.'''
+        while True:
+            field = self.carries(value, group)
+            if field is None:
+                return
+            places = sorted(self.places.get(value, ()),
+                            key=lambda place: ('output', 'input', 'function').index(place.side))
+            if places and 0 not in field.dims:
+                yield self._state(group, value, field, places[0])
+                return
+            readers = self.readers[value]
+            if len(readers) != 1 or readers[0].contracted or sum(readers[0].active) != 1 or not readers[0].writes:
+                return
+            value = readers[0].writes[0]
+
+    def _state(self, group: ChannelGroup, value: int, field: Field, place: Place) -> State:
+        position = np.full(len(self.graph.solution.group) + 1, group.size)
+        position[group.channels] = np.arange(group.size)
+        labels = np.squeeze(field.labels, tuple(dim for dim in range(field.labels.ndim) if dim not in field.dims))
+        positions = torch.from_numpy(position[self.graph.solution.channel[labels]])
+        return State(group.name, value, place, field.dims, positions, group.size)

@@ -1,0 +1,128 @@
+'''Drive a collector over a loader: checkpoints to resume from, and shares of many processes added up.'''
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ..errors import PruneError, PruneWarning
+from ..util._distributed import gathered, in_step, rank_and_world
+from ..util._files import check_folder
+from ..util._fingerprint import fingerprint
+from ..util._loaders import batches, only
+from ._collect import Collector
+from ._preflight import preflight
+from ._relevance import Relevance
+from ._selection import Selection
+from ._sums import Sums
+
+EVERY = 30.0  # seconds from one checkpoint to the next
+CHECKED = 4  # samples
+
+
+def collect(collector: Collector, loader: Iterable[Any], target: Any = None, progress: bool = True,
+            checkpoint: str | os.PathLike[str] | None = None) -> Relevance:
+    '''Add all batches of a loader; under ``torch.distributed``, those of all processes.
+
+    Parameters
+    ----------
+    collector: Collector
+        A fresh one.
+    loader: iterable
+        See :func:`zennit_prune.loaders.batches`.
+    target:
+        In place of the loader's labels.
+    progress: bool
+        Show a progress bar on standard error, on rank 0.
+    checkpoint: path-like, optional
+        Where to keep what was added so far; each of many processes has a file of its own beside it.
+    '''
+    rank, world = rank_and_world()
+    path = None
+    if checkpoint is not None:
+        path = Path(f'{os.fspath(checkpoint)}.{rank}-of-{world}' if world > 1 else checkpoint)
+    with closing(_steps(collector, loader, target, progress and rank == 0, rank == 0, path, world > 1)) as steps:
+        if world > 1:
+            in_step(steps, collector.device)
+            share(collector)
+        else:
+            for _ in steps:
+                pass
+    relevance = collector.compute()
+    if path is not None:
+        path.unlink(missing_ok=True)
+    return relevance
+
+
+def share(collector: Collector) -> None:
+    '''Give the collectors of all processes the sums of all, added up by rank, so that they are the same bits.'''
+    total = Sums()
+    for settings, sums in gathered((collector.settings(), collector.sums.portable()), collector.device):
+        collector.check_fits(settings, 'the collectors of the processes')
+        total = total.merged(sums)
+    collector.sums = total
+
+
+def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: bool, checks: bool, path: Path | None,
+           wait: bool) -> Generator[None, None, None]:
+    '''Add the batches one by one, the first after a check; whatever ends it early leaves a checkpoint.'''
+    def stream() -> Iterator[tuple[Any, Any]]:
+        for inputs, labels in batches(loader, collector.criterion if progress else None):
+            yield inputs, labels if target is None else target
+
+    with collector:
+        rest = stream()
+        if path is not None:
+            check_folder(path)
+            if path.exists():
+                _resume(collector, rest, path)
+        kept, when = collector.sums, time.monotonic()
+        try:
+            for inputs, labels in rest:
+                if checks and not collector.sums.batches:
+                    _check(collector, inputs, labels)
+                collector.update(inputs, labels)
+                if path is not None and time.monotonic() - when >= EVERY:
+                    collector.save(path)
+                    kept, when = collector.sums, time.monotonic()
+                yield
+        except BaseException:
+            wait = True
+            raise
+        finally:  # others may fail while this process waits for them
+            if path is not None and wait and collector.sums is not kept:
+                collector.save(path)
+
+
+def _check(collector: Collector, inputs: Any, target: Any) -> None:
+    '''Warn if relevance is not sound on the first samples of a batch.'''
+    batch = Selection(inputs, target, collector.classes, True, 0)
+    if collector.criterion != 'relevance' or not collector.is_lrp() or batch.skipped or not len(batch.numbers):
+        return
+    x, labels = only((batch.inputs, batch.target), len(batch.numbers), slice(CHECKED))
+    try:
+        found = preflight(collector.model, collector.composite, collector.graph.recording, x, labels, collector.initial)
+    except PruneError:
+        return  # the collector says what is wrong with a batch
+    collector.notes += found.problems
+    for problem in found.problems:
+        warnings.warn(problem, PruneWarning, stacklevel=5)
+
+
+def _resume(collector: Collector, stream: Iterator[Any], path: Path) -> None:
+    '''Load a checkpoint, and pass over the batches that it holds.'''
+    collector.load(path)
+    remedy = f'give the same batches in the same order (seed shuffling and augmentation), or remove {str(path)!r}.'
+    batch = None
+    for number in range(collector.sums.batches):
+        batch = next(stream, None)
+        if batch is None:
+            raise PruneError(f'{str(path)!r} holds {collector.sums.batches} batches, but the loader yields {number}: '
+                             f'{remedy}')
+    if collector.sums.last_batch not in (None, fingerprint(batch)):
+        raise PruneError(f'{str(path)!r} does not fit the loader: its batch {collector.sums.batches} was another one; '
+                         f'{remedy}')

@@ -1,0 +1,131 @@
+'''What a pass adds up: sums over samples for each group, and how far it came.'''
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import PruneError
+from ..util._files import read_tensors, write_tensors
+from ..util._fingerprint import fingerprint
+from ._exemplars import Best
+
+FORMAT = 'zennit_prune collection'
+BEST = 'best/'  # before the names of their tensors; those of groups have no slash after a plain word
+
+
+@dataclass(frozen=True)
+class Sums:
+    '''Sums of scores over samples; adding makes new ones, so that who is interrupted has all of a batch or none.
+
+    Attributes
+    ----------
+    halves: dict of str to torch.Tensor
+        By group, shape (2, channels): the sums over the even and the odd samples.
+    counts: tuple of int
+        How many samples either half holds.
+    seen: int
+        How many samples went by, counted or not.
+    batches: int
+        How many batches they came in.
+    skipped: int
+        How many samples were left out because something was not finite.
+    reason: str
+        What was not finite, for the first of them.
+    last: object
+        The last batch, or its fingerprint where these sums were read from a file.
+    best: Best, optional
+        The samples that matter most to each channel, where these are asked for.
+    '''
+
+    halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    counts: tuple[int, int] = (0, 0)
+    seen: int = 0
+    batches: int = 0
+    skipped: int = 0
+    reason: str = ''
+    last: Any = None
+    best: Best | None = None
+
+    @property
+    def samples(self) -> int:
+        '''How many samples were counted.'''
+        return sum(self.counts)
+
+    def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any,
+             best: Best | None = None) -> Sums:
+        '''With a batch of ``size`` more; ``values``, shape (samples, channels), are from those that count.
+
+        ``best`` numbers them from the start of the batch.
+        '''
+        odd = self.samples % 2
+        number = len(next(iter(values.values()), ()))
+        halves = {name: torch.stack([rows[odd::2].sum(0), rows[1 - odd::2].sum(0)]) for name, rows in values.items()}
+        return Sums(_added(self.halves, halves), (self.counts[0] + len(range(odd, number, 2)),
+                                                  self.counts[1] + len(range(1 - odd, number, 2))),
+                    self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch,
+                    _joined(self.best, best, self.seen))
+
+    def merged(self, other: Sums) -> Sums:
+        '''With all that ``other`` holds.'''
+        return Sums(_added(self.halves, other.halves), (self.counts[0] + other.counts[0],
+                                                        self.counts[1] + other.counts[1]),
+                    self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
+                    self.reason or other.reason, best=_joined(self.best, other.best, self.seen))
+
+    def portable(self) -> Sums:
+        '''The same on the CPU, without the last batch.'''
+        return replace(self, halves={name: values.cpu() for name, values in self.halves.items()}, last=None,
+                       best=self.best and self.best.to('cpu'))
+
+    def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        '''Write one safetensors file; it appears when it is complete.'''
+        state = {'counts': self.counts, 'seen': self.seen, 'batches': self.batches, 'skipped': self.skipped,
+                 'reason': self.reason, 'last': self.last_batch}
+        metadata = {'state': json.dumps(state), 'settings': json.dumps(settings)}
+        tensors = dict(self.halves)
+        if self.best is not None:
+            metadata['best'] = self.best.to_json()
+            tensors.update({BEST + name: values for name, values in self.best.tensors().items()})
+        write_tensors(path, tensors, metadata, FORMAT)
+
+    @property
+    def last_batch(self) -> str | None:
+        '''The fingerprint of the last batch.'''
+        return self.last if self.last is None or isinstance(self.last, str) else fingerprint(self.last)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple[Sums, dict[str, Any]]:
+        '''What :meth:`save` wrote: the sums and the settings.
+
+        Raises
+        ------
+        PruneError
+            If the file is something else.
+        '''
+        tensors, metadata = read_tensors(path, FORMAT)
+        halves = {name: values for name, values in tensors.items() if not name.startswith(BEST)}
+        kept = {name.removeprefix(BEST): values for name, values in tensors.items() if name.startswith(BEST)}
+        best = Best.load(metadata['best'], kept, os.fspath(path)) if 'best' in metadata else None
+        try:
+            state = json.loads(metadata['state'])
+            state['counts'] = tuple(state['counts'])
+            return cls(halves, best=best, **state), json.loads(metadata['settings'])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
+
+
+def _added(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: old[name].to(new[name].device) + new[name] if name in old and name in new
+            else (new if name in new else old)[name] for name in {**old, **new}}
+
+
+def _joined(old: Best | None, new: Best | None, seen: int) -> Best | None:
+    '''What was kept before and what came after ``seen`` samples.'''
+    if old is None or new is None:
+        return old if new is None else new.numbered_from(seen)
+    return old.merged(new.numbered_from(seen))

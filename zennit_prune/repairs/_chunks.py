@@ -1,0 +1,132 @@
+'''The inputs of a repair: a bounded choice of what is given, in parts that run at once, and in folds.'''
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from math import ceil, copysign
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import PruneError
+from ..util._loaders import batch_size, only
+from ..util._networks import check_finite, map_tensors, tensors_in
+from ._references import KEPT, References, joined
+from ._regression import FOLDS
+
+CHUNK = 50  # inputs that run at once
+LEAST = 16  # inputs, however large they are
+HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
+SHIFT = 16  # pictures are moved by one of so many parts of their size
+
+
+class Chunk(NamedTuple):
+    '''Inputs that run at once, the fold of each, and whether they are variants of others.'''
+
+    inputs: Any
+    folds: torch.Tensor
+    varied: bool = False
+
+
+class Inputs:
+    '''What a network is repaired with: all of up to 1,024 inputs, of more a random choice; equal ones once.
+
+    Parameters
+    ----------
+    data: torch.Tensor, dict or iterable
+        Inputs, or a loader; labels are ignored.
+    device: torch.device
+        Where they go.
+
+    Attributes
+    ----------
+    order: torch.Tensor
+        The indices of the inputs, shuffled: loaders come in any order.
+
+    Raises
+    ------
+    PruneError
+        If there is none, or one is not finite.
+    '''
+
+    def __init__(self, data: Any, device: torch.device):
+        references = References([data] if isinstance(data, (dict, torch.Tensor)) else data, KEPT)
+        for inputs, _ in references:
+            check_finite(tensors_in(inputs))
+        self.device = device
+        self._batches = list(joined(references.chosen()))
+        self._starts = [0]
+        for inputs in self._batches:
+            self._starts.append(self._starts[-1] + batch_size(inputs))
+        if not self._starts[-1]:
+            raise PruneError('there is no input to repair with: the data are empty.')
+        first: dict[tuple[int, ...], int] = {}
+        for number, key in enumerate(self._keys()):
+            first.setdefault(key, number)
+        distinct = torch.tensor(list(first.values()))
+        self.order = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))]
+        self._folds = torch.zeros(self._starts[-1], dtype=torch.int64)
+        self._folds[self.order] = torch.arange(len(self.order)) % FOLDS
+
+    def _keys(self) -> Iterator[tuple[int, ...]]:
+        '''By which equal inputs are known: in different folds, one would tell the answer for the other.'''
+        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+            rows = [tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
+                    for tensor in tensors_in(inputs) if tensor.dim() and len(tensor) == end - start]
+            for number in range(end - start):
+                yield tuple(hash(row[number].tobytes()) for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def limit(self, count: int) -> None:
+        '''Go on with so many, at random.'''
+        self.order = self.order[:max(count, LEAST)]
+
+    def chunks(self, chosen: torch.Tensor, varied: bool = False) -> list[Chunk]:
+        '''Some inputs in parts; with variants, pictures come three times, all in one fold.'''
+        return list(self._chunks(chosen.sort().values, varied))
+
+    def _chunks(self, chosen: torch.Tensor, varied: bool) -> Iterator[Chunk]:
+        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+            inside = (start <= chosen) & (chosen < end)
+            for where, folds in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
+                part = only(inputs, end - start, where)
+                part = map_tensors(lambda tensor: wide(tensor.detach().to(self.device)), part)
+                yield Chunk(part, folds)
+                if varied and all(tensor.dim() == 4 for tensor in tensors_in(part)):
+                    for variant in (_mirrored, _moved):
+                        yield Chunk(map_tensors(variant, part), folds, True)
+
+
+def _mirrored(pictures: torch.Tensor) -> torch.Tensor:
+    '''The mirror images, moved down and to the right: they meet the strides of layers at other pixels.'''
+    return _shifted(pictures.flip(-1), 1, 1)
+
+
+def _moved(pictures: torch.Tensor) -> torch.Tensor:
+    '''The pictures moved up, and to the right by half as much.'''
+    return _shifted(pictures, -1, 0.5)
+
+
+def _shifted(pictures: torch.Tensor, down: float, right: float) -> torch.Tensor:
+    '''Moved by shares of ``1 / SHIFT`` of their size, at least a pixel; the edge is repeated.'''
+    for dim, way in ((2, down), (3, right)):
+        size = pictures.shape[dim]
+        pixels = copysign(ceil(abs(way) * size / SHIFT), way)
+        source = (torch.arange(size, device=pictures.device) - int(pixels)).clamp(0, size - 1)
+        pictures = pictures.index_select(dim, source)
+    return pictures
+
+
+def _parts(*aligned: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    '''At most ``CHUNK`` of each, equally many: BatchNorm cannot be estimated from a single input that is left.'''
+    size = len(aligned[0])
+    pieces = -(-size // CHUNK)
+    for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
+        yield tuple(each[first:end] for each in aligned)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    '''In float32, what has less.'''
+    return tensor.float() if tensor.dtype in HALVES else tensor

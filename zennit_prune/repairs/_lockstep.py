@@ -1,0 +1,115 @@
+'''Run networks in step: each stops where a value is made, and goes on when the others are there.
+
+A network is repaired while it runs: what a layer reads must come from the layers before it as they are after their
+repair. So that one forward pass is enough for all layers, it runs in a thread that waits at every stop.
+'''
+from __future__ import annotations
+
+from collections.abc import Collection
+from threading import Semaphore, Thread
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..relevance._attribute import call_network
+from ..tracing._calls import CallCounter, Site
+from ..util._loaders import batch_size
+from ..util._networks import map_tensors
+from ._targets import LayerCall
+
+
+class Stop(NamedTuple):
+    '''Where a network waits.
+
+    Attributes
+    ----------
+    site: Site
+        The call that made the value.
+    value: torch.Tensor
+        The value; what is written into it is what the network goes on with.
+    calls: dict of Site to LayerCall
+        The wanted calls so far.
+    '''
+
+    site: Site
+    value: torch.Tensor
+    calls: dict[Site, LayerCall]
+
+
+class Left(BaseException):
+    '''Raised in a network that nobody waits for any more.'''
+
+
+class Walk(CallCounter):
+    '''One forward pass, from stop to stop.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        It runs without gradients.
+    inputs: torch.Tensor, tuple or dict
+        What it is called with.
+    stops: collection of Site
+        The calls after which it waits.
+    wanted: collection of Site
+        The calls of layers that are kept, with their inputs.
+    '''
+
+    def __init__(self, network: nn.Module, inputs: Any, stops: Collection[Site], wanted: Collection[Site] = ()):
+        super().__init__(network)
+        self._stops, self._wanted = stops, wanted
+        self._calls_seen: dict[Site, LayerCall] = {}
+        self._batch = batch_size(inputs)
+        self._stop: Stop | None = None
+        self._error: BaseException | None = None
+        self._left = False
+        self._go, self._there = Semaphore(0), Semaphore(0)
+        self._thread_of_walk = Thread(target=self._run, args=(network, inputs), daemon=True)
+        self._started = False
+
+    def _run(self, network: nn.Module, inputs: Any) -> None:
+        try:
+            with torch.no_grad(), self:
+                call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
+        except Left:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._stop = None
+        self._there.release()
+
+    def intercept(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._left:  # and a network that catches everything went on
+            raise Left
+        site = self.site
+        result = func(*args, **kwargs)
+        if site in self._wanted:
+            self._calls_seen[site] = LayerCall(site.function, args, kwargs, result, self._batch)
+        if site in self._stops:
+            self._stop = Stop(site, result, self._calls_seen)
+            self._there.release()
+            self._go.acquire()
+            if self._left:
+                raise Left
+        return result
+
+    def next(self) -> Stop | None:
+        '''Go on to the next stop; None at the end.'''
+        self._stop = None
+        if self._started:
+            self._go.release()
+        else:
+            self._started = True
+            self._thread_of_walk.start()
+        self._there.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._stop
+
+    def leave(self) -> None:
+        '''End it wherever it is.'''
+        self._left = True
+        self._go.release()
+        if self._started:
+            self._thread_of_walk.join()

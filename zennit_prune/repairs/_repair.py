@@ -1,0 +1,411 @@
+'''Keep the accuracy of a pruned network without labels, gradients or epochs.
+
+Layer by layer, in the order of the forward pass, least squares refits the weights so that each target (see
+``targets.py``) is what it was in the original network, on reference inputs, fed with what the repaired layers before
+give. The solution is written into the layer and its BatchNorm, whose statistics become those of the new weights, so
+that training can go on.
+
+The statistics of BatchNorm, from inputs.
+'''
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product, repeat
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from zennit.types import BatchNorm
+
+from ..errors import PruneError, PruneWarning
+from ..planning._plan import Plan
+from ..relevance._attribute import call_network
+from ..surgery._replay import Deletion
+from ..surgery._surgery import Kept
+from ..tracing._parametrized import copy_values, plain
+from ..util._loaders import batch_size
+from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
+from ._chunks import Chunk, Inputs, wide
+from ._lockstep import Walk
+from ._references import warn_of_missing_classes
+from ._regression import RIDGES, Change, Moments
+from ._targets import LayerCall, Repairable, Target, find_targets
+from ._trial import objection
+
+FEW = 16  # inputs: fewer do not tell statistics alone
+DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
+
+
+def norms_of(network: nn.Module) -> list[Any]:
+    '''Every BatchNorm that holds statistics.'''
+    return [module for module in network.modules() if isinstance(module, BatchNorm)
+            and module.running_mean is not None]  # type: ignore[union-attr]
+
+
+def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
+    '''Estimate all statistics of BatchNorm anew.'''
+    norms = norms_of(network)
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    try:
+        for inputs in chunks:
+            call_network(network, map_tensors(torch.clone, inputs))
+    except PruneError as error:
+        raise PruneError(f'BatchNorm cannot be estimated anew: {error} Statistics take more than one value of each '
+                         'channel: give more inputs.') from error
+    for norm, (momentum, mean, variance) in zip(norms, before):
+        norm.momentum = momentum
+        if not norm.num_batches_tracked:  # of a head that runs in training only
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+
+
+def settle(network: nn.Module, chunks: Sequence[Any]) -> None:
+    '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.
+
+    From few inputs, those it has keep a share: a refitted layer returns much what it did before.
+    '''
+    sums: dict[Any, list[Any]] = {}
+
+    def add(norm: nn.Module, args: Any, kwargs: Any) -> None:
+        read = tensors_in((args, kwargs))[0].transpose(0, 1).flatten(1).double()
+        terms = [read.shape[1], read.sum(1), read.square().sum(1)]
+        sums[norm] = [old + new for old, new in zip(sums.get(norm, [0, 0, 0]), terms)]
+
+    handles = [norm.register_forward_pre_hook(add, with_kwargs=True) for norm in norms_of(network)
+               if norm.weight is not None]
+    for inputs in chunks:
+        call_network(network, map_tensors(torch.clone, inputs))
+    for handle in handles:
+        handle.remove()
+    share = min(1.0, sum(map(batch_size, chunks)) / FEW)
+    for norm, (count, total, squares) in sums.items():
+        if count == 1:
+            continue
+        scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+        shift = norm.bias.double() - scale * norm.running_mean
+        mean = share * total / count + (1 - share) * norm.running_mean
+        square = share * squares / count + (1 - share) * (norm.running_var + norm.running_mean.double().square())
+        variance = (square - mean.square()).maximum(DEAD * norm.running_var)  # training divides by it
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_(scale * (norm.running_var.double() + norm.eps).sqrt())
+        norm.bias.copy_(shift + scale * norm.running_mean)
+
+
+MEMORY = 4 * 2 ** 30  # bytes for activations; of inputs that would take more, some are used
+METHODS = ('refit', 'bias', 'batchnorm', 'none')
+LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
+PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
+
+
+def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str = 'refit',
+           progress: bool = True) -> nn.Module:
+    '''Repair a pruned network with a few unlabelled inputs.
+
+    Parameters
+    ----------
+    small: torch.nn.Module
+        The pruned network; it is left as it is.
+    model: torch.nn.Module
+        The original.
+    plan: Plan
+        What was removed from it.
+    data: torch.Tensor or iterable
+        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice; equal ones
+        count once. Pictures are also mirrored and moved. Activations of one layer are held for all of them, so that of
+        large inputs as many are used as fit into 4 GiB, about.
+    method: str
+        ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
+        inputs that were held out keeps its weights. ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the
+        statistics of BatchNorm are estimated anew. ``'none'``: a copy.
+        Where the inputs do not show clearly that it helps, a repair is tried with three quarters of them (of fewer than
+        32, with others each time): if it brings the outputs for the rest further from the original's, the network is
+        left as it is, with a warning.
+    progress: bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    torch.nn.Module
+        A new network. Refitted, it is good at what the inputs show: a warning says if they show few of the classes.
+
+    Raises
+    ------
+    PruneError
+        If the networks do not fit the plan or the inputs, or there is no input.
+    '''
+    return repaired(small, model, plan, data, method, progress, True)
+
+
+def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
+             classes_matter: bool = False) -> nn.Module:
+    '''The same; whether it warns of classes that the inputs do not show is up to the caller.'''
+    if method not in METHODS:
+        raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
+    small, model = unwrapped(small), plan._checked_model(model)
+    _check_made_by(plan.graph.kept(plan.removed), small, model)
+    device = device_of(small)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        result = copied(small)
+        if method == 'none':
+            return result
+        inputs = Inputs(data, device)
+        targets = find_targets(plan.graph.recording.runs['eval'], small)
+        if method != 'batchnorm':
+            inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
+
+        def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
+            network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
+            fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
+            if not fitted:
+                reestimate(network, [chunk.inputs for chunk in chunks])
+            return network.eval(), fitted
+
+        network, fitted = fitted_to(inputs.order)
+        if not fitted:
+            lacking = '' if method == 'batchnorm' else 'the network has no layer that can be refitted, and '
+            if not norms_of(network):
+                reason = lacking or 'the network was left as it is: '
+                warnings.warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.', PruneWarning,
+                              stacklevel=3)
+                return result
+            if lacking:
+                warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=3)
+        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: fitted_to(chosen)[0])
+        if problem:
+            warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
+            return result
+        if fitted and method == 'refit' and classes_matter:
+            chunks = inputs.chunks(inputs.order)
+            warn_of_missing_classes(_widened(model), ((chunk.inputs, None) for chunk in chunks), stacklevel=4)
+        copy_values(network, result)
+    return result
+
+
+def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
+    found = dict(tensors_by_module(small))
+    for name, tensor in unique_tensors(model).items():
+        stay = kept.get(name, {})
+        shape = tuple(len(stay[dim]) if dim in stay else size for dim, size in enumerate(tensor.shape))
+        if name not in found or found[name].shape != shape:
+            has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
+            raise PruneError(f'the pruned network is not what the plan makes of the original: {name!r} {has}, but '
+                             f'{shape} stays by the plan. Give what plan.apply(model) returned.')
+
+
+def _widened(network: nn.Module) -> nn.Module:
+    return plain(copied(network), freely=True)._apply(wide).eval()
+
+
+def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
+    '''The bytes that are held for an input in the middle of a refit, about: in both networks, three times.'''
+    walk = Walk(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
+                {layer.site for target in targets for layer in target.layers})
+    most = 1
+    try:
+        for target in targets:
+            stop = walk.next()
+            if stop is None:
+                break
+            held = [stop.value, *(call.input for call in stop.calls.values())]
+            most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in held))
+            for layer in target.layers:
+                stop.calls.pop(layer.site, None)
+    finally:
+        walk.leave()
+    return 6 * most
+
+
+def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
+           method: str, progress: bool) -> bool:
+    '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
+    deletion = Deletion(plan.graph.removed_labels(plan.removed))
+    parameters = {id(parameter) for parameter in small.parameters()}
+    sites = {target.site for target in targets}
+    wanted = {layer.site for target in targets for layer in target.layers}
+    walks: list[tuple[Walk, Walk]] = []
+    found, changed, ridge = False, False, 0.1
+    try:
+        for chunk in chunks:
+            walks.append((Walk(model, chunk.inputs, sites), Walk(small, chunk.inputs, sites, wanted)))
+        for target in tqdm(targets, method, disable=not progress, leave=False):
+            views = [View(target, pair, chunk.folds) for pair, chunk in zip(walks, chunks)]
+            layers = [Layer(small, layer, [view.calls[number] for view in views], parameters)
+                      for number, layer in enumerate(target.layers)]
+            layers = [layer for layer in layers if layer.owned]
+            layers = [layer for layer in layers if layer.channel_dim == layers[0].channel_dim]
+            if not layers:
+                continue
+            found = True
+            for view in views:
+                view.narrow(deletion(target.fields)[1])
+            for pieces in _pieces(layers, sum(map(_samples, layers[0].calls))):
+                change = _change(pieces, views, RIDGES if method == 'refit' else (), ridge)
+                if change is not None:
+                    _apply(change, pieces, views)
+                    changed, ridge = True, change.ridge
+    finally:
+        for pair in walks:
+            for walk in pair:
+                walk.leave()
+    if changed:
+        settle(small, [chunk.inputs for chunk in chunks if not chunk.varied])
+    return found
+
+
+class View:
+    '''A target and its layers as one chunk of inputs shows them.'''
+
+    def __init__(self, target: Target, walks: tuple[Walk, Walk], folds: torch.Tensor):
+        before, after = (walk.next() for walk in walks)
+        if before is None or after is None or not before.site == after.site == target.site \
+                or any(layer.site not in after.calls for layer in target.layers):
+            raise PruneError(f'the network does not run as it was traced: {target.site.function!r} in '
+                             f'{target.site.module or "the network itself"!r} was expected. What it does must not '
+                             'depend on its inputs: give inputs like the example.')
+        self.value, self.wanted, self.folds = after.value, before.value, folds
+        self.calls = [after.calls.pop(layer.site) for layer in target.layers]
+
+    def narrow(self, kept: Mapping[int, Any]) -> None:
+        '''Leave only the channels that stay in what is wanted; given is whether each does, by dimension.'''
+        for dim, mask in kept.items():
+            if self.wanted.shape[dim] == len(mask):
+                stay = torch.from_numpy(mask.nonzero()[0]).to(self.wanted.device)
+                self.wanted = self.wanted.index_select(dim, stay)
+
+
+class Layer:
+    '''A layer that can be refitted, with its calls on all chunks.'''
+
+    def __init__(self, network: nn.Module, layer: Repairable, calls: Sequence[LayerCall], parameters: set[int]):
+        self.calls = calls
+        self.weight: Any = calls[0].weight
+        self.owned = (id(self.weight) in parameters and self.weight.is_floating_point()  # not computed, and still
+                      and all(call.intact for call in calls))                            # read as it was
+        norm: Any = None if layer.batch_norm is None else network.get_submodule(layer.batch_norm)
+        self.bias: Any = calls[0].bias if norm is None else norm.bias
+        if id(self.bias) not in parameters:
+            self.bias = None
+        self.scale: Any = torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
+        if norm is not None:
+            self.scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+            if norm.weight is not None:
+                self.scale = self.scale * norm.weight.double()
+        self.alive = self.scale.abs() > DEAD * self.scale.abs().max()
+
+    @property
+    def groups(self) -> int:
+        return self.calls[0].groups
+
+    @property
+    def channel_dim(self) -> int:
+        return self.calls[0].channel_dim
+
+    def add(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        '''Change what the layer contributes to its target.'''
+        scale = torch.where(self.alive, self.scale, 1).view(-1, *[1] * (weight.dim() - 1))
+        self.weight += (weight / scale).to(self.weight)
+        if bias is not None:
+            self.bias += bias.to(self.bias)
+
+
+Piece = tuple[Layer, slice]  # some input channels of each group of a layer
+
+
+def _samples(call: LayerCall) -> int:
+    return call.shape.numel() // call.shape[call.channel_dim]
+
+
+def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int) -> tuple[slice, ...]:
+    '''The positions to take in each direction of space: neighbours show much the same.
+
+    Each chunk starts elsewhere, so that all alignments with the strides of layers are seen.
+    '''
+    space = call.shape[2:] if call.function != 'linear' else ()
+    skips = [1] * len(space)
+    enough = max(PER_FEATURE * width, ENOUGH)
+    while any(skip < size for skip, size in zip(skips, space)):
+        least = min((skip, dim) for dim, skip in enumerate(skips) if skip < space[dim])[1]
+        if samples * skips[least] < enough * prod(skips) * (skips[least] + 1):
+            break
+        skips[least] += 1
+    starts = list(product(*map(range, skips)))
+    return tuple(map(slice, starts[chunk * len(starts) // chunks], repeat(None), skips))
+
+
+def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
+    '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
+    features = [layer.weight[0].numel() for layer in layers]
+    groups = max(layer.groups for layer in layers)
+    if (all(layer.groups in (1, groups) for layer in layers)
+            and groups * min(sum(features), samples) ** 2 <= LARGEST ** 2):
+        yield [(layer, slice(None)) for layer in layers]
+        return
+    for layer, size in zip(layers, features):
+        channels = layer.weight.shape[1]
+        step = max(1, channels * LARGEST // size)
+        for start in range(0, channels, step):
+            yield [(layer, slice(start, start + step))]
+
+
+def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...], guess: float) -> Change | None:
+    groups = max(layer.groups for layer, _ in pieces)
+    width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
+    samples = sum(map(_samples, pieces[0][0].calls))
+    calls = pieces[0][0].calls
+    thinned = [_thinning(call, samples, width, chunk, len(calls)) for chunk, call in enumerate(calls)]
+
+    def features(position: int) -> torch.Tensor:
+        read = [layer.calls[position].features(channels, thinned[position]) for layer, channels in pieces]
+        return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
+
+    basis: torch.Tensor | None = None
+    if samples < width:  # what no sample shows cannot be learnt
+        every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
+        basis = torch.linalg.qr(torch.cat(every, 2))[0]
+    moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
+    for position, view in enumerate(views):
+        call = pieces[0][0].calls[position]
+        errors = view.wanted - view.value
+        for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
+            errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
+        errors = call.outputs(errors, groups, thinned[position])
+        read = features(position) if ridges else errors[:, :, :0]
+        if basis is not None:
+            read = basis.mT @ read
+        inputs = torch.arange(len(errors)) * len(view.folds) // len(errors)  # several rows may come from one input
+        folds = view.folds[inputs].to(errors.device)
+        for fold in folds.unique().tolist():
+            chosen = folds == fold
+            moments.add(fold, *(part[chosen].permute(1, 2, 0, 3).flatten(2) for part in (read, errors)))
+    change = moments.solve(ridges, guess)
+    if change is not None and basis is not None:
+        change.weight = basis.double() @ change.weight
+    return change
+
+
+def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> None:
+    '''Write a change into the layers and into the targets of all chunks.'''
+    start = 0
+    bias: torch.Tensor | None = change.bias.flatten()
+    for layer, channels in pieces:
+        whole = torch.zeros_like(layer.weight, dtype=torch.float64)
+        part = whole[:, channels]
+        if change.weight.shape[1]:
+            end = start + part[0].numel()
+            part += change.weight[:, start:end].mT.reshape(part.shape)
+            start = end
+        given, bias = (bias, None) if layer.bias is not None else (None, bias)
+        layer.add(whole, given)
+        for view, call in zip(views, layer.calls):
+            delta = call.response(whole.to(layer.weight))
+            if given is not None:
+                delta += given.to(delta).view(-1, *[1] * (delta.dim() - 1 - call.channel_dim))
+            view.value += delta

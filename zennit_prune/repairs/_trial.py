@@ -1,0 +1,126 @@
+'''Does a repair help for inputs that it did not see?
+
+How far what a network returns is from what the original returns, without labels.
+'''
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import PruneError
+from ..relevance._attribute import call_network, main_output
+from ..util._networks import map_tensors
+from ._chunks import Inputs
+from ._references import LEAST
+
+LEAST_VARIANCE = 1e-12  # of the mean square: the rest is rounding
+NOISE = 1e-9  # of the outputs' variance: squares of rounding errors
+
+
+class Divergence(NamedTuple):
+    '''How far outputs are from those of the original.
+
+    Attributes
+    ----------
+    error: float
+        The mean squared error over the variance of the original's outputs, or over their mean square where they do not
+        differ.
+    kl: float
+        The mean Kullback-Leibler divergence of the softmax over classes from the original's, in nats; 0 where outputs
+        are not of shape (N, at least 3).
+    '''
+
+    error: float
+    kl: float
+
+    def worse_than(self, other: Divergence) -> bool:
+        '''Whether the product of both is larger, and not by rounding alone: the clearer one counts.'''
+        product, limit = (max(each.error, NOISE) * max(each.kl, NOISE) for each in (self, other))
+        return not product <= limit
+
+    def __str__(self) -> str:
+        return f'squared error {self.error:.4g}' + (f', KL {self.kl:.4g}' if self.kl else '')
+
+
+def outputs(network: nn.Module, inputs: Iterable[Any]) -> list[torch.Tensor]:
+    '''The main outputs for some batches, in float64.'''
+    return [main_output(call_network(network, map_tensors(torch.clone, batch))).detach().double() for batch in inputs]
+
+
+def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
+    '''Compare outputs with the original's for the same batches.'''
+    after, wanted = map(_joined, (found, original))
+    variance = (wanted - wanted.mean(0)).square().mean()
+    if variance <= LEAST_VARIANCE * wanted.square().mean():  # of a single input, say
+        variance = wanted.square().mean()
+    error = float((after - wanted).square().mean() / variance.clamp(min=1e-30))
+    kl = 0.0
+    if wanted.dim() == 2 and wanted.shape[1] >= LEAST:
+        kl = float(F.kl_div(after.log_softmax(1), wanted.log_softmax(1), reduction='batchmean', log_target=True))
+    return Divergence(error, kl)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    '''One row a sample, or numbers alone where outputs differ in shape.'''
+    alike = len({part.shape[1:] for part in parts}) == 1
+    return torch.cat([part if alike else part.flatten() for part in parts])
+
+
+MANY = 32  # inputs: a fit to so many that leaves less than half of their error is no accident
+PARTS = 4  # one of them is held out at a time
+
+
+def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: Inputs,
+              repaired: Callable[[torch.Tensor], nn.Module]) -> str:
+    '''What speaks against a repair, nothing if it helps.
+
+    Where the answer is not clear from the inputs that the network was repaired with, or they are few, the repair is
+    tried with three quarters of them, and judged by the others; of few inputs, every quarter judges in turn until the
+    answer is clear. A single input judges it itself.
+
+    Parameters
+    ----------
+    network, small, model: torch.nn.Module
+        The repaired network, the one without repair and the original, all of the same type.
+    inputs: Inputs
+        What it was repaired with.
+    repaired: callable
+        Repairs ``small`` with some of the inputs.
+    '''
+    after: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+
+    def compared(network: nn.Module, chosen: torch.Tensor) -> tuple[Divergence, Divergence]:
+        '''How far the outputs are from the original's, repaired and not, for these and all inputs before.'''
+        parts = [chunk.inputs for chunk in inputs.chunks(chosen)]
+        for said, each in zip((after, before, wanted), (network, small, model)):
+            said += outputs(each, parts)
+        return divergence(after, wanted), divergence(before, wanted)
+
+    if len(inputs) >= MANY:
+        if _clear(*compared(network, inputs.order[:MANY])):
+            return ''
+        for said in (after, before, wanted):
+            said.clear()
+    for held in inputs.order.tensor_split(min(len(inputs), PARTS)):
+        fitted = inputs.order[~torch.isin(inputs.order, held)]
+        try:
+            found, without = compared(repaired(fitted) if len(fitted) else network, held)
+        except PruneError as error:
+            return f'it cannot be tried with {len(fitted)} of the {len(inputs)} inputs ({error})'
+        if _clear(found, without) or len(inputs) >= MANY:
+            break
+    if not found.worse_than(without):
+        return ''
+    tried = 'tried without some of the inputs, it brings the outputs for these' if len(fitted) else \
+        'it brings the outputs for its only input'
+    return f'{tried} from {without} to {found}, further from those of the original'
+
+
+def _clear(after: Divergence, before: Divergence) -> bool:
+    return 2 * after.error < before.error and 2 * after.kl <= before.kl

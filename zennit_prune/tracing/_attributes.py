@@ -1,0 +1,158 @@
+'''Numbers that a module keeps and its ``forward`` makes shapes from: ``num_heads``, ``embed_dim``, ``hidden_dim``.
+
+While a copy of the network is traced, its whole numbers know which attribute they are. Where one is the size of a
+dimension that carries labels, as in ``x.reshape(n, t, self.num_heads, -1)``, the attribute states a number of channels,
+and the narrowed network gets another. Where it states several, these channels go together. Whether all else that the
+attribute is used for goes with it, the replay shows.
+'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ..util._networks import modules_by_name
+from ._labels import Field, Labels, narrowed_to
+
+SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflatten': ('dim', 'sizes'),
+          'layer_norm': ('normalized_shape',)}
+
+
+class Attribute(NamedTuple):
+    '''A whole number that a module keeps under a name, or in a tuple of that name, at ``position`` (else -1).'''
+
+    module: str
+    name: str
+    position: int = -1
+
+
+class Claim(NamedTuple):
+    '''An attribute is the size of a dimension of a tensor with these fields.'''
+
+    attribute: Attribute
+    fields: list[Field]
+    dim: int
+    size: int
+
+
+class Known(int):
+    '''A whole number that knows which attribute it is; what is computed from it is an ordinary number.'''
+
+    attribute: Attribute
+
+    def __new__(cls, value: int, attribute: Attribute) -> Known:
+        '''The same number.'''
+        known = super().__new__(cls, value)
+        known.attribute = attribute
+        return known
+
+
+def mark_attributes(network: nn.Module) -> None:
+    '''Replace the whole numbers that modules of a structural copy keep.'''
+    for module_name, module in modules_by_name(network):
+        for name, value in module.__dict__.items():
+            kind = type(value)
+            if kind is int and value > 1:
+                module.__dict__[name] = Known(value, Attribute(module_name, name))
+            elif kind is tuple and value and all(type(item) is int for item in value):
+                module.__dict__[name] = tuple(Known(item, Attribute(module_name, name, position))
+                                              for position, item in enumerate(value))
+
+
+def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
+                 result: Any) -> Iterable[tuple[Attribute, int]]:
+    '''The attributes that a call of a torch function was given as sizes of its result, each with the dimension.'''
+    if function not in SHAPED or not isinstance(result, torch.Tensor):
+        return
+    given = (*args[1:], *(kwargs[name] for name in SHAPED[function] if name in kwargs))
+    start = 0
+    if function == 'unflatten':
+        start, given = int(given[0]) % args[0].dim(), given[1:]
+    sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+    if function == 'layer_norm':
+        start = result.dim() - len(sizes)
+    for dim, size in enumerate(sizes, start):
+        if isinstance(size, Known):
+            yield size.attribute, dim
+
+
+def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[list[Field]]]) -> Iterable[Claim]:
+    '''What batch and instance norms without parameters state, which nothing but their outputs knows.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network.
+    outputs: mapping
+        The fields of every tensor that a call of a module returned.
+    '''
+    modules = dict(modules_by_name(model))
+    for (name, _), tensors in outputs.items():
+        module = modules.get(name)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is module.running_mean is None:
+            size = module.num_features
+            for dim in {dim for field in tensors[0] for dim in field.dims if field.labels.shape[dim] == size}:
+                yield Claim(Attribute(name, 'num_features'), tensors[0], dim, size)
+
+
+def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, int]:
+    '''What attributes become when labels go; those that state several sizes which part company stay.
+
+    Parameters
+    ----------
+    claims: iterable of Claim
+        What the trace showed.
+    gone: numpy.ndarray
+        For each label, whether it is removed.
+    '''
+    sizes = {(claim.attribute, claim.size) for claim in claims}
+    return {attribute: min(new) for attribute, new in _sizes_left(claims, gone).items()
+            if len(new) == 1 and (attribute, min(new)) not in sizes}
+
+
+def stating_several(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, Labels]:
+    '''A row of labels for each dimension that an attribute states, if it states several and all shrink when labels go.
+
+    One that also states a dimension which keeps its size has to stay, and all that it states.
+    '''
+    found: dict[Attribute, Labels] = {}
+    for attribute, new in _sizes_left(claims, gone).items():
+        stated = [claim for claim in claims if claim.attribute == attribute]
+        if len(stated) > 1 and max(new) < stated[0].size:
+            found[attribute] = np.stack([narrowed_to(field.labels, (claim.dim,)).reshape(-1) for claim in stated
+                                         for field in claim.fields if claim.dim in field.dims])
+    return found
+
+
+def _sizes_left(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, set[int]]:
+    found: dict[Attribute, set[int]] = {}
+    for attribute, fields, dim, size in claims:
+        stays = np.ones(size, bool)
+        for field in fields:
+            if dim in field.dims:
+                others = tuple(other for other in range(field.labels.ndim) if other != dim)
+                stays &= ~gone[field.labels].all(axis=others)
+        found.setdefault(attribute, set()).add(int(stays.sum()))
+    return found
+
+
+def keeps(network: nn.Module, attribute: Attribute) -> bool:
+    '''Whether a network has this attribute, and a whole number there.'''
+    module = dict(network.named_modules()).get(attribute.module)
+    value = None if module is None else module.__dict__.get(attribute.name)
+    if attribute.position >= 0:
+        value = value[attribute.position] if isinstance(value, tuple) and len(value) > attribute.position else None
+    return type(value) is int
+
+
+def set_attributes(network: nn.Module, sizes: Mapping[Attribute, int]) -> None:
+    '''Write new sizes into the modules.'''
+    for attribute, size in sizes.items():
+        module = network.get_submodule(attribute.module)
+        value = getattr(module, attribute.name)
+        setattr(module, attribute.name, size if attribute.position < 0 else
+                (*value[:attribute.position], size, *value[attribute.position + 1:]))

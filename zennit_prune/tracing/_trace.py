@@ -1,0 +1,331 @@
+'''Run a network once on meta tensors and record how every ATen operation moves channel labels.
+
+Meta tensors have shapes and no data, so that a trace costs a fraction of a second whatever the size of the network. A
+network that needs values (constants made on the CPU, data-dependent shapes) is run on copies of its real tensors
+instead; one whose Python branches on values of its input is refused, for only one of its paths would be seen.
+'''
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import PruneError, PruneWarning
+from ..util._isolation import isolated, states
+from ..util._networks import (
+    modules_by_name,
+    output_tensors,
+    set_mode,
+    structural_copy,
+    tensors_by_module,
+    tensors_in,
+    unique_tensors,
+)
+from ._attributes import Claim, mark_attributes, norm_claims
+from ._boundaries import Boundaries, Guard, Outputs, Place
+from ._calls import Site
+from ._example import Example, prepare_example
+from ._labels import BlockField, Field
+from ._parametrized import weights_of
+from ._recorded import FunctionCall, Operation, distinct
+from ._shapes import Shapes
+from ._tracer import TORCHSCRIPT, ForwardError, OriginalUsed, Outcome, Tracer
+
+SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
+
+
+class Axis(NamedTuple):
+    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.
+
+    With several ``blocks``, they stand for the indices of the dimension in the first block of dimension 0, then for
+    those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
+    '''
+
+    parameter: str
+    dim: int
+    size: int
+    start: int
+    blocks: int = 1
+
+    @property
+    def length(self) -> int:
+        '''The size of the dimension.'''
+        return self.size // self.blocks
+
+
+class TensorSize(NamedTuple):
+    '''The shape of a tensor, the bytes of each element, and whether it is a parameter rather than a buffer.'''
+
+    shape: tuple[int, ...]
+    bytes_each: int
+    is_parameter: bool
+
+
+@dataclass
+class Run:
+    '''What one pass through a network showed.
+
+    Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
+    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python. In
+    training mode, whether ``forward`` drew random numbers, of which values were known.
+    '''
+
+    operations: list[Operation]
+    group_sizes: dict[str, int]
+    places: dict[int, list[Place]]
+    outputs: dict[tuple[str, int], list[list[Field]]]
+    functions: list[FunctionCall]
+    claims: list[Claim]
+    draws: bool = False
+
+    def is_like(self, other: Run) -> bool:
+        '''Whether two passes did the same to labels.'''
+        return (self._signature() == other._signature()
+                and len(distinct([*other.operations, *self.operations])) == len(distinct(other.operations)))
+
+    def _signature(self) -> list[Any]:
+        seen: dict[int, int] = {}
+        return [(operation.name, operation.shapes[:1], operation.scalars, len(operation.ties), len(operation.locks),
+                 [seen.setdefault(value, len(seen)) for value in (*operation.reads, *operation.writes)])
+                for operation in self.operations]
+
+
+def run_network(network: nn.Module, example: Example, training: bool, tracer_type: Callable[..., Tracer],
+                fields: Mapping[str, list[Field]], shapes: Shapes | None = None, guard: type[Guard] = Guard,
+                outcomes: dict[Any, Outcome] | None = None, originals: Mapping[int, str] | None = None) -> Run:
+    '''Run a structural copy once under a tracer.
+
+    Parameters
+    ----------
+    network, example, training:
+        What is run, with what, and in which mode.
+    tracer_type: callable
+        Makes the tracer.
+    fields: mapping of str to list of Field
+        The labels of parameters and buffers by name.
+    shapes: Shapes, optional
+        What other runs found out about operations.
+    guard: type
+        What is noted of the calls of modules and torch functions.
+    outcomes: dict, optional
+        What operations did to labels in the other mode of the same network; those of this run are added.
+    originals: mapping of int to str, optional
+        The names of tensors of the network that this is a copy of, by ``id``; they may not be used.
+    '''
+    found = tensors_by_module(network)
+    counter = guard(network)
+    tracer = counter.tracer = tracer_type(counter, {id(tensor): name for name, tensor in reversed(found)})
+    if shapes is not None:
+        tracer.shapes = shapes
+    tracer.outcomes, tracer.originals = outcomes, originals or {}
+    for name, tensor in found:
+        if name in fields:
+            tracer.place(tensor, fields[name])
+    set_mode(network, training)
+    for _, tensor in found:
+        tensor.requires_grad_(False)  # matmul takes another path where gradients are wanted
+    args, kwargs = example.arguments()
+    tracer.activate(tensors_in((args, kwargs)))
+    tracer.layernorm, tracer.whole = example.layernorm, example.whole
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), isolated(network):
+            warnings.simplefilter('ignore')
+            watched = training and originals is not None  # replays draw what the trace drew
+            before = states() if watched else ()
+            with counter, tracer:
+                output = network(*args, **kwargs)
+            draws = watched and states() != before
+        tracer.finish(output_tensors(output))
+    except PruneError:
+        raise
+    except Exception as error:
+        if SUBCLASS_FAILURE in str(error):
+            where = f'module {counter.failed!r}' if counter.failed else 'the network itself'
+            raise PruneError(
+                f'the network cannot be traced by torch {torch.__version__}: in {where}, '
+                'Tensor.as_subclass makes a subclass of a tensor, which this release cannot do while operations are '
+                'recorded. Newer ones can: update torch, or trace the network without as_subclass.') from error
+        raise ForwardError(counter.failed, len(tracer.operations), error) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
+    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
+               counter.claims, draws)
+
+
+@dataclass
+class Recording:
+    '''A traced network.
+
+    Attributes
+    ----------
+    example: Example
+        What it was run with.
+    axes: list of Axis
+        Every labelled dimension, in the order of the labels.
+    fields: dict of str to list of Field
+        The same, as the label fields of each floating-point parameter and buffer.
+    sizes: dict of str to TensorSize
+        The size of each parameter and buffer, once.
+    runs: dict of str to Run
+        What each pass showed: ``'eval'``, and ``'train'`` where that differs.
+    notes: list of str
+        What the user should know about the trace.
+    shapes: Shapes
+        What operations return, for further runs.
+    untraced: str
+        Why the network could not be run in training mode, if so.
+    '''
+
+    example: Example
+    axes: list[Axis]
+    fields: dict[str, list[Field]]
+    sizes: dict[str, TensorSize]
+    runs: dict[str, Run]
+    notes: list[str]
+    shapes: Shapes
+    untraced: str = ''
+
+    @property
+    def size(self) -> int:
+        '''The number of labels, 0 included.'''
+        return self.axes[-1].start + self.axes[-1].size if self.axes else 1
+
+    def warn_if_untraced(self) -> None:
+        '''Say that what comes is proven for evaluation only.'''
+        if self.untraced:
+            warnings.warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
+                          'trained is not proven. Run it once in training mode before you rely on it.',
+                          PruneWarning, stacklevel=3)
+
+    @cached_property
+    def operations(self) -> list[Operation]:
+        '''The operations of all passes, without those that did the same in an earlier one; and what trials added.'''
+        return distinct(operation for run in self.runs.values() for operation in run.operations)
+
+
+def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
+    '''Trace ``model`` in evaluation and in training mode; see :class:`Example` for ``layernorm`` and ``whole``.
+
+    Raises
+    ------
+    PruneError
+        If the network cannot be run or traced with the example.
+    '''
+    arguments = replace(prepare_example(model, example), layernorm=layernorm, whole=frozenset(whole))
+    axes, fields = label_axes(model)
+    runs: dict[str, Run] = {}
+    notes: list[str] = []
+    shapes = Shapes()
+    outcomes: dict[Any, Outcome] = {}
+    originals = {id(tensor): name for name, tensor in reversed(tensors_by_module(model))}
+
+    def run(network: nn.Module, training: bool) -> Run:
+        if not training:
+            outcomes.clear()  # of an attempt that failed
+        guard = Outputs if training else Boundaries
+        found = run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
+        found.claims += norm_claims(network, found.outputs)
+        return found
+
+    try:
+        runs['eval'] = run(_marked_copy(model), False)
+    except ForwardError as error:
+        runs['eval'] = _run_otherwise(model, arguments, run, error)
+    untraced = ''
+    try:
+        try:
+            runs['train'] = run(_marked_copy(model, arguments.device), True)
+        except ForwardError:
+            if arguments.device == 'real':
+                raise
+            runs['eval'], runs['train'] = _run_on_values(model, arguments, run)
+        if runs['train'].draws and arguments.device == 'meta':
+            notes.append('the network draws random numbers when it is trained, and may branch on them: one path '
+                         'through it is proven')
+        if runs['train'].is_like(runs['eval']):
+            del runs['train']
+    except OriginalUsed:
+        raise
+    except (ForwardError, PruneError) as error:
+        untraced = str(error)
+        notes.append(f'the network does not run in training mode with this example ({error}): only evaluation is '
+                     'proven')
+    if arguments.device == 'real':
+        notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
+    sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
+             for name, tensor in unique_tensors(model).items()}
+    return Recording(arguments, axes, fields, sizes, runs, notes, shapes, untraced)
+
+
+def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
+    network = structural_copy(model, device)
+    mark_attributes(network)
+    return network
+
+
+def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run],
+                   first: ForwardError) -> Run:
+    '''Try again with the batch that was given, then with real values.'''
+    last = first
+    example.resize = False
+    for example.device in ('meta', 'real'):
+        try:
+            return run(_marked_copy(model, example.device), False)
+        except ForwardError as error:
+            last = error
+    shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
+    advice = ('What torch.jit.script compiles cannot be followed: call the function itself, or set PYTORCH_JIT=0 in '
+              'the environment before Python starts.' if TORCHSCRIPT in str(last) else 'Give an example that the '
+              'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.')
+    raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
+                     f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {advice}') from last
+
+
+def _run_on_values(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run]) -> tuple[Run, Run]:
+    '''Run evaluation and training mode with real values, for a network of which only training needs them.'''
+    example.device = 'real'
+    try:
+        training = run(_marked_copy(model, 'real'), True)
+        return run(_marked_copy(model, 'real'), False), training
+    except (ForwardError, PruneError):
+        example.device = 'meta'
+        raise
+
+
+def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
+    '''Give every index of every dimension of every parameter and buffer a label of its own, from 1 on.
+
+    An index of the second dimension of a grouped convolution's weight (its inputs; of a transposed one, its outputs) is
+    another channel in each group: it gets a label for each.
+    '''
+    axes: list[Axis] = []
+    fields: dict[str, list[Field]] = {}
+    start = 1
+    grouped = {id(tensor): module.groups for _, module in modules_by_name(model)
+               if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+               for tensor in weights_of(module) if not (module.transposed and len(tensor) == module.groups)}
+    for name, tensor in unique_tensors(model).items():
+        if not tensor.is_floating_point():
+            continue
+        fields[name] = []
+        for dim, size in enumerate(tensor.shape):
+            blocks = grouped.get(id(tensor), 1) if dim == 1 else 1
+            if size > 1 and blocks > 1:
+                labels = np.arange(start, start + blocks * size).reshape(blocks, size)
+                axes.append(Axis(name, dim, blocks * size, start, blocks))
+                fields[name].append(BlockField.of_blocks(labels, tuple(tensor.shape)))
+                start += blocks * size
+            elif size > 1:
+                axes.append(Axis(name, dim, size, start))
+                fields[name].append(Field.along(np.arange(start, start + size), dim, tensor.dim()))
+                start += size
+    return axes, fields

@@ -1,0 +1,116 @@
+'''Files of tensors and JSON: they appear when they are complete, and are checked when they are read.'''
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import PruneError
+
+VERSION = '1'
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
+                  kind: str) -> None:
+    '''Write a safetensors file of a ``kind`` that :func:`read_tensors` asks for.'''
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _appear(path, lambda unfinished: save_file(data, unfinished, {**metadata, 'format': kind, 'version': VERSION}))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    '''Write a text file, in UTF-8.'''
+    _appear(path, lambda unfinished: Path(unfinished).write_text(text, encoding='utf-8'))
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    '''Ask for a folder to write the file into.'''
+    if not Path(path).absolute().parent.is_dir():
+        raise PruneError(f'there is no folder for {os.fspath(path)!r}: make it first.')
+
+
+def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    '''Write beside the file, then put it in its place: whoever is killed in between leaves no half of it.'''
+    unfinished = f'{os.fspath(path)}.unfinished'
+    check_folder(path)
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def check_absent(folder: Path, names: Sequence[str]) -> None:
+    '''Ask for a folder without files of these names.'''
+    there = [name for name in names if (folder / name).exists()]
+    if there:
+        raise PruneError(f'{str(folder)!r} has {", ".join(there)} already: name another folder by --out, or give '
+                         '--force to replace them.')
+
+
+@contextmanager
+def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> Iterator[Path]:
+    '''A new folder to write files into, which go to ``folder`` when the block is complete.
+
+    Whoever is killed before leaves nothing in ``folder``, and whole files only after; what is unfinished lies beside
+    it, in ``<folder>.unfinished-<number of the process>``, and goes if there is time.
+
+    Parameters
+    ----------
+    folder: pathlib.Path
+        Made if it is not there.
+    names: sequence of str
+        The files that may be written.
+    replace: bool
+        Whether files of these names are removed from ``folder``, so that files of two runs do not mix.
+
+    Raises
+    ------
+    PruneError
+        If one of ``names`` is in ``folder`` already, or the folder cannot be made.
+    '''
+    unfinished = folder.with_name(f'{folder.name}.unfinished-{os.getpid()}')
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+    except OSError as error:
+        raise PruneError(f'no folder can be made at {str(folder)!r}: {error}.') from error
+    try:
+        yield unfinished
+        folder.mkdir(exist_ok=True)
+        if replace:
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+        check_absent(folder, names)
+        for path in unfinished.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    '''Tensors and metadata of a file.
+
+    Raises
+    ------
+    PruneError
+        If it is no safetensors file, of another kind or of another version.
+    '''
+    name = repr(os.fspath(path))
+    try:
+        with safe_open(os.fspath(path), 'pt') as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise PruneError(f'{name} is no {kind}: {error}.') from error
+    if metadata.get('format') != kind:
+        raise PruneError(f'{name} is no {kind}: its metadata lack "format": "{kind}".')
+    if metadata.get('version') != VERSION:
+        raise PruneError(f'{name} has version {metadata.get("version")!r}; this release reads version {VERSION}.')
+    return tensors, metadata

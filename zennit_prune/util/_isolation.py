@@ -1,0 +1,192 @@
+'''Run copies of a network so that nothing around them matters, and nothing of it stays.
+
+Random numbers that depend on a seed only.
+'''
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import _lru_cache_wrapper
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ._networks import ATOMIC, device_of, modules_by_name, tensors_in
+
+
+def start(seed: int, device: torch.device) -> None:
+    '''Set these random states for good.'''
+    torch.default_generator.manual_seed(seed)
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+
+
+def states() -> tuple[object, ...]:
+    '''The random states of Python, NumPy and torch (CPU), to compare.'''
+    _, keys, position, *_ = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    '''Let the random states of torch (CPU and ``device``), NumPy and Python start from ``seed``; restored after.'''
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        start(seed, device)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+OWNERS = (type, ModuleType)
+NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
+LARGE = 100  # entries: what holds more is data rather than a cache
+FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
+
+
+_around = threading.local()
+
+
+@contextmanager
+def isolated(network: nn.Module) -> Iterator[None]:
+    '''Let runs of a network or its copies compile nothing, and leave random states and caches as they are.
+
+    Such blocks may be nested: each run within one starts from the same random numbers, and with the same caches.
+    '''
+    caches: Caches | None = getattr(_around, 'caches', None)
+    if caches is not None:
+        start(0, device_of(network))
+        try:
+            yield
+        finally:
+            caches.restore()
+        return
+    with uncompiled(), seeded(0, device_of(network)):
+        _around.caches = caches = Caches(network)
+        try:
+            yield
+        finally:
+            _around.caches = None
+            caches.restore()
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    '''Functions under ``torch.compile`` run as they are written; up to torch 2.5 nothing can be done about them.'''
+    stance = getattr(torch.compiler, 'set_stance', None)
+    # importing the compiler takes a second, and where nobody has, nothing is compiled
+    return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
+
+
+class Caches:
+    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``, and hooks in what they refer to.
+
+    In a trace that is without data, or of another width.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        What is run.
+    '''
+
+    def __init__(self, network: nn.Module):
+        modules = [module for _, module in modules_by_name(network)]
+        hooks = [hook for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+                 for hook in hooks.values() if isinstance(hook, FunctionType)]
+        self._owners = [(owner, dict(vars(owner))) for owner in _owners(modules, hooks)]
+        self._containers: list[tuple[Any, Any]] = []
+        for held in (value for hook in hooks for value in _enclosed(hook)):
+            held = vars(held) if hasattr(held, '__dict__') and not isinstance(held, OWNERS) else held
+            if isinstance(held, (dict, list)):
+                _note(held, self._containers)
+        self._counts: list[tuple[Any, int]] = []
+        for _, values in self._owners:
+            for name, value in values.items():
+                if type(value) is _lru_cache_wrapper:
+                    self._counts.append((value, value.cache_info().misses))
+                elif isinstance(value, (dict, list)) and name[:2] != '__':
+                    _note(value, self._containers)
+
+    def restore(self) -> None:
+        '''Take out what holds tensors and was not there before.'''
+        for owner, values in self._owners:
+            _rebind(owner, values)
+        for value, before in self._containers:
+            _refill(value, before)
+        for number, (value, misses) in enumerate(self._counts):
+            if value.cache_info().misses != misses:
+                value.cache_clear()
+                self._counts[number] = value, 0
+
+
+def _owners(modules: Iterable[nn.Module], hooks: Iterable[Any]) -> list[type | ModuleType]:
+    '''The classes of all modules, the files that these and hooks are written in, and the files that are used there.'''
+    kinds = {kind for own in set(map(type, modules)) for kind in own.__mro__ if _is_own(kind.__module__)}
+    files = {maker.__module__ for maker in (*kinds, *hooks) if _is_own(maker.__module__)} & sys.modules.keys()
+    used = {value.__name__ if type(value) is ModuleType else value.__module__
+            for name in files for value in vars(sys.modules[name]).values() if isinstance(value, NAMING)}
+    files |= {name for name in used & sys.modules.keys() if _is_own(name)}
+    return [*kinds, *(sys.modules[name] for name in files)]
+
+
+def _is_own(file: str) -> bool:
+    return file.partition('.')[0] not in FOREIGN
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+
+
+def _note(value: Any, containers: list[tuple[Any, Any]], depth: int = 2) -> None:
+    '''What a container, and those in it, hold now.'''
+    if len(value) <= LARGE:
+        before = dict(value) if isinstance(value, dict) else list(value)
+        containers.append((value, before))
+        if depth and not ATOMIC.issuperset(map(type, _items(before))):
+            for item in _items(before):
+                if isinstance(item, (dict, list)):
+                    _note(item, containers, depth - 1)
+
+
+def _rebind(owner: type | ModuleType, before: dict[str, Any]) -> None:
+    if not _are_same(vars(owner), before):
+        for name, value in list(vars(owner).items()):
+            if before.get(name) is not value and _hold_tensors([value]):
+                if name in before:
+                    setattr(owner, name, before[name])
+                else:
+                    delattr(owner, name)
+
+
+def _refill(value: Any, before: Any) -> None:
+    if not _are_same(value, before):
+        known = set(map(id, _items(before)))
+        if _hold_tensors([item for item in _items(value) if id(item) not in known]):
+            value.clear()
+            (value.update if isinstance(value, dict) else value.extend)(before)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else value.values()
+
+
+def _are_same(value: Any, before: Any) -> bool:
+    return len(value) == len(before) and all(map(is_, _items(value), _items(before)))
+
+
+def _hold_tensors(values: list[Any]) -> bool:
+    attributes = [vars(value) for value in values if hasattr(value, '__dict__') and not isinstance(value, OWNERS)]
+    return bool(tensors_in([values, attributes]))
