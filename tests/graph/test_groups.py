@@ -155,7 +155,7 @@ def test_values_and_scores_are_carried_block_by_block() -> None:
     earlier = zp.Plan(graph, {'into': [0, 5, 11], 'mix': [1, 11, 12]})
     later = earlier.remove('into', [1, 4, 8])
     small = earlier.apply(model)
-    smaller = filled(graph.narrowed(model, later.removed), carried_on(earlier, later, small))
+    smaller = filled(graph._narrowed(model, later.removed), carried_on(earlier, later, small))
     expected = later.apply(model).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in smaller.state_dict().items())
     narrow = zp.trace(small, x())

@@ -182,7 +182,7 @@ def test_generated_networks_conserve_relevance(seed: int) -> None:
 @pytest.mark.parametrize('seed', range(0, 40, 5))
 def test_preflight_finds_generated_networks_sound(seed: int) -> None:
     model, x = generated(seed)
-    found = preflight(model, conserving(), zp.trace(model, x).recording, x, labels(3))
+    found = preflight(model, conserving(), zp.trace(model, x)._recording, x, labels(3))
     assert not any('unsound' in problem for problem in found.problems), (model.description, found.problems)
     for stage in found.stages:
         assert stage.sum == pytest.approx(1 - stage.taken + stage.made, abs=1e-9 * max(stage.mass, 1))

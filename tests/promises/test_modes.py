@@ -62,7 +62,7 @@ def test_modes_that_differ_in_what_no_channel_counts_can_be_pruned(between: Forw
 
 def test_the_second_mode_repeats_what_the_first_one_did() -> None:
     '''Its operations share what the first mode stated, and number values of their own.'''
-    recording = traced(lambda net, x: net.drop(x) + net.drop(x)).recording
+    recording = traced(lambda net, x: net.drop(x) + net.drop(x))._recording
     first, second = (recording.runs[mode].operations for mode in ('eval', 'train'))
     known = {id(operation.outputs): operation for operation in first}
     repeated = [operation for operation in second if id(operation.outputs) in known]
@@ -78,7 +78,7 @@ def test_the_second_mode_repeats_what_the_first_one_did() -> None:
 
 
 def test_each_call_is_recorded_where_it_is() -> None:
-    recording = traced(lambda net, x: net.drop(F.gelu(F.gelu(x)))).recording
+    recording = traced(lambda net, x: net.drop(F.gelu(F.gelu(x))))._recording
     for run in recording.runs.values():
         sites = [operation.site for operation in run.operations if operation.name == 'gelu']
         assert [site.ordinal for site in sites] == [0, 1]
@@ -102,7 +102,7 @@ def test_what_one_mode_reads_elsewhere_is_pruned_along() -> None:
 
 
 def test_operations_that_state_something_else_are_kept() -> None:
-    recording = traced(lambda net, x: x).recording
+    recording = traced(lambda net, x: x)._recording
     operation = next(operation for operation in recording.operations if operation.name == 'convolution')
     other = operation.repeated([1], [2])
     assert other.states_the_same(operation)
@@ -156,7 +156,7 @@ class Dropping(nn.Module):
 def test_training_that_needs_values_is_traced_on_them() -> None:
     model = Dropping().eval()
     graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
-    assert [group.size for group in graph.groups] == [8] and not graph.recording.untraced
+    assert [group.size for group in graph.groups] == [8] and not graph._recording.untraced
     assert any('traced on real tensors' in note for note in graph.notes)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -172,6 +172,6 @@ def raising(x: torch.Tensor) -> None:
 def test_training_that_cannot_be_traced_is_warned_of(decide: Callable[[torch.Tensor], object], reason: str) -> None:
     model = Dropping(decide).eval()
     graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
-    assert graph.recording.example.device == 'meta' and any(reason in note for note in graph.notes)
+    assert graph._recording.example.device == 'meta' and any(reason in note for note in graph.notes)
     with pytest.warns(zp.PruneWarning, match=f'not traced in training mode .*{reason}'):
         assert zp.Plan(graph, {'conv': [0]}).apply(model)(torch.randn(2, 3, 8, 8)).shape == (2, 4)

@@ -198,7 +198,7 @@ def test_corrupted_network_is_caught(corruption: str) -> None:
             continue
         rng = np.random.default_rng(seed)
         plan = random_plan(found.graph, rng)
-        kept = found.graph.kept(plan.removed)
+        kept = found.graph._kept(plan.removed)
         reads = [(name, dims[1]) for name, dims in kept.items() if len(dims.get(1, ())) > 1]
         removed = removed_identities(found, plan)
         if not reads:
@@ -211,8 +211,8 @@ def test_corrupted_network_is_caught(corruption: str) -> None:
             wrong = index.copy()
             for block in wrong.reshape(len(wrong), -1).T:
                 block[0] = np.setdiff1d(np.arange(found.model.get_parameter(name).shape[1]), block)[0]
-        small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph.group_sizes,
-                              found.graph.attributes(plan.removed))
+        small = narrowed_copy(found.model, {**kept, name: {**kept[name], 1: wrong}}, found.graph._group_sizes,
+                              found.graph._attributes(plan.removed))
         caught.append(error(run(small, found.x), oracle(found, removed)) > EXACT)
     assert len(caught) > 50
     assert np.mean(caught) > 0.97  # two concatenated channels can be equal, so that it does not matter which is which

@@ -124,7 +124,7 @@ def assert_sound(model: nn.Module, x: torch.Tensor, bound: float = 0.01, collect
             assert apart(main_output(modified(x)), expected) <= 1e-10
         assert same(before, contents(model))
     pruner = zp.Pruner(model, None, x)
-    recording = pruner.graph.recording
+    recording = pruner.graph._recording
     for rules in (pruner.composite, EpsilonPlus()):
         found = preflight(model, rules, recording, x)
         mass = max(stage.mass for stage in found.stages)

@@ -422,7 +422,7 @@ def test_statistics_do_not_change_what_is_returned() -> None:
 def test_batch_norm_that_hardly_scales_stays_quiet() -> None:
     model, plan, small, x = setting()
     with torch.no_grad():
-        small.block1.bn2.weight[1] = model.block1.bn2.weight[plan.graph.kept(plan.removed)['block1.bn2.weight'][0][1]
+        small.block1.bn2.weight[1] = model.block1.bn2.weight[plan.graph._kept(plan.removed)['block1.bn2.weight'][0][1]
                                                              ] = 1e-9
     repaired = repair(small, model, plan, x, progress=False)
     assert float(repaired.block1.conv2.weight.detach().abs().max()) < 100

@@ -39,7 +39,7 @@ def ran(model: nn.Module, x: torch.Tensor, grad: bool) -> dict[Site, list[tuple[
 
 
 def traced(model: nn.Module, x: torch.Tensor) -> dict[Site, FunctionCall]:
-    return {call.site: call for call in zp.trace(model, x).recording.runs['eval'].functions}
+    return {call.site: call for call in zp.trace(model, x)._recording.runs['eval'].functions}
 
 
 class Attending(nn.Module):

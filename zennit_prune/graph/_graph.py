@@ -90,14 +90,14 @@ class ChannelGraph:
         if whole:
             found = vars(self).copy()
             self._find(model, record(model, example, layernorm, whole), ignore)
-            if not any((self.solution.channel[labels] >= 0).any() for labels in self._joint(whole)):
+            if not any((self._solution.channel[labels] >= 0).any() for labels in self._joint(whole)):
                 self.__dict__.update(found)
 
     def _find(self, model: nn.Module, recording: Recording, ignore: Sequence[str]) -> None:
-        self.recording, self.notes = recording, list(recording.notes)
+        self._recording, self.notes = recording, list(recording.notes)
         self._coupled: set[Attribute] = set()
         self._locks: list[Lock] = [*self._ignored(model, ignore), *self._computed(model)]
-        self.roles = Roles(self.recording)
+        self._roles = Roles(self._recording)
         self._solve()
         self._lock_what_fails(model)
 
@@ -108,13 +108,14 @@ class ChannelGraph:
         A module that makes no shape from its attributes could not be told how many heads are left.
         '''
         stating = {claim.attribute.module for claim in self._claims()}
-        sites = {operation.site for operation in self.recording.operations
+        sites = {operation.site for operation in self._recording.operations
                  if operation.joint and operation.site.module in stating}
-        loose = {site[:2] for site in sites for labels in self._joint([site]) if not self.solution.locked[labels].all()}
+        loose = {site[:2] for site in sites for labels in self._joint([site])
+                 if not self._solution.locked[labels].all()}
         return {site for site in sites if site[:2] not in loose}
 
     def _joint(self, sites: Iterable[Site]) -> list[Labels]:
-        return [labels for operation in self.recording.operations if operation.site in set(sites)
+        return [labels for operation in self._recording.operations if operation.site in set(sites)
                 for labels in operation.joint]
 
     def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
@@ -124,18 +125,18 @@ class ChannelGraph:
             raise PruneError(f"ignore is a sequence of patterns of module names, not {patterns!r}: e.g. ignore=['fc'].")
         modules = [name for name, _ in model.named_modules() if name] if patterns else []
         for pattern in patterns:
-            matches = [name for name in (*modules, *self.recording.fields) if fnmatchcase(name, pattern)]
+            matches = [name for name in (*modules, *self._recording.fields) if fnmatchcase(name, pattern)]
             if not matches:
                 raise PruneError(f'ignore={pattern!r} matches no module of the network. Names are those of '
                                  f'named_modules(), e.g. {", ".join(map(repr, modules[:5]))}; * matches dots too.')
             reason, found = f'ignored ({pattern})', False
-            for run in self.recording.runs.values():
+            for run in self._recording.runs.values():
                 for (name, _), tensors in run.outputs.items():
                     if name in matches:
                         for field in (field for fields in tensors for field in fields):
                             found = True
                             yield field.labels, reason
-            for name, fields in self.recording.fields.items():
+            for name, fields in self._recording.fields.items():
                 inside = not found and any(name.startswith(f'{match}.') for match in matches)  # not called as a module
                 if inside or name in matches:
                     yield from ((field.labels, reason) for field in fields[:1])
@@ -143,12 +144,12 @@ class ChannelGraph:
     def _computed(self, model: nn.Module) -> Iterable[Lock]:
         '''The channels that the way a weight is computed keeps.'''
         for name, dim, reason in fixed_dims(model):
-            yield from ((field.labels, reason) for field in self.recording.fields.get(name, ()) if dim in field.dims)
+            yield from ((field.labels, reason) for field in self._recording.fields.get(name, ()) if dim in field.dims)
 
     def _solve(self) -> None:
-        self.solution = solve(self.recording, self._locks)
-        self.groups: tuple[ChannelGroup, ...] = build_groups(self.recording, self.solution, self.roles)
-        self.locked: dict[str, str] = build_locked(self.recording, self.solution, self.roles)
+        self._solution = solve(self._recording, self._locks)
+        self.groups: tuple[ChannelGroup, ...] = build_groups(self._recording, self._solution, self._roles)
+        self.locked: dict[str, str] = build_locked(self._recording, self._solution, self._roles)
 
     def _lock_what_fails(self, model: nn.Module) -> None:
         '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
@@ -163,15 +164,15 @@ class ChannelGraph:
 
     def _couple_what_is_counted_once(self) -> bool:
         '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
-        component, every = self.solution.component, self._claims()
+        component, every = self._solution.component, self._claims()
         stated = Counter(claim.attribute for claim in every)
         claims = [claim for claim in every if stated[claim.attribute] > 1]
-        found = stating_several(claims, self.removed_labels(self._on_trial())) if claims else {}
+        found = stating_several(claims, self._removed_labels(self._on_trial())) if claims else {}
         fresh = {attribute: rows for attribute, rows in found.items()
                  if attribute not in self._coupled and (component[rows] != component[rows[:1]]).any()}
         for attribute, rows in fresh.items():
             site = Site(attribute.module, 0, attribute.name, 0)
-            self.recording.operations.append(Operation(f'self.{attribute.name}', site, balances=[rows]))
+            self._recording.operations.append(Operation(f'self.{attribute.name}', site, balances=[rows]))
         self._coupled.update(fresh)
         return bool(fresh)
 
@@ -189,14 +190,14 @@ class ChannelGraph:
         '''
         for one_each in (False, True):
             removed = self._on_trial(one_each)
-            failure = self._replayed(self.narrowed(model, removed, 'meta'), removed) if removed else None
-            if failure is not None or not self.attributes(removed):
+            failure = self._replayed(self._narrowed(model, removed, 'meta'), removed) if removed else None
+            if failure is not None or not self._attributes(removed):
                 return failure
         return None
 
     def _lock(self, failure: Failure) -> None:
         '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
-        operations = self.recording.runs[failure.mode].operations
+        operations = self._recording.runs[failure.mode].operations
         culprit = failure.operation
         what = (culprit.name, culprit.kind, culprit.site[2:])
         alike = [operation for operation in operations
@@ -204,7 +205,7 @@ class ChannelGraph:
         before, after = reversed(operations[:failure.index]), operations[failure.index + 1:]
         for candidates in (alike, *([operation] for operation in (*before, *after))):
             fresh = [(field.labels, str(failure)) for operation in candidates for field in operation.fields()
-                     if (self.solution.channel[field.labels] >= 0).any()]
+                     if (self._solution.channel[field.labels] >= 0).any()]
             if fresh:
                 self._locks += fresh
                 return
@@ -212,9 +213,9 @@ class ChannelGraph:
 
     # what the steps after the trace ask
     @property
-    def group_sizes(self) -> dict[str, int]:
+    def _group_sizes(self) -> dict[str, int]:
         '''Weights whose module has one group for so many of their channels (depthwise convolutions, GroupNorm).'''
-        return {name: size for run in self.recording.runs.values() for name, size in run.group_sizes.items()}
+        return {name: size for run in self._recording.runs.values() for name, size in run.group_sizes.items()}
 
     def group(self, name: str) -> ChannelGroup:
         '''The group called ``name``, or the only one that holds channels of the layer ``name``.
@@ -237,31 +238,31 @@ class ChannelGraph:
             raise PruneError(f'the channels of {name!r} must stay: {self.locked[name]}.')
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
-    def layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
+    def _layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
         '''A layer of each group of ``removed`` whose channels meet in an operation, or of each, if none do.'''
         met = {channel for field in operation.fields()
-               for channel in self.solution.channel[field.labels].reshape(-1).tolist()}
+               for channel in self._solution.channel[field.labels].reshape(-1).tolist()}
         groups = [self.group(name) for name in removed]
         found = [group for group in groups if met.intersection(group.channels.tolist())] or groups
         return list(dict.fromkeys(group.layers('producer', 'follower')[0] for group in found))
 
-    def balanced_by(self, group: ChannelGroup) -> list[str]:
+    def _balanced_by(self, group: ChannelGroup) -> list[str]:
         '''The operations for which the blocks of a group must lose equally many channels.'''
-        found = balances(self.recording, self.solution)
-        return found.get(int(self.solution.group[group.channels[0]]), []) if group.blocks is not None else []
+        found = balances(self._recording, self._solution)
+        return found.get(int(self._solution.group[group.channels[0]]), []) if group.blocks is not None else []
 
-    def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
+    def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''For each label, whether it goes when the channels at these positions of these groups go.'''
-        gone = np.zeros(len(self.solution.group) + 1, bool)
+        gone = np.zeros(len(self._solution.group) + 1, bool)
         for name, positions in removed.items():
             gone[self.group(name).channels[list(positions)]] = True
-        return gone[self.solution.channel]
+        return gone[self._solution.channel]
 
-    def kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
+    def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
         '''The indices that stay, by parameter or buffer and dimension, where any go; see :func:`surgery.narrowed`.'''
-        gone = self.removed_labels(removed)
+        gone = self._removed_labels(removed)
         kept: dict[str, dict[int, Labels]] = {}
-        for axis in self.recording.axes:
+        for axis in self._recording.axes:
             mask = gone[axis.start:axis.start + axis.size]
             if mask.any():
                 index: Labels = np.flatnonzero(~mask)
@@ -270,33 +271,33 @@ class ChannelGraph:
                 kept.setdefault(axis.parameter, {})[axis.dim] = index
         return kept
 
-    def attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
+    def _attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
         '''What attributes of modules become that ``forward`` makes shapes from, where they change.'''
-        return new_sizes(self._claims(), self.removed_labels(removed))
+        return new_sizes(self._claims(), self._removed_labels(removed))
 
     def _claims(self) -> list[Claim]:
-        return [claim for run in self.recording.runs.values() for claim in run.claims]
+        return [claim for run in self._recording.runs.values() for claim in run.claims]
 
-    def narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
+    def _narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
         '''A copy of ``model`` without these channels; not yet proven.'''
-        kept, device = self.kept(removed), device if self.recording.example.device == 'meta' else None
-        small = narrowed_copy(model, kept, self.group_sizes, self.attributes(removed), device)
+        kept, device = self._kept(removed), device if self._recording.example.device == 'meta' else None
+        small = narrowed_copy(model, kept, self._group_sizes, self._attributes(removed), device)
         if device is None:
             restore(small, model, kept)
         return small
 
-    def prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
+    def _prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''
-        return self._replayed(structural_copy(small, self.recording.example.device), removed)
+        return self._replayed(structural_copy(small, self._recording.example.device), removed)
 
     def _replayed(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
-        return replay(self.recording, self.solution, small, self.removed_labels(removed))
+        return replay(self._recording, self._solution, small, self._removed_labels(removed))
 
     # what people read
     @property
     def reach(self) -> Reach:
         '''The shares of parameters, FLOPs and output channels that can be pruned at all.'''
-        return reach(self.recording, self.solution, self.roles)
+        return reach(self._recording, self._solution, self._roles)
 
     def why(self, name: str) -> str:
         '''What couples or locks the channels of a layer, in words.
@@ -314,20 +315,20 @@ class ChannelGraph:
         coupled, lines = self._couplings(), []
         for group in self.groups:
             if name == group.name or name in group.layers():
-                number = int(self.solution.group[group.channels[0]])
-                lines += group_text(group, name, coupled.get(number, []), self.balanced_by(group))
+                number = int(self._solution.group[group.channels[0]])
+                lines += group_text(group, name, coupled.get(number, []), self._balanced_by(group))
         if name in self.locked:
             lines.append(f'{name}: output channels are locked: {self.locked[name]}')
-        lines += locked_inputs(self.recording, self.solution, self.roles, name)
+        lines += locked_inputs(self._recording, self._solution, self._roles, name)
         if not lines:
             self.group(name)
         return '\n'.join(lines)
 
     def _couplings(self) -> dict[int, list[str]]:
-        return couplings(self.recording, self.solution, self.roles)
+        return couplings(self._recording, self._solution, self._roles)
 
     def _shown(self) -> tuple[list[Table], list[str]]:
-        tables = graph_tables(self.groups, self.locked, self.solution, self._couplings())
+        tables = graph_tables(self.groups, self.locked, self._solution, self._couplings())
         return tables, [f'Note: {note}.' for note in self.notes]
 
     def __str__(self) -> str:

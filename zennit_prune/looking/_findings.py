@@ -183,7 +183,7 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
     def exact() -> str:
         pruned = plan.apply(model, verify=False, progress=False)
         built.append(pruned)
-        error = compare(graph, model, pruned, plan.removed, graph.recording.example.fitted(model))
+        error = compare(graph, model, pruned, plan.removed, graph._recording.example.fitted(model))
         return (f'Proven on the structure; on noise, the pruned network differs from the masked original by '
                 f'{error:.2g} of the largest output.')
 
@@ -195,7 +195,7 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
             size = (Path(folder) / 'small.safetensors').stat().st_size
         tensors = [unique_tensors(one) for one in (network, again)]
         equal = all(torch.equal(value.cpu(), tensors[1][name].cpu()) for name, value in tensors[0].items())
-        args, kwargs = noise(graph.recording.example.fitted(model), 0)
+        args, kwargs = noise(graph._recording.example.fitted(model), 0)
         with torch.no_grad(), evaluating(network), evaluating(again):
             outputs = [output_tensors(one(*args, **kwargs)) for one in (network, again)]
         close = all(torch.allclose(a, b, 1e-3, 1e-4) for a, b in zip(*outputs))  # sums may be taken in another order

@@ -223,7 +223,7 @@ def channel_heatmap(model: nn.Module, composite: Composite | None, x: Any, targe
     channels = _positions(found, channel)
     states = states_of(graph, found)
     composite = recommended() if composite is None else composite
-    canonizer = GraphCanonizer.from_recording(graph.recording)
+    canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [state.place for state in states]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
         maps = _conditioned(attribution, states, x, target, initial, channels, found)

@@ -93,7 +93,7 @@ class Checkpoint:
         plan = Plan.from_dict(json.loads(metadata['plan']), plan.graph, str(self._state))
         relevance = Relevance.load(self._relevance) if self._relevance.exists() else None
         history = tuple(Step(**step) for step in json.loads(metadata['history']))
-        return State(plan, filled(plan.graph.narrowed(model, plan.removed), tensors), relevance, history)
+        return State(plan, filled(plan.graph._narrowed(model, plan.removed), tensors), relevance, history)
 
     def save(self, state: State) -> None:
         '''Write a state; it replaces the last when it is complete.'''

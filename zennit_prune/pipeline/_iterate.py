@@ -133,7 +133,7 @@ class Loop:
                     warn_of_missing_classes(self.model, inputs, stacklevel=5)
                 network = repaired(network, self.model, plan, inputs, self.repair, self.progress)
             values = unique_tensors(self._tuned(network))
-            network = filled(plan.graph.narrowed(self.model, plan.removed), values)
+            network = filled(plan.graph._narrowed(self.model, plan.removed), values)
             stability = relevance.reliability().network if relevance.has_halves else None
             step = self._seen(number, plan, network, stability, began)
         return State(plan, network, state.relevance or relevance, (*state.history, step))

@@ -100,7 +100,7 @@ class Pruner:
             The sum and the absolute mass of relevance at every stage, what the rules of layers took and what the
             operations between them made, and problems, which name the operation.
         '''
-        return preflight(self.model, self.composite, self.graph.recording, x, target, initial)
+        return preflight(self.model, self.composite, self.graph._recording, x, target, initial)
 
     def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
                 initial: Initial = 'auto', seed: int = 0, progress: bool = True, *, target: Any = None,
@@ -317,12 +317,12 @@ class Pruner:
 
     def on(self, network: nn.Module) -> Pruner:
         '''The same composite, example and options for a pruned version of the network.'''
-        return Pruner(network, self.composite, self.graph.recording.example, self.ignore, self.layernorm,
+        return Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
                       self.progress)
 
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
         '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
-        canonizer = GraphCanonizer.from_recording(self.graph.recording)
+        canonizer = GraphCanonizer.from_recording(self.graph._recording)
         return heatmap(self.model, self.composite, x, target, initial, canonizer)
 
     def channel_heatmap(self, x: Any, target: Any, group: str | ChannelGroup, channel: int | Sequence[int],

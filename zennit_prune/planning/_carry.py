@@ -33,22 +33,23 @@ def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relev
         Its scores. The score of a channel that became several is their mean.
     '''
     before, after = plan.graph, graph
-    scores = np.full(len(after.solution.group) + 1, np.nan)
+    scores = np.full(len(after._solution.group) + 1, np.nan)
     for name, values in relevance.items():
         scores[after.group(name).channels] = values.numpy()
-    gone = before.removed_labels(plan.removed)
-    starts = {(axis.parameter, axis.dim): axis.start for axis in after.recording.axes}
+    gone = before._removed_labels(plan.removed)
+    starts = {(axis.parameter, axis.dim): axis.start for axis in after._recording.axes}
     pairs = []
-    for axis in before.recording.axes:
+    for axis in before._recording.axes:
         labels = np.arange(axis.start, axis.start + axis.size)
         labels = labels[~gone[labels]]
         start = starts.get((axis.parameter, axis.dim))
         if start is not None:
-            pairs.append(np.stack([before.solution.channel[labels], after.solution.channel[start:start + len(labels)]]))
+            pairs.append(np.stack([before._solution.channel[labels],
+                                   after._solution.channel[start:start + len(labels)]]))
     old, new = np.unique(np.concatenate(pairs, 1), axis=1)
     scored = (old >= 0) & (new >= 0) & ~np.isnan(scores[new])
-    count = np.bincount(old[scored], minlength=len(before.solution.group))
-    total = np.bincount(old[scored], weights=scores[new[scored]], minlength=len(before.solution.group))
+    count = np.bincount(old[scored], minlength=len(before._solution.group))
+    total = np.bincount(old[scored], weights=scores[new[scored]], minlength=len(before._solution.group))
     found = {}
     for group in before.groups:
         removed = list(plan.removed.get(group.name, ()))
@@ -61,7 +62,7 @@ def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relev
 
 def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torch.Tensor]:
     '''The values of ``network``, pruned by ``earlier``, that are left by ``later``, which removes that and more.'''
-    had, has = (plan.graph.kept(plan.removed) for plan in (earlier, later))
+    had, has = (plan.graph._kept(plan.removed) for plan in (earlier, later))
     index = {name: {dim: _within(had[name][dim], kept) if dim in had.get(name, {}) else kept
                     for dim, kept in dims.items()} for name, dims in has.items()}
     smaller = narrowed_copy(network, index, {}, {})

@@ -167,25 +167,25 @@ class CostModel:
         self._axes: dict[bytes, int] = {}
         self._lengths: list[float] = [1.0]
         self._multiplicity: list[npt.NDArray[np.float64]] = [np.zeros(len(graph.groups))]
-        order = np.full(len(graph.solution.group) + 1, -1)
+        order = np.full(len(graph._solution.group) + 1, -1)
         for number, group in enumerate(graph.groups):
             order[group.channels] = number
-        self._group_of = order[graph.solution.channel]
+        self._group_of = order[graph._solution.channel]
         terms: dict[str, list[tuple[float, list[int]]]] = {'params': [], 'bytes': [], 'flops': []}
         self._layers: dict[str, list[str]] = {unit: [] for unit in terms}
-        for name, size in graph.recording.sizes.items():
-            axes = [self._axis(field.labels) for field in graph.recording.fields.get(name, [])]
+        for name, size in graph._recording.sizes.items():
+            axes = [self._axis(field.labels) for field in graph._recording.fields.get(name, [])]
             terms['bytes'].append((math.prod(size.shape) * size.bytes_each, axes))
             self._layers['bytes'].append(name.rpartition('.')[0])
             if size.is_parameter:
                 terms['params'].append((math.prod(size.shape), axes))
                 self._layers['params'].append(name.rpartition('.')[0])
-        for operation in graph.recording.runs['eval'].operations:
+        for operation in graph._recording.runs['eval'].operations:
             if operation.flops:
                 axes = [self._axis(labels) for labels in operation.contracted[:1]]
                 axes += [self._axis(field.labels, dim)
                          for fields in operation.outputs for field in fields for dim in field.narrowing]
-                terms['flops'].append((operation.flops / graph.recording.example.batch, list(dict.fromkeys(axes))))
+                terms['flops'].append((operation.flops / graph._recording.example.batch, list(dict.fromkeys(axes))))
                 self._layers['flops'].append(operation.site.module)
         self._terms = {unit: self._packed(found) for unit, found in terms.items()}
 
@@ -197,7 +197,7 @@ class CostModel:
         '''The number of a dimension with these labels; 0 where it never shrinks.'''
         groups = self._group_of[labels]
         if dim is not None:
-            channels = self.graph.solution.channel[labels]
+            channels = self.graph._solution.channel[labels]
             if labels.shape[dim] > 1 and not (channels != first(channels, dim)).any():
                 return 0
             groups = np.moveaxis(groups, dim, 0).reshape(groups.shape[dim], -1)[:, 0]

@@ -218,10 +218,10 @@ class LatencyModel(CostModel):
         together = np.array([group.step for group in self.graph.groups])
         gone = [nothing, *(np.array([size - _odd(size * share) for size in self.sizes / together]) * together
                            for share in NARROWED)]
-        networks = [model, *(self.graph.narrowed(model, {
+        networks = [model, *(self.graph._narrowed(model, {
             group.name: group.in_turn(range(group.size))[:int(count)].tolist()
             for group, count in zip(self.graph.groups, counts) if count}) for counts in gone[1:])]
-        with running(networks, self.graph.recording.example.fitted(model)) as runs:
+        with running(networks, self.graph._recording.example.fitted(model)) as runs:
             found = medians([*(partial(kinds[key].prepared, widths, device) for key, widths in points), *runs],
                             device, ROUNDS, seconds, 'latencies' if progress else None)
         grids, start = {}, 0
@@ -320,8 +320,8 @@ def timed(costs: LatencyModel, model: nn.Module, removed: Mapping[str, Sequence[
     shares = costs('latency', counts) / whole, limit / whole
     if device != device_name(device_of(model)):
         return Timing(device, *shares)
-    networks = [model, graph.narrowed(model, removed)]
-    timing = Timing(device, *shares, *side_by_side(networks, graph.recording.example.fitted(model)))
+    networks = [model, graph._narrowed(model, removed)]
+    timing = Timing(device, *shares, *side_by_side(networks, graph._recording.example.fitted(model)))
     if not timing.holds:
         warnings.warn(f'the plan misses its budget as measured: {timing}. Ask for less, or measure for longer: '
                       'pruner.latencies(seconds=...).', PruneWarning, stacklevel=3)

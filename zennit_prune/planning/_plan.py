@@ -72,7 +72,7 @@ def check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[
         most, least = counts.index(max(counts)), counts.index(min(counts))
         spare = np.setdiff1d(np.flatnonzero(group.blocks == least), positions)
         raise PruneError(f'the {group.step} blocks of group {group.name!r} must lose equally many channels, for '
-                         f'{some(graph.balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
+                         f'{some(graph._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
                          f'{counts[least]}. Choose all of them in one call; the block of each position is in '
                          f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
 
@@ -95,20 +95,20 @@ def composed(before: ChannelGraph, first: Removed, after: ChannelGraph, second: 
     PruneError
         If ``after`` is not what ``first`` leaves, or the original cannot lose these channels at once.
     '''
-    gone = before.removed_labels(first)
-    lost, matched = _carried(before, gone, after, after.removed_labels(second))
-    channel = before.solution.channel
+    gone = before._removed_labels(first)
+    lost, matched = _carried(before, gone, after, after._removed_labels(second))
+    channel = before._solution.channel
     new = np.unique(channel[lost])
     stuck = lost & (channel < 0)
     if stuck.any():
         raise PruneError(f'{_where(before, stuck)} must stay in the original '
-                         f'({before.solution.reason(int(stuck.argmax()))}): the later plan cannot be joined to this '
+                         f'({before._solution.reason(int(stuck.argmax()))}): the later plan cannot be joined to this '
                          'one. Apply one after the other.')
     part = matched & ~lost & ~gone & np.isin(channel, new) & (channel >= 0)
     if part.any():
         raise PruneError(f'the later plan removes parts of channels of the original, which also sit in '
                          f'{_where(before, part)}: it cannot be joined to this one. Apply one after the other.')
-    chosen = np.zeros(len(before.solution.group), bool)
+    chosen = np.zeros(len(before._solution.group), bool)
     chosen[new] = True
     removed = {}
     for group in before.groups:
@@ -117,7 +117,7 @@ def composed(before: ChannelGraph, first: Removed, after: ChannelGraph, second: 
         if len(set(counts)) > 1:
             raise PruneError(f'the later plan removes whole blocks of group {group.name!r}, whose {group.step} blocks '
                              'must lose equally many channels in the original, for '
-                             f'{some(before.balanced_by(group), 3)}: left with one channel each, they are a depthwise '
+                             f'{some(before._balanced_by(group), 3)}: left with one channel each, they are a depthwise '
                              'convolution. It cannot be joined to this one. Apply one after the other.')
         if positions:
             removed[group.name] = positions
@@ -127,9 +127,9 @@ def composed(before: ChannelGraph, first: Removed, after: ChannelGraph, second: 
 def _carried(before: ChannelGraph, gone: npt.NDArray[np.bool_], after: ChannelGraph,
              lost_after: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     '''For each label of the original, whether it goes with those of ``after``, and whether it is there at all.'''
-    axes = {(axis.parameter, axis.dim): axis for axis in after.recording.axes}
+    axes = {(axis.parameter, axis.dim): axis for axis in after._recording.axes}
     lost, matched = np.zeros((2, len(gone)), bool)
-    for axis in before.recording.axes:
+    for axis in before._recording.axes:
         labels = np.arange(axis.start, axis.start + axis.size)
         labels = labels[~gone[labels]]
         there = axes.pop((axis.parameter, axis.dim), None)
@@ -147,8 +147,8 @@ def _carried(before: ChannelGraph, gone: npt.NDArray[np.bool_], after: ChannelGr
 
 
 def _where(graph: ChannelGraph, labels: npt.NDArray[np.bool_]) -> str:
-    numbers = np.unique(graph.roles.axis[np.flatnonzero(labels)])
-    return some(dict.fromkeys(repr(graph.recording.axes[number].parameter) for number in numbers.tolist()), 3)
+    numbers = np.unique(graph._roles.axis[np.flatnonzero(labels)])
+    return some(dict.fromkeys(repr(graph._recording.axes[number].parameter) for number in numbers.tolist()), 3)
 
 
 FORMAT = 'zennit_prune plan'
@@ -205,8 +205,8 @@ class Plan:
         return MappingProxyType(self._removed)
 
     def _check_not_emptied(self) -> None:
-        gone = self.graph.removed_labels(self.removed)
-        for axis in self.graph.recording.axes:
+        gone = self.graph._removed_labels(self.removed)
+        for axis in self.graph._recording.axes:
             if gone[axis.start:axis.start + axis.size].all():
                 raise PruneError(f'the plan removes all {axis.size} channels along dimension {axis.dim} of '
                                  f'{axis.parameter!r}: keep at least one.')
@@ -293,18 +293,18 @@ class Plan:
             raise PruneError('the plan is empty: it removes no channel.')
         with torch.inference_mode(False), waiting('apply', progress):
             small = self._proven(model)
-            self.graph.recording.warn_if_untraced()
-            warn_of_changed_statistics(self.graph.recording.operations, self.graph.removed_labels(self.removed))
+            self.graph._recording.warn_if_untraced()
+            warn_of_changed_statistics(self.graph._recording.operations, self.graph._removed_labels(self.removed))
             if verify:
-                compare(self.graph, model, small, self.removed, self.graph.recording.example.fitted(model))
+                compare(self.graph, model, small, self.removed, self.graph._recording.example.fitted(model))
         return small
 
     def _proven(self, model: nn.Module) -> nn.Module:
         with without_garbage_collection(), isolated(model):
-            small = self.graph.narrowed(model, self.removed)
-            failure = self.graph.prove(small, self.removed)
+            small = self.graph._narrowed(model, self.removed)
+            failure = self.graph._prove(small, self.removed)
         if failure is not None:
-            layers = self.graph.layers_in(failure.operation, self.removed)
+            layers = self.graph._layers_in(failure.operation, self.removed)
             raise PruneError(f'this plan cannot be applied exactly: {failure}. Remove fewer channels of '
                              f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
@@ -330,15 +330,15 @@ class Plan:
         '''
         inner = unwrapped(model)
         small = self.apply(inner, verify)
-        transplant(inner, small, self.graph.kept(self.removed), self.graph.group_sizes,
-                   self.graph.attributes(self.removed), optimizer)
+        transplant(inner, small, self.graph._kept(self.removed), self.graph._group_sizes,
+                   self.graph._attributes(self.removed), optimizer)
         return model
 
     def _checked_model(self, model: nn.Module) -> nn.Module:
         '''The network inside ``model``, after a check that it is the one that was traced.'''
         model = unwrapped(model)
         tensors = dict(tensors_by_module(model))
-        for axis in self.graph.recording.axes:
+        for axis in self.graph._recording.axes:
             shape = tuple(tensors[axis.parameter].shape) if axis.parameter in tensors else ()
             if len(shape) <= axis.dim or shape[axis.dim] != axis.length:
                 has = f'has shape {shape}' if shape else 'is missing'

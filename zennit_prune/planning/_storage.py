@@ -39,8 +39,8 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     '''
     small = unwrapped(small)
     tensors = unique_tensors(small)
-    kept = plan.graph.kept(plan.removed)
-    shapes = {name: list(size.shape) for name, size in plan.graph.recording.sizes.items()}
+    kept = plan.graph._kept(plan.removed)
+    shapes = {name: list(size.shape) for name, size in plan.graph._recording.sizes.items()}
     for name, shape in shapes.items():
         expected = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape)]
         if name not in tensors or list(tensors[name].shape) != expected:
@@ -48,8 +48,8 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
             raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
                              f'{expected}.')
     metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
-                'group_sizes': json.dumps(plan.graph.group_sizes),
-                'attributes': json.dumps([[*item] for item in plan.graph.attributes(plan.removed).items()]),
+                'group_sizes': json.dumps(plan.graph._group_sizes),
+                'attributes': json.dumps([[*item] for item in plan.graph._attributes(plan.removed).items()]),
                 'extra_states': json.dumps(_extra_states(small))}
     write_tensors(path, tensors, metadata, FORMAT)
 

@@ -237,14 +237,14 @@ def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int]
     axis_of: callable
         The number of the axis of labels along a dimension; 0 where it never shrinks.
     '''
-    example = replace(graph.recording.example.fitted(model), resize=False, device=graph.recording.example.device)
+    example = replace(graph._recording.example.fitted(model), resize=False, device=graph._recording.example.device)
     tracers: list[CallTracer] = []
 
     def tracer(*arguments: Any) -> CallTracer:
         tracers.append(CallTracer(*arguments))
         return tracers[-1]
 
-    run_network(structural_copy(model, example.device), example, False, tracer, graph.recording.fields)
+    run_network(structural_copy(model, example.device), example, False, tracer, graph._recording.fields)
     calls = []
     for operation, function, arguments in tracers[0].made:
         axes = {(tensor, dim): axis for tensor, fields in enumerate(operation.inputs) for field in fields

@@ -151,7 +151,7 @@ class Collector:
         self.aggregate, self.initial, self.classes = aggregate, initial, checked_classes(classes)
         self.attributor, self.nonfinite, self.seed, self.exemplars = attributor, nonfinite, seed, exemplars
         self.states, self.unread = self._find_states()
-        self.canonizer = GraphCanonizer.from_recording(graph.recording)
+        self.canonizer = GraphCanonizer.from_recording(graph._recording)
         reached = {state.group for state in self.states if state.value in self.canonizer.reached}
         self.gates = {state.group for state in self.states} - reached
         self.sums = Sums()

@@ -296,8 +296,8 @@ class Wanda(Activations):
     def _reading(self, group: ChannelGroup, operation: Operation, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         '''The sums of the absolute weights with which an operation reads the channels of a group.'''
         total = torch.zeros(group.size, dtype=torch.float64)
-        axes = self.graph.recording.axes
-        numbers = {number for labels in operation.consumers for number in self.graph.roles.axis[labels].flat}
+        axes = self.graph._recording.axes
+        numbers = {number for labels in operation.consumers for number in self.graph._roles.axis[labels].flat}
         read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}
         for member in group.members:
             if (member.parameter, member.dim) in read:

@@ -111,7 +111,7 @@ class Flow:
 
     def __init__(self, graph: ChannelGraph):
         self.graph = graph
-        run = graph.recording.runs['eval']
+        run = graph._recording.runs['eval']
         self.operations, self.places = run.operations, run.places
         self.fields: dict[int, list[Field]] = {}
         self.readers: defaultdict[int, list[Operation]] = defaultdict(list)
@@ -123,10 +123,10 @@ class Flow:
             for value, active in zip(operation.reads, operation.active or [True] * len(operation.reads)):
                 if active:
                     self.readers[value].append(operation)
-        owner = np.full(len(graph.solution.group) + 1, -1)
+        owner = np.full(len(graph._solution.group) + 1, -1)
         for number, group in enumerate(graph.groups):
             owner[group.channels] = number
-        self.owner = owner[graph.solution.channel]
+        self.owner = owner[graph._solution.channel]
         self.number = {group.name: number for number, group in enumerate(graph.groups)}
         self._producing: defaultdict[int, list[Operation]] = defaultdict(list)
         self._renewing: defaultdict[int, list[Operation]] = defaultdict(list)
@@ -234,8 +234,8 @@ class Flow:
             value = readers[0].writes[0]
 
     def _state(self, group: ChannelGroup, value: int, field: Field, place: Place) -> State:
-        position = np.full(len(self.graph.solution.group) + 1, group.size)
+        position = np.full(len(self.graph._solution.group) + 1, group.size)
         position[group.channels] = np.arange(group.size)
         labels = np.squeeze(field.labels, tuple(dim for dim in range(field.labels.ndim) if dim not in field.dims))
-        positions = torch.from_numpy(position[self.graph.solution.channel[labels]])
+        positions = torch.from_numpy(position[self.graph._solution.channel[labels]])
         return State(group.name, value, place, field.dims, positions, group.size)

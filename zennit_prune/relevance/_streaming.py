@@ -105,7 +105,8 @@ def _check(collector: Collector, inputs: Any, target: Any) -> None:
         return
     x, labels = only((batch.inputs, batch.target), len(batch.numbers), slice(CHECKED))
     try:
-        found = preflight(collector.model, collector.composite, collector.graph.recording, x, labels, collector.initial)
+        found = preflight(collector.model, collector.composite, collector.graph._recording, x, labels,
+                          collector.initial)
     except PruneError:
         return  # the collector says what is wrong with a batch
     collector.notes += found.problems

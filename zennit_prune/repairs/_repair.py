@@ -150,14 +150,14 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
     if method not in METHODS:
         raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
     small, model = unwrapped(small), plan._checked_model(model)
-    _check_made_by(plan.graph.kept(plan.removed), small, model)
+    _check_made_by(plan.graph._kept(plan.removed), small, model)
     device = device_of(small)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         result = copied(small)
         if method == 'none':
             return result
         inputs = Inputs(data, device)
-        targets = find_targets(plan.graph.recording.runs['eval'], small)
+        targets = find_targets(plan.graph._recording.runs['eval'], small)
         if method != 'batchnorm':
             inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
 
@@ -226,7 +226,7 @@ def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) ->
 def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
            method: str, progress: bool) -> bool:
     '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
-    deletion = Deletion(plan.graph.removed_labels(plan.removed))
+    deletion = Deletion(plan.graph._removed_labels(plan.removed))
     parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}

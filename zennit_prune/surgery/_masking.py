@@ -118,22 +118,22 @@ def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequenc
     '''
     masked = plain(copied(model))  # zeros in what a weight is computed from would change more than these slices
     tensors = dict(tensors_by_module(masked))
-    channel = graph.solution.channel
-    paired = np.zeros(len(graph.solution.group) + 1, bool)
-    for operation in graph.recording.operations:
+    channel = graph._solution.channel
+    paired = np.zeros(len(graph._solution.group) + 1, bool)
+    for operation in graph._recording.operations:
         for labels in operation.paired:
             paired[channel[labels]] = True
     paired[-1] = False
-    gone = graph.removed_labels(removed)
-    zeroed = gone & (graph.roles.consumes | paired[channel])
+    gone = graph._removed_labels(removed)
+    zeroed = gone & (graph._roles.consumes | paired[channel])
     with torch.no_grad():
-        for axis in graph.recording.axes:
+        for axis in graph._recording.axes:
             at = np.flatnonzero(zeroed[axis.start:axis.start + axis.size])
             if len(at) and not axis.parameter.endswith('running_var'):
                 tensor = tensors[computed_name(axis.parameter)].unflatten(0, (axis.blocks, -1))
                 block, index = (torch.from_numpy(part).to(tensor.device) for part in np.divmod(at, axis.length))
                 tensor[(block, *[slice(None)] * axis.dim, index)] = 0
-    survivors = normalised_survivors(graph.recording.operations, gone)
+    survivors = normalised_survivors(graph._recording.operations, gone)
     if survivors:
         let_survive(masked, survivors)
     return masked

@@ -58,18 +58,18 @@ class Channels(Protocol):
     '''The removable channels of a traced network.'''
 
     @property
-    def recording(self) -> Recording:
+    def _recording(self) -> Recording:
         '''The trace.'''
 
     @property
-    def solution(self) -> Solved:
+    def _solution(self) -> Solved:
         '''Which labels form a channel.'''
 
     @property
-    def roles(self) -> Reading:
+    def _roles(self) -> Reading:
         '''What the indices of parameters do.'''
 
-    def removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
+    def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''For each label, whether it goes when the channels at these positions of these groups go.'''
 
 

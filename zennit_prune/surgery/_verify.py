@@ -116,9 +116,9 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
 def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
     '''The first module, in execution order, whose surviving output channels differ.'''
-    deletion = Deletion(graph.removed_labels(removed))
+    deletion = Deletion(graph._removed_labels(removed))
     seen = [_module_outputs(network, args, kwargs) for network in (masked, small)]
-    for key, tensors in graph.recording.runs['eval'].outputs.items():
+    for key, tensors in graph._recording.runs['eval'].outputs.items():
         for fields, before, after in zip(tensors, *(outputs.get(key, []) for outputs in seen)):
             for dim, mask in deletion(fields)[1].items():
                 if before.shape[dim] == len(mask):
