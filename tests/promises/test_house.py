@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,5 +65,13 @@ def test_rooms_say_what_they_are_for(room: str) -> None:
     assert 'may import' in text and 'Start with' in text and len(text.split('\n')) >= 4
 
 
-def test_no_room_is_named_like_a_public_name() -> None:
-    assert not {*ROOMS} & {*zennit_prune.__all__}
+def test_the_root_shows_public_names_and_rooms() -> None:
+    names = dir(zennit_prune)
+    assert set(ROOMS[:-1]) < set(names) and not [name for name in names if name.startswith('_')]
+    assert all(getattr(zennit_prune, name) is not None for name in names)
+    assert not {name for name in (*ROOMS, *(path.stem for path in PACKAGE.glob('*.py')))} & {*names} - {*ROOMS[:-1]}
+
+
+def test_importing_the_root_imports_nothing_else() -> None:
+    code = 'import sys, zennit_prune; dir(zennit_prune); zennit_prune.PruneError; assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
