@@ -69,7 +69,7 @@ def test_the_root_shows_public_names_and_rooms() -> None:
     names = dir(zennit_prune)
     assert set(ROOMS[:-1]) < set(names) and not [name for name in names if name.startswith('_')]
     assert all(getattr(zennit_prune, name) is not None for name in names)
-    assert not {name for name in (*ROOMS, *(path.stem for path in PACKAGE.glob('*.py')))} & {*names} - {*ROOMS[:-1]}
+    assert not {*ROOMS, *(path.stem for path in PACKAGE.glob('*.py'))} & ({*names} - {*ROOMS[:-1]})
 
 
 def test_importing_the_root_imports_nothing_else() -> None:
