@@ -3,8 +3,8 @@ from .errors import PruneError, PruneWarning, VerificationError
 from .graph._graph import ChannelGraph, trace
 from .graph._groups import ChannelGroup, Member
 from .looking._agreement import Agreement, agreement
-from .looking._heatmap import channel_heatmap, heatmap, heatmap_image
-from .looking._receptive import receptive_field
+from .looking._heatmap import heatmap
+from .looking._pictures import heatmap_image
 from .looking._report import report
 from .pipeline import _presets as presets
 from .pipeline._choose import Choice, choose
@@ -28,7 +28,7 @@ __version__ = '0.1.0'
 
 __all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Choice', 'Collector', 'Cost', 'Exemplars',
            'GraphCanonizer', 'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance',
-           'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
+           'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement',
            'choose', 'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
-           'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
+           'prune', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
            'verify']
