@@ -230,7 +230,7 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
         close = all(torch.allclose(a, b, 1e-3, 1e-4) for a, b in zip(*outputs))  # sums may be taken in another order
         if not equal or not close:
             raise PruneError('The network that was loaded differs from the one that was saved.')
-        return f'Saved and loaded: all tensors are equal to the bit, and outputs are equal; {size:,} bytes on disk.'
+        return f'Saved and loaded: all tensors are equal to the bit, and outputs agree; {size:,} bytes on disk.'
 
     def sound() -> str:
         count = min(PREFLIGHT, len(x))
