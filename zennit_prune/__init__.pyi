@@ -17,10 +17,8 @@ from .graph import Member as Member
 from .graph import trace as trace
 from .looking import Agreement as Agreement
 from .looking import agreement as agreement
-from .looking import channel_heatmap as channel_heatmap
 from .looking import heatmap as heatmap
 from .looking import heatmap_image as heatmap_image
-from .looking import receptive_field as receptive_field
 from .looking import report as report
 from .pipeline import Choice as Choice
 from .pipeline import Pruner as Pruner

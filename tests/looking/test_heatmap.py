@@ -1,16 +1,13 @@
-'''Heatmaps equal Zennit's, and pictures of them open.'''
+'''Heatmaps equal Zennit's.'''
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small import Functional, Mixed, Residual, apart, chain, composite, images, labels, seeded
 from torch import nn
 from torch.nn import functional as F
@@ -147,75 +144,3 @@ def test_inputs_that_are_no_images() -> None:
 def test_bad_input(action: Callable[[], Any], message: str) -> None:
     with pytest.raises(zp.PruneError, match=message):
         action()
-
-
-# --- pictures
-
-
-def opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        assert picture.format == 'PNG'
-        return picture.convert('RGB')
-
-
-def test_pictures_have_a_column_for_each_image_and_a_row_for_each_network(tmp_path: Path) -> None:
-    sizes = {}
-    for count in (1, 2, 3):
-        for rows in (1, 2):
-            x, maps = images(count), {f'network {row}': torch.randn(count, 8, 8) for row in range(rows)}
-            zp.heatmap_image(tmp_path / 'map.png', x, maps)
-            sizes[count, rows] = opened(tmp_path / 'map.png').size
-    tile = sizes[2, 1][0] - sizes[1, 1][0]
-    assert tile >= 128 and sizes[3, 1][0] - sizes[2, 1][0] == tile
-    assert sizes[1, 2][1] - sizes[1, 1][1] == tile
-    assert sizes[1, 1][1] >= 2 * 128
-    assert {rows: height for (_, rows), (_, height) in sizes.items()} == {rows: sizes[1, rows][1] for rows in (1, 2)}
-
-
-@pytest.mark.parametrize('shape', [(1, 3, 8, 8), (2, 1, 8, 8), (1, 3, 12, 20), (1, 3, 300, 200)])
-def test_pictures_of_any_size(shape: tuple[int, ...], tmp_path: Path) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    zp.heatmap_image(
-        str(tmp_path / 'map.png'), x, {'before': x.sum(1), 'after': x.abs().sum(1)}, ['first', 'second'][: len(x)]
-    )
-    width, height = opened(tmp_path / 'map.png').size
-    assert width >= shape[0] * shape[3] and height >= 3 * shape[2]
-
-
-def test_signs_have_colours_and_rows_share_a_scale(tmp_path: Path) -> None:
-    '''Positive relevance is red and negative blue; half of the largest is paler.'''
-    half = torch.zeros(1, 8, 8)
-    half[0, :4], half[0, 4:] = 1.0, -1.0
-    zp.heatmap_image(tmp_path / 'map.png', torch.zeros(1, 1, 8, 8), {'full': half, 'half': half / 2})
-    pixels = np.asarray(opened(tmp_path / 'map.png')).astype(int)
-    tile = pixels[:, -70]
-    red, blue = (np.flatnonzero(tile[:, a] > tile[:, b] + 50) for a, b in ((0, 2), (2, 0)))
-    assert len(red) > 50 and len(blue) > 50 and red[0] < blue[0]
-    assert len(np.unique(tile, axis=0)) >= 5
-
-
-def test_pictures_of_zeros(tmp_path: Path) -> None:
-    zp.heatmap_image(tmp_path / 'map.png', torch.zeros(2, 3, 8, 8), {'nothing': torch.zeros(2, 8, 8)})
-    assert opened(tmp_path / 'map.png').size[0] >= 256
-
-
-@pytest.mark.parametrize('maps', [torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(8, 8)])
-def test_heatmaps_that_do_not_fit_the_images(maps: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(zp.PruneError, match=r"'after'.*2 images"):
-        zp.heatmap_image(tmp_path / 'map.png', images(2), {'after': maps})
-    assert not (tmp_path / 'map.png').exists()
-
-
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        {'heatmaps': {}},
-        {'images': torch.zeros(0, 3, 8, 8), 'heatmaps': {'a': torch.zeros(0, 8, 8)}},
-        {'cmap': 'nocolours'},
-    ],
-)
-def test_pictures_of_nothing(arguments: dict[str, Any], tmp_path: Path) -> None:
-    given = {'images': images(2), 'heatmaps': {'a': torch.ones(2, 8, 8)}, **arguments}
-    with pytest.raises(zp.PruneError):
-        zp.heatmap_image(tmp_path / 'map.png', **given)

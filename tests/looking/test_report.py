@@ -17,7 +17,7 @@ from small import Residual, images, labels, lived_in, same, seeded, snapshot
 from torch import nn
 
 import zennit_prune as zp
-from zennit_prune.looking import _sections as looks
+from zennit_prune.looking import _sections
 from zennit_prune.looking._findings import layer_costs
 from zennit_prune.looking._sections import _box
 from zennit_prune.pipeline._sweep import Row
@@ -92,7 +92,7 @@ def plan(pruner: zp.Pruner, relevance: zp.Relevance) -> zp.Plan:
 
 def test_everything(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, relevance: zp.Relevance) -> None:
     x, target = images(5, seed=3), labels(5)
-    zp.report(tmp_path / 'report.html', pruner, plan, relevance, x, target, class_names=['ant', 'bee', 'cow', 'dog'],
+    zp.report(pruner, plan, relevance, x, target, tmp_path / 'report.html', class_names=['ant', 'bee', 'cow', 'dog'],
               image_names=[f'{name}.png' for name in 'vwxyz'], evaluation={'accuracy': (0.91234, '88 %')},
               sweep=made_up_sweep(), commands=['zennit-prune run net.py'], title='A plan', progress=False)
     page = Page(tmp_path / 'report.html')
@@ -112,7 +112,7 @@ def test_everything(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, relevance:
 
 def test_nothing_but_itself(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan) -> None:
     '''No address of anywhere else, and a script that the page's own policy lets run.'''
-    zp.report(tmp_path / 'report.html', pruner, plan, x=images(2), progress=False)
+    zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(2), progress=False)
     page = Page(tmp_path / 'report.html')
     assert not {tag for tag, _ in page.tags} & {'link', 'iframe', 'object', 'base', 'form'}
     for value in (*page.attributes('src'), *page.attributes('href')):
@@ -127,15 +127,15 @@ def test_nothing_but_itself(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan) ->
 
 def test_what_is_missing_is_asked_for(tmp_path: Path, pruner: zp.Pruner) -> None:
     plan = zp.Plan(pruner.graph).remove('block1.conv1', [1])
-    zp.report(tmp_path / 'report.html', pruner, plan, progress=False)
+    zp.report(pruner, plan, path=tmp_path / 'report.html', progress=False)
     text = Page(tmp_path / 'report.html').text
     for name in ('x=', 'relevance=', 'exemplars=8', 'sweep=zp.sweep', 'evaluation=', 'commands='):
         assert name in text
-    assert 'Look here first' not in text
+    assert 'Read this first' not in text
 
 
 def test_an_empty_plan(tmp_path: Path, pruner: zp.Pruner, relevance: zp.Relevance) -> None:
-    zp.report(tmp_path / 'report.html', pruner, zp.Plan(pruner.graph), relevance, images(2), progress=False)
+    zp.report(pruner, zp.Plan(pruner.graph), relevance, images(2), path=tmp_path / 'report.html', progress=False)
     text = Page(tmp_path / 'report.html').text
     assert 'The plan is empty' in text and '100.0% left' in text and 'fails' not in text
 
@@ -159,7 +159,7 @@ def hostile_report(path: Path) -> None:
     pruner = zp.Pruner(seeded(Hostile()), None, images(1))
     relevance = pruner.collect((images(8), labels(8)), progress=False)
     relevance.info[HOSTILE] = CLOSING
-    zp.report(path, pruner, pruner.plan(relevance, zp.Budget(flops=0.6)), relevance, images(4), labels(4),
+    zp.report(pruner, pruner.plan(relevance, zp.Budget(flops=0.6)), relevance, images(4), labels(4), path,
               class_names=[HOSTILE] * 4, image_names=[CLOSING] * 4, evaluation={HOSTILE: (HOSTILE, CLOSING)},
               sweep=made_up_sweep(HOSTILE), commands=[CLOSING, HOSTILE], title=HOSTILE, progress=False)
 
@@ -179,13 +179,25 @@ def test_all_or_nothing(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, monkey
     path = tmp_path / 'report.html'
     path.write_text('the last one')
     with pytest.raises(zp.PruneError, match=r'shape \(2, 8, 8\) cannot be shown'):
-        zp.report(path, pruner, plan, x=images(2), display=torch.ones(2, 2, 8, 8), progress=False)
+        zp.report(pruner, plan, path=path, x=images(2), display=torch.ones(2, 2, 8, 8), progress=False)
     with pytest.raises(zp.PruneError, match='no folder for'):
-        zp.report(tmp_path / 'nowhere' / 'report.html', pruner, plan, progress=False)
+        zp.report(pruner, plan, path=tmp_path / 'nowhere' / 'report.html', progress=False)
     monkeypatch.setitem(sys.modules, 'jinja2', None)
     with pytest.raises(zp.PruneError, match=r"report\(\) needs jinja2: pip install 'zennit-prune\[report\]'"):
-        zp.report(path, pruner, plan, progress=False)
+        zp.report(pruner, plan, path=path, progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ['report.html'] and path.read_text() == 'the last one'
+
+
+def test_the_path_is_the_last_argument(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, relevance: zp.Relevance,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (('a.html', pruner, plan), (tmp_path / 'a.html', pruner, plan, relevance),
+                      (pruner, plan, 'a.html'), (pruner, plan, relevance, tmp_path / 'a.html')):
+        with pytest.raises(zp.PruneError, match=r'the path last, call report\(pruner, plan, .*, path\)'):
+            zp.report(*arguments, progress=False)
+    assert not list(tmp_path.iterdir())
+    zp.report(pruner, plan, relevance, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ['report.html']
 
 
 @pytest.mark.parametrize('options, message', [
@@ -204,14 +216,14 @@ def test_refused(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, options: dict
     if 'relevance' in options:
         options = {'relevance': zp.Relevance({pruner.graph.groups[0].name: torch.ones(3)})}
     with pytest.raises(zp.PruneError, match=message):
-        zp.report(tmp_path / 'report.html', pruner, plan, progress=False, **options)
+        zp.report(pruner, plan, path=tmp_path / 'report.html', progress=False, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_of_another_trace(tmp_path: Path, pruner: zp.Pruner) -> None:
     other = zp.Plan(zp.trace(Hostile(), images(1)))
     with pytest.raises(zp.PruneError, match='another trace'):
-        zp.report(tmp_path / 'report.html', pruner, other, progress=False)
+        zp.report(pruner, other, path=tmp_path / 'report.html', progress=False)
 
 
 @pytest.mark.parametrize('fails', [False, True])
@@ -222,14 +234,14 @@ def test_the_network_is_left_as_it_is(tmp_path: Path, fails: bool) -> None:
     before = snapshot(model)
     if fails:
         with pytest.raises(zp.PruneError):
-            zp.report(tmp_path / 'report.html', pruner, plan, x=images(2), display=torch.ones(2, 2, 8, 8))
+            zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(2), display=torch.ones(2, 2, 8, 8))
     else:
-        zp.report(tmp_path / 'report.html', pruner, plan, x=images(2), progress=False)
+        zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(2), progress=False)
     assert same(before, snapshot(model))
 
 
 def test_a_network_that_is_not_the_plans_fails_the_check(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan) -> None:
-    zp.report(tmp_path / 'report.html', pruner, plan, small=pruner.model, progress=False)
+    zp.report(pruner, plan, path=tmp_path / 'report.html', small=pruner.model, progress=False)
     assert 'was not made by this plan' in Page(tmp_path / 'report.html').text
 
 
@@ -240,12 +252,13 @@ def test_what_changes_most_comes_first(tmp_path: Path, pruner: zp.Pruner, plan: 
     moved, same_class = torch.tensor([0.1, 0.9, 0.6, 0.7, 0.3]), torch.tensor([True, False, True, True, False])
     found = dataclasses.replace(real, moved=moved, same=same_class, order=torch.tensor([3, 2, 0, 1, 4]),
                                 predicted=(torch.zeros(5).long(), (~same_class).long()))
-    monkeypatch.setattr(looks, 'agreement', lambda *_: found)
-    zp.report(tmp_path / 'report.html', pruner, plan, x=images(5), image_names=[f'<{number}>' for number in range(5)],
-              class_names=['ant', 'bee'], max_images=4, progress=False)
+    monkeypatch.setattr(_sections, 'agreement', lambda *_: found)
+    zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(5), class_names=['ant', 'bee'], max_images=4,
+              image_names=[f'<{number}>' for number in range(5)], progress=False)
     page = Page(tmp_path / 'report.html')
     assert [name for name in page.attributes('alt') if name[1:-1].isdigit()] == ['<3>', '<2>', '<1>', '<4>']
-    assert '3 of 5 predictions stay; in 2 of these' in page.text and 'The 4 that change most' in page.text
+    assert '3 of 5 predictions stay the same; for 2 of these' in page.text
+    assert 'The 4 images that change most' in page.text
     assert page.text.count('explanation changes') == 2 + 1 and page.text.count('predicted ant, then bee') == 2
 
 
@@ -269,7 +282,7 @@ def test_noise_of_full_size_fits_a_mail(tmp_path: Path) -> None:
     '''Sixteen images that no format makes small.'''
     pruner = zp.Pruner(Residual(), None, images(1, 224))
     plan = zp.Plan(pruner.graph).remove('block1.conv1', [1])
-    zp.report(tmp_path / 'report.html', pruner, plan, x=images(16, 224), progress=False)
+    zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(16, 224), progress=False)
     assert 1e6 < (tmp_path / 'report.html').stat().st_size < 5e6
 
 
@@ -280,14 +293,14 @@ def collected(pruner: zp.Pruner) -> zp.Relevance:
 
 
 def test_channels_at_risk(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, collected: zp.Relevance) -> None:
-    zp.report(tmp_path / 'report.html', pruner, plan, collected, references=(images(8), labels(8)),
+    zp.report(pruner, plan, collected, path=tmp_path / 'report.html', references=(images(8), labels(8)),
               class_names=['ant', 'bee', 'cow', 'dog'], progress=False)
     page = Page(tmp_path / 'report.html')
     for risk in zp.risky(plan, collected, 3):
         name = ['ant', 'bee', 'cow', 'dog'][risk.class_]
         assert f'{risk.group}, channel {risk.channel}' in page.text
         assert f"{risk.value:.0%} of the group's relevance for reference {risk.sample} ({name})" in page.text
-    assert page.text.count('goes Relevance') == min(5, sum(map(len, plan.removed.values())))
+    assert page.text.count('removed Relevance') == min(5, sum(map(len, plan.removed.values())))
     assert any(f'loses most: {value:.0%}' in page.text for value in zp.class_losses(plan, collected).mean(1).tolist())
 
 
@@ -303,7 +316,7 @@ def test_references_that_are_others(tmp_path: Path, pruner: zp.Pruner, plan: zp.
         'vectors': (x.flatten(1), 'references are shown as images'),
     }[order]
     with pytest.raises(zp.PruneError, match=message):
-        zp.report(tmp_path / 'report.html', pruner, plan, collected, references=references, progress=False)
+        zp.report(pruner, plan, collected, path=tmp_path / 'report.html', references=references, progress=False)
     assert not list(tmp_path.iterdir())
 
 

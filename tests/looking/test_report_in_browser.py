@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pruner = zp.Pruner(Residual(), None, images(1))
     loader = images(8), labels(8)
     relevance = pruner.collect(loader, progress=False, exemplars=4)
-    zp.report(path, pruner, pruner.plan(relevance, zp.Budget(flops=0.6)), relevance, images(12, seed=3), labels(12),
+    zp.report(pruner, pruner.plan(relevance, zp.Budget(flops=0.6)), relevance, images(12, seed=3), labels(12), path,
               references=loader, sweep=made_up_sweep(), evaluation={'accuracy': (0.9, 0.8)}, progress=False)
     return path
 
@@ -129,7 +129,7 @@ def test_charts_by_keyboard_and_pointer(opened: Any) -> None:
     opened.keyboard.press('ArrowRight')
     second = opened.evaluate(read)
     opened.keyboard.press('Home')
-    assert 'channels stay' in first and 'channels stay' in second and first != second == opened.evaluate(
+    assert 'channels kept' in first and 'channels kept' in second and first != second == opened.evaluate(
         'JSON.parse(document.activeElement.querySelector("script").textContent)[1]')
     assert opened.evaluate(read) == first
     opened.keyboard.press('Tab')

@@ -11,6 +11,7 @@ from small import Residual, chain, composite, images, labels, seeded
 from torch import nn
 
 import zennit_prune as zp
+from zennit_prune.looking import receptive_field
 from zennit_prune.relevance import _exemplars as best
 
 COUNT = 14
@@ -185,7 +186,7 @@ def test_receptive_fields_of_a_plain_network() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1),
                           nn.ReLU(), nn.Conv2d(5, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x = images(1, 24)
-    first, second = (zp.receptive_field(model, x, name) for name in ('0', '3'))
+    first, second = (receptive_field(model, x, name) for name in ('0', '3'))
     assert first.shape == (12, 12, 4) and second.shape == (6, 6, 4)
     for row in range(12):
         assert first[row, 5].tolist() == [max(0, 2 * row - 1), min(24, 2 * row + 2), 9, 12]
@@ -197,7 +198,7 @@ def test_crops_show_the_field_and_pad_it_at_borders() -> None:
     relevance = pruner().collect(data(), exemplars=6, progress=False)
     assert relevance.exemplars is not None
     x = images(COUNT, dtype=torch.float64)
-    fields = zp.receptive_field(seeded(Residual()).double(), x, 'block1.conv1')
+    fields = receptive_field(seeded(Residual()).double(), x, 'block1.conv1')
     crops = relevance.exemplars.crops(x, 'block1.conv1', 2, fields)
     assert crops.shape == (6, 3, 5, 5)
     padded = nn.functional.pad(x, (2, 2, 2, 2))

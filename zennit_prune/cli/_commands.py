@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import PruneError
-from ..looking._heatmap import heatmap, heatmap_image
+from ..looking._heatmap import heatmap
+from ..looking._pictures import heatmap_image
 from ..looking._report import report
 from ..pipeline._iterate import costs_left
 from ..planning._cost import Budget
@@ -194,7 +195,7 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
             target = main_output(job.network(inputs)).argmax(1)
     rows = {'before': job.pruner.heatmap(inputs, target), name: heatmap(network, job.pruner.composite, inputs, target)}
     captions = [(Path(name).parent.name or Path(name).name)[-20:] for name in names]
-    heatmap_image(path, job.prepare.shown(inputs), rows, captions)
+    heatmap_image(job.prepare.shown(inputs), rows, path, captions)
 
 
 def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tuple[Any, Any]]:
@@ -208,7 +209,7 @@ def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tup
 def _write_report(job: Job, path: Path, plan: Plan, relevance: Relevance, small: nn.Module | None,
                   evaluation: Mapping[str, tuple[Any, Any]]) -> None:
     inputs, target, names = _shown(job, REPORTED)
-    report(path, job.pruner, plan, relevance, inputs, target, small=small, display=job.prepare.shown(inputs),
+    report(job.pruner, plan, relevance, inputs, target, path, small=small, display=job.prepare.shown(inputs),
            class_names=job.class_names, image_names=names, evaluation=evaluation,
            references=job.images(job.drawn).loader(job.options.batch),
            commands=[job.options.command] if job.options.command else None, progress=job.options.progress)

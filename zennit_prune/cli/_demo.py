@@ -12,7 +12,8 @@ from tqdm.auto import trange
 from zennit.composites import EpsilonPlus
 
 from ..errors import PruneError
-from ..looking._heatmap import heatmap, heatmap_image
+from ..looking._heatmap import heatmap
+from ..looking._pictures import heatmap_image
 from ..pipeline._pruner import Pruner
 from ..planning._cost import Budget, cost
 from ..planning._latency import latency
@@ -121,7 +122,7 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
         maps = {'as it is': pruner.heatmap(shown, targets),
                 'as it would be': heatmap(masked, composite, shown, targets)}
         would_be = accuracy(masked, test_data, test_truth)
-    heatmap_image(folder / 'heatmaps.png', shown, maps, [f'digit {label}' for label in targets.tolist()])
+    heatmap_image(shown, maps, folder / 'heatmaps.png', [f'digit {label}' for label in targets.tolist()])
     print(f'\nNothing is removed yet: look at {folder / "heatmaps.png"}. It would recognise {would_be:.1%} of the test '
           'images.')
 

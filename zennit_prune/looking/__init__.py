@@ -5,8 +5,9 @@ Nothing is removed here: everything is computed from a network, its rules, and a
 Start with ``_heatmap.py``; ``_report.py`` puts everything on one page.
 '''
 from ._agreement import Agreement, agreement
-from ._heatmap import channel_heatmap, heatmap, heatmap_image
+from ._heatmap import heatmap
+from ._pictures import heatmap_image
 from ._receptive import receptive_field
 from ._report import report
 
-__all__ = ['Agreement', 'agreement', 'channel_heatmap', 'heatmap', 'heatmap_image', 'receptive_field', 'report']
+__all__ = ['Agreement', 'agreement', 'heatmap', 'heatmap_image', 'receptive_field', 'report']

@@ -1,4 +1,4 @@
-'''How far a pruned network explains its answers as the original does, image by image.'''
+'''How similar the heatmaps of a network are before and after pruning, image by image.'''
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,30 +17,48 @@ from ._heatmap import explained
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    '''Heatmaps of N images before and after, and how they compare; print it for a table. Tensors are on the CPU.
+    '''Heatmaps of N images before and after pruning, and how they compare; print it for a table.
+
+    All tensors are on the CPU.
 
     Attributes
     ----------
     cosine: torch.Tensor
-        float64, shape (N,): the cosine of the angle between the two heatmaps; 1 where they are equal, 0 where only one
-        is zero.
+        The cosine of the angle between the two heatmaps, float64, shape (N,): 1 where they are equal, 0 where only one
+        of them is zero.
     rank: torch.Tensor
-        float64, shape (N,): Spearman's rank correlation of their pixels.
+        Spearman's rank correlation of the pixels of the two heatmaps, float64, shape (N,).
     same: torch.Tensor
-        bool, shape (N,): whether both networks predict the same class; where there is one for each position
-        (segmentation), at all of them; always, where the output is a single number.
+        Whether both networks predict the same class, bool, shape (N,). With one class for each position
+        (segmentation), whether all of them are the same; with a single output (regression), always true.
     predicted: tuple of torch.Tensor
-        int64, shape (N,) or (N, ...): the class of the largest output, before and after.
+        The class of the largest output, before and after, int64, shape (N,) or (N, ...).
     moved: torch.Tensor
-        float64, shape (N,), from 0 to 1: the relevance that moved, half of the sum of ``|after - before|`` where each
-        heatmap is divided by its absolute mass. 1 is all of it, elsewhere or to the other sign.
+        The total variation distance of the two heatmaps, float64, shape (N,), from 0 to 1: half of the L1 norm of
+        their difference, where each is divided by its L1 norm. At 1, all relevance is at other pixels or of the other
+        sign.
     before, after, difference: torch.Tensor
-        Shape (N, H, W): the heatmaps, and after minus before.
+        The heatmaps, and after minus before, shape (N, H, W).
     scale: torch.Tensor
-        Shape (N,): the largest absolute value in the three heatmaps of an image, to draw them alike.
+        The largest absolute value in the three heatmaps of an image, shape (N,), to draw them on one scale.
     order: torch.Tensor
-        int64, shape (N,): the images, those first whose prediction stays while most of the relevance moves; after them,
-        those whose prediction changes, likewise.
+        The numbers of the images, int64, shape (N,): those with the same prediction by descending ``moved``, then those
+        with another prediction by descending ``moved``.
+
+    See Also
+    --------
+    agreement : Computes it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    >>> found = zp.agreement(model, model, None, torch.randn(3, 1, 4, 4))
+    >>> found
+    Agreement(3 images, 3 predictions stay, median cosine 1.00)
+    >>> found.same.tolist(), found.moved.tolist()
+    ([True, True, True], [0.0, 0.0, 0.0])
     '''
 
     cosine: torch.Tensor
@@ -72,33 +90,57 @@ class Agreement:
                 f'{float(self.cosine.median()):.2f})')
 
 
-def agreement(model: nn.Module, changed: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
+def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
               initial: Initial = 'one-hot') -> Agreement:
     '''Compare the heatmaps of a network with those of a masked, pruned or repaired version of it.
 
     Parameters
     ----------
-    model, changed: torch.nn.Module
-        The original and the other network; both are copied, never changed.
+    model: torch.nn.Module
+        The original network; it is copied, never changed.
+    small: torch.nn.Module
+        The network to compare with it; it is copied, never changed.
     composite: zennit.core.Composite or None
         The rules; None for the recommended ones. For a rule that ignores weights (``Flat``) inside the network, give
         the pruned network rather than the masked one.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
     target, initial:
-        See :func:`zennit_prune.initial.initial_relevance`. Where relevance starts, and how much, is taken from the
-        original for both networks: ``'predicted'`` is the original's prediction, ``'logit'`` its logit, and functions
-        see its output. For a regression, give a function.
+        Where relevance starts, see :func:`zennit_prune.heatmap`. The relevance at the output is computed from the
+        original's output for both networks: ``'predicted'`` is the original's prediction, ``'logit'`` its logit, and
+        functions are called with its output. For a regression, give a function.
 
     Returns
     -------
     Agreement
+        The heatmaps, their cosines, rank correlations and total variation distances, and the predictions.
 
     Raises
     ------
     PruneError
-        If the outputs of the two differ in shape; otherwise as :func:`zennit_prune.heatmap`.
+        If one of the two is no network, their outputs differ in shape, inputs or targets do not fit, or relevance is
+        not finite.
+
+    See Also
+    --------
+    heatmap : Computes the heatmaps of one network.
+    heatmap_image : Draws heatmaps.
+    report : Shows heatmaps of two networks in an HTML page.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(144, 2))
+    >>> x = torch.randn(3, 1, 8, 8)
+    >>> plan = zp.Plan(zp.trace(model, x), {'0': [1]})
+    >>> found = zp.agreement(model, plan.apply(model), None, x)
+    >>> found.cosine.shape, found.before.shape
+    (torch.Size([3]), torch.Size([3, 8, 8]))
     '''
+    if not isinstance(small, nn.Module):
+        raise PruneError(f'small is {type(small).__name__}, not a network: call agreement(model, small, composite, x).')
     started: list[torch.Tensor] = []
 
     def start(output: torch.Tensor) -> torch.Tensor:
@@ -112,7 +154,7 @@ def agreement(model: nn.Module, changed: nn.Module, composite: Composite | None,
         return started[0].to(output)
 
     before, output = explained(model, composite, x, start)
-    after, output_after = explained(changed, composite, x, again)
+    after, output_after = explained(small, composite, x, again)
     if before.dim() < 2:
         raise PruneError(f'the heatmaps have shape {tuple(before.shape)}: give a batch of inputs, the samples first.')
     predicted = _predicted(output), _predicted(output_after)
@@ -127,24 +169,27 @@ def agreement(model: nn.Module, changed: nn.Module, composite: Composite | None,
 
 
 def _predicted(output: torch.Tensor) -> torch.Tensor:
+    '''The class of the largest output; 0 where the output is a single number.'''
     output = output.detach().cpu()
     return (output.unsqueeze(1) if output.dim() == 1 else output).argmax(1)
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''Each row over its largest value first: squares of small relevance are too small for a float.'''
+    '''The cosine between rows, each divided by its largest value first, for squares of small numbers underflow.'''
     left, right = (rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300) for rows in (left, right))
     cosine = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-300)
     return torch.where((left == right).all(1), 1.0, cosine.clamp(-1, 1))
 
 
 def _rank(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    '''Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
     return torch.tensor([1.0 if torch.equal(*pair) else spearman(*pair) for pair in zip(left, right)],
                         dtype=torch.float64)
 
 
 def _moved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    mass = [rows.abs().sum(1, keepdim=True) for rows in (left, right)]
-    shares = [rows / total.clamp(min=1e-300) for rows, total in zip((left, right), mass)]
+    '''The total variation distance between rows, each divided by its L1 norm; 1 where only one of them is zero.'''
+    norms = [rows.abs().sum(1, keepdim=True) for rows in (left, right)]
+    shares = [rows / total.clamp(min=1e-300) for rows, total in zip((left, right), norms)]
     moved = (shares[1] - shares[0]).abs().sum(1) / 2
-    return torch.where((mass[0] > 0).flatten() == (mass[1] > 0).flatten(), moved, 1.0).clamp(0, 1)
+    return torch.where((norms[0] > 0).flatten() == (norms[1] > 0).flatten(), moved, 1.0).clamp(0, 1)

@@ -1,4 +1,4 @@
-'''What a report says about a plan, in numbers and words: costs, layers, groups, checks, and where it comes from.'''
+'''The facts that a report states about a plan: costs, layers, groups, checks, and how to make the plan again.'''
 from __future__ import annotations
 
 import hashlib
@@ -9,31 +9,57 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from zennit.core import Composite
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
 from ..planning._cost import CostModel
 from ..planning._plan import Plan
 from ..planning._storage import load, save
+from ..relevance._preflight import Preflight
 from ..relevance._relevance import Relevance, Reliability
 from ..surgery._verify import compare, evaluating, noise
 from ..util._fingerprint import described
 from ..util._networks import output_tensors, unique_tensors, unwrapped
 from . import _charts as charts
 from ._charts import Chart, amount
-from ._subject import Subject
 
 UNITS = {'params': 'Parameters', 'flops': 'FLOPs per sample', 'bytes': 'Bytes', 'channels': 'Removable channels'}
-PREFLIGHT = 8  # inputs that relevance is followed through
+PREFLIGHT = 8  # inputs whose relevance is checked for conservation
+
+
+class Subject(Protocol):
+    '''A network, the rules that explain it, and its removable channels: :class:`zennit_prune.Pruner` is one.'''
+
+    model: nn.Module
+    composite: Composite
+    graph: ChannelGraph
+
+    def preflight(self, x: Any, target: Any = 'predicted') -> Preflight:
+        '''Check whether relevance is sound on this network.'''
+
+
+class Curved(Protocol):
+    '''Accuracy over budget, as a sweep holds it.'''
+
+    unit: str
+    original: float
+
+    @property
+    def evaluated(self) -> str:
+        '''The name of the function that evaluated.'''
+
+    def curves(self) -> Mapping[tuple[str, str], Mapping[float, Any]]:
+        '''By criterion and repair, then by budget: means over the seeds.'''
 
 
 @dataclass(frozen=True)
 class Amount:
-    '''A line of the summary; ``share`` is what is left, where that can be said.'''
+    '''A quantity before and after pruning; ``share`` is the fraction that is left, None where there is none.'''
 
     name: str
     before: str
@@ -43,7 +69,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Layer:
-    '''What a layer costs, before and after.'''
+    '''FLOPs and parameters of a layer, each before and after pruning.'''
 
     name: str
     flops: tuple[float, float]
@@ -52,25 +78,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    '''A group of channels: its ranking, where scores are known, and what the plan does to it.'''
+    '''A dependency group: its size before and after, its layers, and its ranking where scores are known.'''
 
     name: str
     size: int
     left: int
     together: list[str]
     readers: list[str]
-    stability: float | None
+    reliability: float | None  # split-half rank correlation
     ranking: Chart | None
 
     @property
-    def gone(self) -> int:
-        '''How many channels go.'''
+    def removed(self) -> int:
+        '''The number of channels to be removed.'''
         return self.size - self.left
 
 
 @dataclass(frozen=True)
 class Check:
-    '''A question and its answer; ``good`` is None where it was not asked.'''
+    '''A check and its outcome; ``good`` is None where it was not run.'''
 
     name: str
     good: bool | None
@@ -79,7 +105,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Costs:
-    '''Where parameters and FLOPs go.'''
+    '''Widths of groups, and FLOPs and parameters of layers, before and after pruning.'''
 
     layers: list[Layer]
     widths: Chart
@@ -89,7 +115,7 @@ class Costs:
 
 
 def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> list[Amount]:
-    '''The summary: what the plan leaves, and what was measured elsewhere.
+    '''The rows of the summary: costs before and after, and what was measured elsewhere.
 
     Raises
     ------
@@ -134,7 +160,7 @@ def layer_costs(plan: Plan) -> Costs:
                                     [before for before, _ in pairs], says))
     groups = plan.graph.groups
     left = [group.size - count for group, count in zip(groups, counts.astype(int).tolist())]
-    says = [f'{group.name}: {kept} of {group.size} channels stay ({kept / group.size:.0%})'
+    says = [f'{group.name}: {kept} of {group.size} channels kept ({kept / group.size:.0%})'
             for group, kept in zip(groups, left)]
     widths = charts.columns([group.name for group in groups], [kept / group.size for group, kept in zip(groups, left)],
                             [1.0] * len(groups), says, 1.0, '100%')
@@ -142,34 +168,34 @@ def layer_costs(plan: Plan) -> Costs:
 
 
 def group_findings(plan: Plan, relevance: Relevance | None, reliability: Reliability | None) -> list[Group]:
-    '''All groups in execution order.'''
+    '''Dependency groups in execution order.'''
     found = []
     for group in plan.graph.groups:
-        gone = set(plan.removed.get(group.name, ()))
+        removed = set(plan.removed.get(group.name, ()))
         drawn = None
         if relevance is not None and group.name in relevance:
             scores = relevance[group.name].tolist()
             if len(scores) != group.size:
                 raise PruneError(f'relevance has {len(scores)} scores for group {group.name!r}, which has {group.size} '
                                  'channels: it is of another network.')
-            drawn = charts.ranking(scores, [position in gone for position in range(group.size)])
-        found.append(Group(group.name, group.size, group.size - len(gone), group.layers('producer')[1:],
+            drawn = charts.ranking(scores, [position in removed for position in range(group.size)])
+        found.append(Group(group.name, group.size, group.size - len(removed), group.layers('producer')[1:],
                            group.layers('consumer'), None if reliability is None else
                            reliability.groups.get(group.name), drawn))
     return found
 
 
-def stability_chart(groups: Sequence[Group]) -> Chart | None:
-    '''A column for each group: the rank correlation between halves of the references.'''
-    known = [group for group in groups if group.stability is not None]
+def reliability_chart(groups: Sequence[Group]) -> Chart | None:
+    '''A column for each group: the split-half rank correlation of its scores.'''
+    known = [group for group in groups if group.reliability is not None]
     if not known:
         return None
-    return charts.columns([group.name for group in known], [max(group.stability or 0.0, 0.0) for group in known],
-                          says=[f'{group.name}: {group.stability:.2f} between halves' for group in known], top=1.0)
+    return charts.columns([group.name for group in known], [max(group.reliability or 0.0, 0.0) for group in known],
+                          says=[f'{group.name}: {group.reliability:.2f}' for group in known], top=1.0)
 
 
 def locked_by_reason(graph: ChannelGraph) -> dict[str, list[str]]:
-    '''Locked layers under the reason they share.'''
+    '''Locked layers by the reason that they share.'''
     found: dict[str, list[str]] = {}
     for layer, reason in graph.locked.items():
         found.setdefault(reason, []).append(layer)
@@ -177,15 +203,18 @@ def locked_by_reason(graph: ChannelGraph) -> dict[str, list[str]]:
 
 
 def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target: Any) -> list[Check]:
-    '''Is the plan exact, does its network survive a file, is relevance sound? A failure is an answer, too.'''
+    '''Check that the plan is exact, that a saved network loads unchanged, and that relevance is conserved.
+
+    A check that fails is reported, not raised.
+    '''
     model, graph, built = pruner.model, plan.graph, [unwrapped(small)] if small is not None else []
 
     def exact() -> str:
         pruned = plan.apply(model, verify=False, progress=False)
         built.append(pruned)
         error = compare(graph, model, pruned, plan.removed, graph._recording.example.fitted(model))
-        return (f'Proven on the structure; on noise, the pruned network differs from the masked original by '
-                f'{error:.2g} of the largest output.')
+        return (f'Proven on the structure. On random inputs, outputs of the pruned network differ from those of the '
+                f'masked original by at most {error:.2g} of the largest output.')
 
     def survives() -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -200,26 +229,27 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
             outputs = [output_tensors(one(*args, **kwargs)) for one in (network, again)]
         close = all(torch.allclose(a, b, 1e-3, 1e-4) for a, b in zip(*outputs))  # sums may be taken in another order
         if not equal or not close:
-            raise PruneError('The network that was saved and loaded is another one.')
-        return f'Saved and loaded: every tensor is equal to the bit, and it computes the same; {size:,} bytes on disk.'
+            raise PruneError('The network that was loaded differs from the one that was saved.')
+        return f'Saved and loaded: all tensors are equal to the bit, and outputs agree; {size:,} bytes on disk.'
 
     def sound() -> str:
         count = min(PREFLIGHT, len(x))
         found = pruner.preflight(x[:count], 'predicted' if target is None else target[:count])
         if found.problems:
             raise PruneError(' '.join(found.problems))
-        return f'Followed through the network for {count} images: no operation makes or loses any.'
+        return f'Checked on {count} images: no operation adds or loses relevance.'
 
-    empty = 'The plan is empty: nothing goes.'
+    empty = 'The plan is empty: no channel is removed.'
     found = [_asked('The plan is exact', exact if plan.removed else empty)]
     file = survives if built else 'There is no network to save.'
-    found.append(_asked('Its network survives a file', file if plan.removed else empty))
-    unseen = 'Give x= to follow it through the network.'
+    found.append(_asked('The pruned network can be saved and loaded', file if plan.removed else empty))
+    unseen = 'Give x= to check it on these images.'
     found.append(_asked('Relevance is conserved', sound if x is not None else unseen))
     return found
 
 
 def _asked(name: str, question: Callable[[], str] | str) -> Check:
+    '''The outcome of a check, or the reason why it was not run.'''
     if isinstance(question, str):
         return Check(name, None, question)
     try:
@@ -229,7 +259,7 @@ def _asked(name: str, question: Callable[[], str] | str) -> Check:
 
 
 def origin(pruner: Subject, plan: Plan, relevance: Relevance | None, small: nn.Module | None) -> dict[str, str]:
-    '''What it takes to make the same again: versions, rules, seeds, and sums to compare with.'''
+    '''Versions, rules, seeds, and checksums: all that is needed to make the plan again and compare.'''
     from .. import __version__
 
     found = {'zennit_prune': __version__, 'Zennit': version('zennit'), 'PyTorch': torch.__version__}
@@ -246,12 +276,12 @@ def origin(pruner: Subject, plan: Plan, relevance: Relevance | None, small: nn.M
 
 
 def plan_text(plan: Plan) -> str:
-    '''What :meth:`Plan.save` writes.'''
+    '''The text of the file that :meth:`Plan.save` writes.'''
     return json.dumps(plan.to_dict(), indent=1) + '\n'
 
 
 def weights_sum(model: nn.Module) -> str:
-    '''The SHA-256 sum over names, types, shapes and bytes of ``state_dict()``, in its order.'''
+    '''SHA-256 checksum over names, types, shapes and bytes of ``state_dict()``, in its order.'''
     digest = hashlib.sha256()
     for name, tensor in unwrapped(model).state_dict().items():
         if isinstance(tensor, torch.Tensor):

@@ -1,21 +1,13 @@
-'''Heatmaps of single channels: the relevance at the input that flows through a channel.
-
-Look before removing anything: heatmaps of the network as it is and as it would be.
-'''
+'''Heatmaps: the relevance of every input pixel, of the whole network or of what flows through single channels.'''
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 from zennit.core import Composite
-from zennit.image import CMAPS, palette
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph, trace
@@ -30,7 +22,6 @@ from ..relevance._attribute import (
     propagate,
     recommended_composite,
 )
-from ..relevance._attribute import recommended_composite as recommended
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
 from ..relevance._states import State, find_states
@@ -38,49 +29,95 @@ from ..tracing._boundaries import Place
 from ..util._loaders import batch_size, only
 from ..util._networks import tensors_in, unwrapped
 
-TILE = 128  # pixels of the longer side of a picture, at least
-MARGIN = 6
+AT_ONCE = 16  # samples in one backward pass for several channels, repeated ones counted: larger batches are slower
+Channel = tuple[str | ChannelGroup, int | Sequence[int]]  # a group, and one position in it or several
 
 
 def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
-            initial: Initial = 'one-hot', canonizer: GraphCanonizer | None = None) -> torch.Tensor:
-    '''The relevance of every input pixel, summed over the input's channels.
+            initial: Initial = 'one-hot', *, channel: Channel | None = None, graph: ChannelGraph | None = None
+            ) -> torch.Tensor:
+    '''Compute the relevance of every input pixel, summed over the input's channels.
+
+    With ``channel``, only the relevance that flows through single channels of the network is shown. The relevance that
+    arrives at an activation site of the channel, a tensor that carries its complete value, is kept there for this
+    channel alone and propagated on to the input. Where a group has several sites (a residual stream), this is done at
+    each of them, and the mean is returned, as the score of a channel is a mean over sites. Over all channels, the
+    heatmaps of a group with one site sum to the relevance that flows through this site; in a network without branches,
+    that is the whole heatmap.
 
     Parameters
     ----------
     model: torch.nn.Module
-        The network, or a masked or pruned one; it is copied, never changed.
+        The network, the original or a masked or pruned one; it is copied, never changed.
     composite: zennit.core.Composite or None
         The rules; None for the recommended ones (epsilon). The network is canonized from its graph after the
         composite's own canonizers.
     x: torch.Tensor, tuple or dict
-        The inputs, shape (N, C, H, W).
+        The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, or a dict of keyword arguments.
     target: torch.Tensor, callable or ``'predicted'``
-        Class indices, rows or a function of the output; see :func:`zennit_prune.initial.initial_relevance`.
+        Class indices of shape (N,), rows of the output's shape, or a function from the output to the relevance at the
+        output.
     initial: str or callable
-        Likewise.
-    canonizer: GraphCanonizer, optional
-        One made before for this network, to save the trace.
+        The relevance at the target: ``'one-hot'``, ``'logit'``, ``'softmax'``, ``'contrastive'``, ``'cross-entropy'``,
+        or a function of the output.
+    channel: tuple of (str or ChannelGroup, int or sequence of int), optional
+        A group and a position in it, e.g. ``('layer1.0.conv1', 3)``, or several positions, ``('layer1.0.conv1', [3,
+        5])``. The group is given as such, by its name, or by the name of a layer that belongs to one group only.
+    graph: ChannelGraph, optional
+        An earlier trace of this network, so that it need not be traced again.
 
     Returns
     -------
     torch.Tensor
-        Shape (N, H, W), on the CPU; for other inputs, the second dimension is summed where there are more than two.
+        On the CPU, shape (N, H, W); (K, N, H, W) for a sequence of K channels. For inputs that are no images, the
+        second dimension is summed where there are more than two.
 
     Raises
     ------
     PruneError
-        For inputs or targets that do not fit, or relevance that is not finite.
+        If inputs or targets do not fit, or relevance is not finite; for ``channel``, if the group is unknown, a
+        position is out of range, or the group's relevance cannot be read or does not arrive.
+
+    See Also
+    --------
+    heatmap_image : Draws heatmaps.
+    agreement : Compares the heatmaps of two networks.
+
+    References
+    ----------
+    Heatmaps are layer-wise relevance propagation, S. Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier
+    Decisions by Layer-Wise Relevance Propagation", PLOS ONE 10(7), 2015. Heatmaps of single channels are the
+    conditional ones of R. Achtibat et al., "From attribution maps to human-understandable explanations through Concept
+    Relevance Propagation", Nature Machine Intelligence 5, 2023.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from zennit.composites import EpsilonPlus
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(144, 2))
+    >>> x = torch.randn(3, 1, 8, 8)
+    >>> whole = zp.heatmap(model, EpsilonPlus(), x)
+    >>> whole.shape
+    torch.Size([3, 8, 8])
+    >>> parts = zp.heatmap(model, EpsilonPlus(), x, channel=('0', range(4)))
+    >>> parts.shape
+    torch.Size([4, 3, 8, 8])
+    >>> torch.allclose(parts.sum(0), whole, atol=1e-5)
+    True
     '''
-    return explained(model, composite, x, lambda output: initial_relevance(output, target, initial), canonizer)[0]
+    if channel is not None:
+        return _through_channels(model, composite, x, target, initial, channel, graph)
+    return explained(model, composite, x, lambda output: initial_relevance(output, target, initial), graph)[0]
 
 
 def explained(model: nn.Module, composite: Composite | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
-              canonizer: GraphCanonizer | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    '''The heatmaps for what ``start`` makes of the output, and the output.'''
+              graph: ChannelGraph | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    '''The heatmaps for the relevance that ``start`` gives to the output, and the output.'''
     model = unwrapped(model)
     composite = recommended_composite() if composite is None else composite
-    canonizer = canonizer or GraphCanonizer(model, x)
+    canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
     with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
         pixels = first_floating(inputs)
@@ -90,7 +127,7 @@ def explained(model: nn.Module, composite: Composite | None, x: Any, start: Call
 
 
 def first_floating(inputs: Any) -> torch.Tensor:
-    '''The input that a heatmap is of.'''
+    '''The first floating-point input, which a heatmap is of.'''
     for tensor in tensors_in(inputs):
         if tensor.requires_grad:
             return tensor
@@ -105,133 +142,33 @@ def summed(relevance: torch.Tensor) -> torch.Tensor:
     return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
-def heatmap_image(path: str | os.PathLike[str], images: torch.Tensor, heatmaps: dict[str, torch.Tensor],
-                  captions: Sequence[str] = (), cmap: str = 'bwr') -> None:
-    '''Draw inputs and their heatmaps as one PNG: a column for each image, a row for each network.
-
-    The heatmaps of one image share one scale, symmetric around zero, so that rows can be compared.
-
-    Parameters
-    ----------
-    path: path-like
-        The file to write.
-    images: torch.Tensor
-        Shape (N, C, H, W) with 1 or 3 channels; each is stretched to its own range.
-    heatmaps: dict of str to torch.Tensor
-        Shape (N, H, W) each, by the name of the row, e.g. ``{'before': ..., 'after': ..., 'difference': ...}``, as
-        :class:`zennit_prune.Agreement` holds them.
-    captions: sequence of str
-        A line over each column.
-    cmap: str
-        A colour map of Zennit.
-    '''
-    count = len(images)
-    if not count or not heatmaps:
-        raise PruneError(f'there is nothing to draw: {count} images and {len(heatmaps)} rows of heatmaps.')
-    for name, maps in heatmaps.items():
-        if maps.dim() != 3 or len(maps) != count:
-            raise PruneError(f'heatmaps {name!r} have shape {tuple(maps.shape)}: give one of shape (H, W) for each of '
-                             f'{count} images.')
-    scale = torch.stack([maps.cpu().abs().flatten(1).amax(1) for maps in heatmaps.values()]).amax(0).clamp(min=1e-30)
-    try:
-        colours = np.asarray(palette(cmap), np.uint8).reshape(256, 3)
-    except Exception as error:
-        raise PruneError(f'cmap={cmap!r} is no colour map of Zennit: use one of {", ".join(CMAPS)}.') from error
-    rows = [('input', [_picture(image) for image in images])]
-    for name, maps in heatmaps.items():
-        levels = ((maps.cpu() / scale[:, None, None] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-        rows.append((name, [colours[level] for level in levels]))
-    _draw(rows, captions).save(os.fspath(path), format='PNG')
-
-
-def _picture(image: torch.Tensor) -> npt.NDArray[np.uint8]:
-    '''An image stretched to its own range, as (H, W, 3) bytes.'''
-    values = image.detach().cpu().float()
-    if values.dim() != 3 or values.shape[0] not in (1, 3):
-        raise PruneError(f'an image of shape {tuple(values.shape)} cannot be drawn: give (1, H, W) or (3, H, W).')
-    values = values.expand(3, -1, -1)
-    low, high = float(values.min()), float(values.max())
-    stretched: npt.NDArray[np.uint8] = ((values - low) / ((high - low) or 1.0) * 255).byte().permute(1, 2, 0).numpy()
-    return stretched
-
-
-def _draw(rows: Sequence[tuple[str, list[npt.NDArray[np.uint8]]]], captions: Sequence[str]) -> Image.Image:
-    '''Tiles in rows with their names to the left and captions above.'''
-    height, width = rows[0][1][0].shape[:2]
-    zoom = max(1, round(TILE / max(height, width)))
-    height, width = height * zoom, width * zoom
-    left, top = 8 * max(len(name) for name, _ in rows) + 2 * MARGIN, 20 if captions else MARGIN
-    count = len(rows[0][1])
-    sheet = Image.new('RGB', (left + count * (width + MARGIN), top + len(rows) * (height + MARGIN)), 'white')
-    pen = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        pen.text((left + column * (width + MARGIN), 4), caption, fill='black')
-    for row, (name, tiles) in enumerate(rows):
-        y = top + row * (height + MARGIN)
-        pen.text((MARGIN, y + height // 2 - 6), name, fill='black')
-        for column, tile in enumerate(tiles):
-            resized = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(resized, (left + column * (width + MARGIN), y))
-    return sheet
-
-
-AT_ONCE = 16  # samples, repeated ones counted: more take longer than one pass for each channel
-
-
-def channel_heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any, group: str | ChannelGroup,
-                    channel: int | Sequence[int], initial: Initial = 'one-hot', graph: ChannelGraph | None = None
-                    ) -> torch.Tensor:
-    '''The relevance of every input pixel that flows through one channel.
-
-    The relevance that arrives at the channel's state, the tensor that carries its complete value, is kept there for
-    this channel alone and propagated on to the input. Where a group has several states (a residual stream), this is
-    done at each of them, and the mean is returned, as the score of a channel is the mean over its states. Over all
-    channels, the heatmaps of a group with one state sum to the relevance that flows through this state; of a network
-    without branches that is the whole heatmap.
-
-    Parameters
-    ----------
-    model: torch.nn.Module
-        The network; it is copied, never changed.
-    composite: zennit.core.Composite or None
-        The rules; None for the recommended ones.
-    x: torch.Tensor, tuple or dict
-        The inputs, shape (N, C, H, W).
-    target, initial:
-        See :func:`zennit_prune.initial.initial_relevance`.
-    group: str or ChannelGroup
-        A group, its name, or the name of a layer that belongs to one group only.
-    channel: int or sequence of int
-        Positions in the group. Several are propagated together.
-    graph: ChannelGraph, optional
-        A trace made before of this network, to save another.
-
-    Returns
-    -------
-    torch.Tensor
-        On the CPU, shape (N, H, W), or (K, N, H, W) for a sequence of K channels.
-
-    Raises
-    ------
-    PruneError
-        For an unknown group, a position out of range, a group whose relevance cannot be read or does not arrive, and
-        as :func:`zennit_prune.heatmap`.
-    '''
+def _through_channels(model: nn.Module, composite: Composite | None, x: Any, target: Any, initial: Initial,
+                      channel: Any, graph: ChannelGraph | None) -> torch.Tensor:
+    '''The heatmaps of single channels, shape (N, H, W), or (K, N, H, W) for a sequence of positions.'''
+    group, position = _checked_channel(channel)
     model = unwrapped(model)
     graph = graph or trace(model, x)
     found = known_group(graph, group)
-    channels = _positions(found, channel)
+    channels = _positions(found, position)
     states = states_of(graph, found)
-    composite = recommended() if composite is None else composite
+    composite = recommended_composite() if composite is None else composite
     canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [state.place for state in states]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
         maps = _conditioned(attribution, states, x, target, initial, channels, found)
-    return maps if _several(channel) else maps[0]
+    return maps if _several(position) else maps[0]
+
+
+def _checked_channel(channel: Any) -> tuple[str | ChannelGroup, Any]:
+    '''A group and a position in it, or several positions.'''
+    if not isinstance(channel, (tuple, list)) or len(channel) != 2 or not isinstance(channel[0], (str, ChannelGroup)):
+        raise PruneError(f"channel={channel!r} names no channel: give a group and a position in it, e.g. channel=('"
+                         "layer1.0.conv1', 3), or several positions, channel=('layer1.0.conv1', [3, 5]).")
+    return channel[0], channel[1]
 
 
 class Taps(Reader):
-    '''A reader that ties a loose end to each tensor, from which relevance is propagated back as from an output.'''
+    '''A reader that attaches a copy to each tensor, from which relevance is propagated back as from an output.'''
 
     def __init__(self, network: nn.Module, places: Sequence[Place]):
         super().__init__(network, places)
@@ -258,23 +195,25 @@ def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
 
 
 def states_of(graph: ChannelGraph, group: ChannelGroup) -> list[State]:
-    '''Where the channels of a group are read.'''
+    '''The sites where the relevance of a group's channels is read.'''
     states, missing = find_states(graph)
     if group.name in missing:
         raise PruneError(f'the relevance of group {group.name!r} cannot be read: {missing[group.name]}.')
     return [state for state in states if state.group == group.name]
 
 
-def _several(channel: Any) -> bool:
-    return isinstance(channel, Sequence) or getattr(channel, 'ndim', 0) > 0
+def _several(position: Any) -> bool:
+    '''Whether several positions are given, rather than a number.'''
+    return isinstance(position, Sequence) or getattr(position, 'ndim', 0) > 0
 
 
-def _positions(group: ChannelGroup, channel: Any) -> list[int]:
+def _positions(group: ChannelGroup, position: Any) -> list[int]:
+    '''One position or several as a list, each within the group.'''
     try:
-        channels = [operator.index(item) for item in (channel if _several(channel) else [channel])]
+        channels = [operator.index(item) for item in (position if _several(position) else [position])]
     except TypeError as error:
-        raise PruneError(f'channel={channel!r} is no position in group {group.name!r}: give a whole number, or a '
-                         'sequence of them.') from error
+        raise PruneError(f'{position!r} is no position in group {group.name!r}: give a whole number, or a sequence of '
+                         'them.') from error
     for item in channels:
         if not 0 <= item < group.size:
             raise PruneError(f'channel {item} is out of range: group {group.name!r} has {group.size} channels, 0 to '
@@ -286,6 +225,7 @@ def _positions(group: ChannelGroup, channel: Any) -> list[int]:
 
 def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, target: Any, initial: Initial,
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
+    '''The heatmaps of several channels of a group, shape (K, N, H, W).'''
     network, taps, registered = attribution
     number = batch_size(x)
     at_once = max(1, AT_ONCE // number)
@@ -326,6 +266,7 @@ def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, targ
 
 
 def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    '''Relevance given at activation sites, propagated to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
         arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
@@ -335,7 +276,7 @@ def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Ten
 
 
 def _kept(state: State, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
-    '''The relevance at a state, zero but for one channel, over the number of states that hold the channel.'''
+    '''The relevance at a site, zero but for one channel, divided by the number of sites that hold the channel.'''
     shape = [1] * relevance.dim()
     for dim, size in zip(state.dims, state.positions.shape):
         if relevance.shape[dim] != size:

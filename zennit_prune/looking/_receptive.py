@@ -1,4 +1,4 @@
-'''What part of an image a position of an inner tensor can see.'''
+'''The part of an image that each position of an inner tensor depends on.'''
 from __future__ import annotations
 
 from typing import Any
@@ -16,38 +16,56 @@ from ..relevance._exemplars import grid_of, looked_at
 from ..util._networks import copied, unwrapped
 from ._heatmap import known_group, states_of
 
-AT_ONCE = 32  # rows or columns
+AT_ONCE = 32  # rows or columns of the image in one batch
 
 
 def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup, graph: ChannelGraph | None = None
                     ) -> torch.Tensor:
-    '''The box in the input that each position of a group's tensor depends on.
+    '''Find the box in the input that each position of a group's tensor depends on.
 
-    Not a number (NaN) is put into one row, then one column, of the input after the other: whatever depends on it
-    becomes NaN as well, whatever the weights and values are. What sees the whole image through a gate, attention or a
-    norm with statistics of its own gets the whole image.
+    NaN is written into one row, then one column, of the input after the other: all values that depend on it become NaN,
+    whatever the weights are. A position that depends on the whole image, through a gate, attention, or a norm that
+    computes its statistics from the input, gets the whole image.
 
     Parameters
     ----------
     model: torch.nn.Module
-        The network; a copy runs, on the CPU in float64.
+        The network; a copy of it runs, on the CPU in float64.
     x: torch.Tensor
-        An image of the size in question, shape (1, C, H, W); more than the first are not used.
+        An image of the size that the boxes are for, shape (1, C, H, W); further images are not used.
     group: str or ChannelGroup
-        Of the tensors of a group with several, the one that positions of :class:`zennit_prune.Exemplars` are in.
+        The group, its name, or the name of a layer that belongs to one group only. Of the activation sites of a group
+        with several, the one that positions of ``Exemplars`` refer to is used.
     graph: ChannelGraph, optional
-        A trace made before of this network, to save another.
+        An earlier trace of this network, so that it need not be traced again.
 
     Returns
     -------
     torch.Tensor
-        int64, shape (grid..., 4): top, bottom, left and right in pixels, bottom and right excluded; all zero where
-        nothing is seen.
+        int64, shape (grid..., 4): top, bottom, left and right in pixels, bottom and right excluded; all zero for a
+        position that depends on no pixel.
 
     Raises
     ------
     PruneError
-        If the input is no image, the network does not run in float64 on the CPU, or the group cannot be read.
+        If the input is no image, the network does not run in float64 on the CPU, or the group is unknown or cannot be
+        read.
+
+    See Also
+    --------
+    zennit_prune.heatmap : With ``channel=``, shows where the relevance of a channel is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from zennit_prune.looking import receptive_field
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(144, 2))
+    >>> fields = receptive_field(model, torch.randn(1, 1, 8, 8), '0')
+    >>> fields.shape
+    torch.Size([6, 6, 4])
+    >>> fields[2, 5].tolist()
+    [2, 5, 5, 8]
     '''
     model = unwrapped(model)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
@@ -64,7 +82,7 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
 
 
 def _edges(network: nn.Module, keeper: Any, states: Any, x: torch.Tensor, dim: int, name: str) -> torch.Tensor:
-    '''First and last row (or column) that each position sees, the last excluded, shape (grid..., 2).'''
+    '''First and last row (or column) that each position depends on, the last excluded, shape (grid..., 2).'''
     size = x.shape[dim]
     seen = []
     for first in range(0, size, AT_ONCE):
@@ -76,12 +94,12 @@ def _edges(network: nn.Module, keeper: Any, states: Any, x: torch.Tensor, dim: i
             call_network(network, batch.requires_grad_())
         here = [state for state in states if state.place in keeper.values]
         if not here:
-            raise PruneError(f'the tensor of group {name!r} was not met when the network ran.')
+            raise PruneError(f'the tensor of group {name!r} was not computed when the network ran.')
         state = looked_at(here, lambda state: keeper.values[state.place].shape, len(lines))
         values = keeper.values[state.place]
         if grid_of(state, values.shape, len(lines)) is None:
             raise PruneError(f'the tensor of group {name!r} has shape {tuple(values.shape)} for a batch of '
-                             f'{len(lines)}: it cuts samples to pieces, so that positions cannot be told.')
+                             f'{len(lines)}: samples are cut into pieces there, so that positions are unknown.')
         inside = state.positions < state.size  # channels of the group
         last = len(state.dims)
         values = values.movedim(state.dims, tuple(range(1, last + 1))).flatten(1, last)[:, inside.reshape(-1)]

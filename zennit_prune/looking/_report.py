@@ -1,4 +1,4 @@
-'''``report``: one page that shows what a plan is about to destroy, before anything is cut.'''
+'''``report``: one HTML page about a plan, to be read before anything is removed.'''
 from __future__ import annotations
 
 import base64
@@ -17,34 +17,42 @@ from ..planning._cost import UNIT_NAMES
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance, Reliability
 from ..util._display import some
-from ..util._files import check_folder, write_text
+from ..util._files import check_folder, refuse_path_first, write_text
 from ..util._plots import needed
 from . import _charts as charts
 from . import _findings as findings
 from ._charts import Chart, Markup, amount
-from ._findings import Amount, Check, Costs, Group
-from ._sections import ClassLosses, Images, Looks, Risky, class_losses_of, look_at, risky_channels
-from ._subject import Curved, Subject
+from ._findings import Amount, Check, Costs, Curved, Group, Subject
+from ._sections import (
+    ClassSection,
+    HeatmapSection,
+    Images,
+    RiskSection,
+    class_section,
+    heatmap_section,
+    risk_section,
+)
 
-SECTIONS = {'summary': 'Summary', 'images': 'Images', 'plan': 'Plan', 'classes': 'Classes', 'risky': 'Channels',
-            'stability': 'Stability', 'budget': 'Budgets', 'groups': 'Groups', 'checks': 'Checks',
+SECTIONS = {'summary': 'Summary', 'images': 'Images', 'plan': 'Plan', 'classes': 'Classes', 'risk': 'Channels at risk',
+            'reliability': 'Reliability', 'budget': 'Budgets', 'groups': 'Groups', 'checks': 'Checks',
             'again': 'Reproduce', 'limits': 'Limits'}
 MISSING = {
-    'images': 'Give x= with a few images to see heatmaps of the network as it is and as it would be.',
-    'relevance': 'Give relevance= with the scores the plan was made from to see where the cut falls.',
-    'classes': 'Give relevance= collected with exemplars=8 to see what each class loses.',
-    'risky': 'Give relevance= collected with exemplars=8, and references= with the loader it was collected from, to '
-             'see what excites the channels that go.',
-    'stability': 'Give relevance= collected from at least two references to see whether others would rank alike.',
+    'images': 'Give x= with a few images to see their heatmaps before and after pruning.',
+    'relevance': 'Give relevance= with the scores that the plan was made from to see which scores are removed.',
+    'classes': 'Give relevance= collected with exemplars=8 to see how much relevance each class loses.',
+    'risk': 'Give relevance= collected with exemplars=8, and references= with the loader it was collected from, to '
+            'see the channels to be removed that single samples depend on.',
+    'reliability': 'Give relevance= collected from at least two reference samples to see whether other samples would '
+                   'give the same ranking.',
     'budget': "Give sweep=zp.sweep(...) to see accuracy over budget; include the criterion 'random'.",
 }
-SLIVER = 0.15  # of a group's channels: less may be a bottleneck
-SHAKY = 0.8  # rank correlation between halves below which a ranking is called unstable
+NARROW = 0.15  # fraction of a group's channels below which the group is reported as a possible bottleneck
+UNRELIABLE = 0.8  # split-half rank correlation below which a ranking is reported as unreliable
 
 
 @dataclass(frozen=True)
 class Curves:
-    '''A sweep, drawn.'''
+    '''The chart of a sweep, with its legend and its values as a table.'''
 
     chart: Chart
     legend: list[tuple[str, int]]
@@ -54,23 +62,23 @@ class Curves:
 
 @dataclass(frozen=True)
 class Page:
-    '''All that the template writes.'''
+    '''The content of the page, as the template writes it.'''
 
     title: str
     lead: str
     first: list[tuple[str, str]]
     amounts: list[Amount]
-    looks: Looks | None
+    heatmaps: HeatmapSection | None
     costs: Costs
     others: str
     groups: list[Group]
     ranked: list[Group]
     locked: dict[str, list[str]]
     notes: list[str]
-    classes: ClassLosses | None
-    risky: Risky | None
+    classes: ClassSection | None
+    risk: RiskSection | None
     reliability: str
-    stability: Chart | None
+    correlations: Chart | None
     sweep: Curves | None
     checks: list[Check]
     origin: dict[str, str]
@@ -80,60 +88,87 @@ class Page:
     missing: Mapping[str, str]
 
 
-def report(path: str | os.PathLike[str], pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None,
-           target: Any = None, *, small: nn.Module | None = None, display: torch.Tensor | None = None,
-           class_names: Sequence[str] | None = None, image_names: Sequence[str] | None = None,
-           sweep: Curved | None = None, evaluation: Mapping[str, tuple[Any, Any]] | None = None,
-           references: Any = None, commands: Sequence[str] | None = None, max_images: int = 16,
-           title: str | None = None, progress: bool = True) -> None:
-    '''Write one self-contained HTML page about a plan: what goes, why, and what the network sees without it.
+def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None, target: Any = None,
+           path: str | os.PathLike[str] = 'report.html', *, small: nn.Module | None = None,
+           display: torch.Tensor | None = None, class_names: Sequence[str] | None = None,
+           image_names: Sequence[str] | None = None, sweep: Curved | None = None,
+           evaluation: Mapping[str, tuple[Any, Any]] | None = None, references: Any = None,
+           commands: Sequence[str] | None = None, max_images: int = 16, title: str | None = None,
+           progress: bool = True) -> None:
+    '''Write one self-contained HTML page about a plan: which channels are to be removed, and what changes without them.
 
-    It needs no network connection, and nothing is removed to make it. What is not given is left out, and the page says
-    what to give to see it.
+    The page needs no network connection and no other file, and nothing is removed to make it. A section whose data is
+    not given says which argument to give. jinja2 is needed: ``pip install 'zennit-prune[report]'``.
 
     Parameters
     ----------
-    path: path-like
-        The page. It appears when it is complete.
     pruner: Pruner
         The network and its rules.
     plan: Plan
-        What is to go.
+        The channels to be removed.
     relevance: Relevance, optional
-        The scores the plan was made from; with ``collect(..., exemplars=8)`` also the images that excite a channel.
+        The scores that the plan was made from; those of ``collect(..., exemplars=8)`` also show classes and channels at
+        risk.
     x: torch.Tensor, optional
-        Images to look at, shape (N, C, H, W), as they are fed to the network.
+        Images to compute heatmaps of, shape (N, C, H, W), as they are fed to the network.
     target: torch.Tensor, optional
-        Their classes, shape (N,); by default, what the network predicts.
+        Their class indices, shape (N,); by default, the classes that the network predicts.
+    path: path-like
+        The file to write. It appears when it is complete.
     small: torch.nn.Module, optional
-        The pruned network, repaired or trained on; by default, the dry run of the plan.
+        The pruned network, repaired or trained further; by default, the original with the channels masked.
     display: torch.Tensor, optional
-        The images to show for ``x``, shape (N, 1 or 3, H, W), in 0..1 or as bytes. By default, each of ``x`` is
-        stretched to its own range.
+        The images to show for ``x``, shape (N, 1 or 3, H, W), values from 0 to 1, or bytes. By default, each image of
+        ``x`` is stretched to its own range.
     class_names, image_names: sequence of str, optional
-        What classes (by index) and images (in the order of ``x``) are called.
+        Names of classes by index, and of images in the order of ``x``.
     sweep: Sweep, optional
-        Accuracy over budget, to be drawn.
+        Accuracy over budget, which is drawn as a chart.
     evaluation: mapping of str to tuple, optional
-        What was measured elsewhere, before and after: ``{'accuracy on 5,000 test images': (0.935, 0.921)}``.
-        Numbers are written with four digits, texts as they are.
+        Values measured before and after, e.g. ``{'accuracy on 5,000 test images': (0.935, 0.921)}``. Numbers are
+        written with four digits, texts as they are, None as a dash.
     references: iterable or tensor, optional
-        What ``relevance`` was collected from, in the same order: a loader, a pair of tensors, or inputs alone. For the
-        crops that excite a channel.
+        The samples that ``relevance`` was collected from, in the same order: a loader, a pair of tensors, or inputs
+        alone. Channels at risk are shown on excerpts of them.
     commands: sequence of str, optional
-        How to make this again, line by line.
+        The commands that make the plan again, line by line.
     max_images: int
-        At most so many images are shown, those first that change most.
+        The largest number of images to show; those that change most come first.
     title: str, optional
         The heading.
     progress: bool
-        Show a progress bar on standard error.
+        Whether a progress bar is shown on standard error.
 
     Raises
     ------
     PruneError
-        If jinja2 is not installed, or something given does not fit.
+        If jinja2 is not installed, there is no folder for the file, or arguments do not fit each other: a plan of
+        another trace, images and targets of different numbers, references in another order.
+
+    See Also
+    --------
+    heatmap_image : Draws images and heatmaps as a PNG file.
+    agreement : Compares heatmaps before and after, image by image.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(144, 2))
+    >>> x, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 0, 1, 0, 1])
+    >>> pruner = zp.Pruner(model, None, x)
+    >>> relevance = pruner.collect((x, labels), progress=False)
+    >>> plan = pruner.plan(relevance, zp.Budget(channels=0.5))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / 'report.html'
+    ...     zp.report(pruner, plan, relevance, x, labels, path, progress=False)
+    ...     'removes 2 of 4 removable channels' in path.read_text(encoding='utf-8')
+    True
     '''
+    refuse_path_first('report(pruner, plan, relevance, x, target, path)', pruner, plan, relevance, x)
     jinja2 = needed('jinja2', 'report', 'report()')
     check_folder(path)
     images = _checked(pruner, plan, x, target, display, class_names, image_names, max_images)
@@ -150,56 +185,60 @@ def report(path: str | os.PathLike[str], pruner: Subject, plan: Plan, relevance:
 def _page(pruner: Subject, plan: Plan, relevance: Relevance | None, images: Images, small: nn.Module | None,
           references: Any, sweep: Curved | None, evaluation: Mapping[str, tuple[Any, Any]] | None,
           commands: Sequence[str], title: str | None, progress: bool) -> Page:
+    '''Compute all that the page shows.'''
     with tqdm(desc='report', total=5, disable=not progress, leave=False) as bar:
         amounts, costs = findings.amounts(plan, evaluation), findings.layer_costs(plan)
         reliability = relevance.reliability() if relevance is not None and relevance.has_halves else plan.reliability
         groups = findings.group_findings(plan, relevance, reliability)
         bar.update()
-        looks = look_at(pruner, plan, small, images)
+        heatmaps = heatmap_section(pruner, plan, small, images)
         bar.update()
-        classes = class_losses_of(plan, relevance, images)
-        risky = risky_channels(pruner, plan, relevance, references, images.class_name)
+        classes = class_section(plan, relevance, images)
+        risk = risk_section(pruner, plan, relevance, references, images.class_name)
         bar.update()
         checks = findings.checks(pruner, plan, small, images.x, images.target)
         bar.update()
         origin = findings.origin(pruner, plan, relevance, small)
         bar.update()
     ranked = sorted((group for group in groups if group.ranking is not None), key=lambda group: group.left / group.size)
-    total, gone = sum(group.size for group in groups), sum(group.gone for group in groups)
-    after = 'the pruned network that was given' if small is not None else 'a dry run: nothing has been removed'
-    lead = (f'{type(pruner.model).__name__}: the plan removes {gone:,} of {total:,} removable channels, in '
-            f'{sum(group.gone > 0 for group in groups)} of {len(groups)} groups. "After" is {after}.')
+    total, removed = sum(group.size for group in groups), sum(group.removed for group in groups)
+    after = ('the pruned network that was given' if small is not None else
+             'the original with these channels masked: nothing has been removed')
+    lead = (f'{type(pruner.model).__name__}: the plan removes {removed:,} of {total:,} removable channels, in '
+            f'{sum(group.removed > 0 for group in groups)} of {len(groups)} groups. "After" is {after}.')
     before, left = costs.others
     plan_text = base64.b64encode(findings.plan_text(plan).encode()).decode()
     return Page(
-        title=title or f'What pruning takes from {type(pruner.model).__name__}', lead=lead,
-        first=list(_first(groups, checks, looks, classes, reliability)), amounts=amounts, looks=looks, costs=costs,
-        others=f'{amount(before)} → {amount(left)}', groups=groups, ranked=ranked,
-        locked=findings.locked_by_reason(plan.graph), notes=plan.graph.notes, classes=classes, risky=risky,
+        title=title or f'Pruning plan for {type(pruner.model).__name__}', lead=lead,
+        first=list(_first(groups, checks, heatmaps, classes, reliability)), amounts=amounts, heatmaps=heatmaps,
+        costs=costs, others=f'{amount(before)} → {amount(left)}', groups=groups, ranked=ranked,
+        locked=findings.locked_by_reason(plan.graph), notes=plan.graph.notes, classes=classes, risk=risk,
         reliability='' if reliability is None else f'{str(reliability)[:1].upper()}{str(reliability)[1:]}.',
-        stability=findings.stability_chart(groups), sweep=None if sweep is None else _curves(sweep), checks=checks,
+        correlations=findings.reliability_chart(groups), sweep=None if sweep is None else _curves(sweep), checks=checks,
         origin=origin, commands=list(commands), plan_link=f'data:application/json;base64,{plan_text}',
         sections=SECTIONS, missing=MISSING)
 
 
-def _first(groups: Sequence[Group], checks: Sequence[Check], looks: Looks | None, classes: ClassLosses | None,
-           reliability: Reliability | None) -> Iterator[tuple[str, str]]:
-    '''What deserves a look before all else, and the section that shows it.'''
+def _first(groups: Sequence[Group], checks: Sequence[Check], heatmaps: HeatmapSection | None,
+           classes: ClassSection | None, reliability: Reliability | None) -> Iterator[tuple[str, str]]:
+    '''The findings to read first, each with the section that shows it.'''
     for check in checks:
         if check.good is False:
-            yield f'“{check.name}” fails.', 'checks'
-    if looks is not None:
-        yield looks.summary, 'images'
-    slivers = [group.name for group in groups if group.left <= SLIVER * group.size]
-    if slivers:
-        yield f'At most {SLIVER:.0%} of the channels are left in {some(slivers, 3)}.', 'plan'
+            yield f'A check failed: “{check.name}”.', 'checks'
+    if heatmaps is not None:
+        yield heatmaps.summary, 'images'
+    narrow = [group.name for group in groups if group.left <= NARROW * group.size]
+    if narrow:
+        yield f'At most {NARROW:.0%} of the channels are left in {some(narrow, 3)}.', 'plan'
     if classes is not None:
         yield classes.summary, 'classes'
-    if reliability is not None and reliability.network < SHAKY:
-        yield f'Other references would rank otherwise: two halves agree by {reliability.network:.2f} only.', 'stability'
+    if reliability is not None and reliability.network < UNRELIABLE:
+        yield (f'The ranking depends on the choice of reference samples: its split-half rank correlation is '
+               f'{reliability.network:.2f}.', 'reliability')
 
 
 def _curves(sweep: Curved) -> Curves:
+    '''The chart of a sweep.'''
     curves = sweep.curves()
     plain = {repair for _, repair in curves} == {'none'}
     drawn = [charts.Line(criterion if plain else f'{criterion}, {repair}',
@@ -214,6 +253,7 @@ def _curves(sweep: Curved) -> Curves:
 
 def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,
              max_images: Any) -> Images:
+    '''The images of the report; raise where arguments do not fit each other.'''
     if plan.graph is not pruner.graph and plan.graph.groups != pruner.graph.groups:
         raise PruneError('the plan was made from another trace than the pruner: read it with '
                          'Plan.load(path, pruner.graph).')
@@ -223,7 +263,7 @@ def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, cla
         what = f'shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
         raise PruneError(f'x is {what}: give images, a tensor of shape (N, C, H, W).')
     if x is None and any(value is not None for value in (target, display, image_names)):
-        raise PruneError('target=, display= and image_names= are of the images: give x= with them.')
+        raise PruneError('target=, display= and image_names= describe images: give x= with them.')
     for name, value in (('target', target), ('display', display), ('image_names', image_names)):
         if x is not None and value is not None and not isinstance(value, str) and len(value) != len(x):
             raise PruneError(f'{name} has {len(value)} entries for {len(x)} images: give one for each.')

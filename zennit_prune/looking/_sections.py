@@ -1,10 +1,7 @@
-'''What excites the channels that a plan takes at a risk, beside one that stays: excerpts of the references.
-
-What a report shows of images and of their classes: heatmaps before and after, and what classes lose.
-'''
+'''The sections of a report that show images: heatmaps before and after, losses by class, and channels at risk.'''
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +17,23 @@ from ..util._loaders import batch_size, batches
 from ..util._networks import device_of
 from . import _charts as charts
 from ._agreement import Agreement, agreement
-from ._charts import CHANGE, SMALL, Chart, full_colour, heat, picture
-from ._heatmap import channel_heatmap
-from ._subject import Subject
+from ._charts import Chart
+from ._findings import Subject
+from ._heatmap import heatmap
+from ._pictures import CHANGE, SMALL, full_colour, heat, picture
 
-MOVED = 0.5  # of the relevance: where more moves, an explanation is said to change
-CLASSES = 20  # rows of the matrix
+MOVED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
+CLASSES = 20  # rows of the chart of classes
+PAIRS = 5  # channels at risk, each beside one that is kept
+SHOWN = 5  # reference samples of a channel
+INSIDE = 0.9  # fraction of the relevance of a channel inside its excerpt, along each side
+LARGEST = 112  # pixels of the longer side of an excerpt as shown
+LEAST = 0.25  # the least side of an excerpt, as a fraction of the shorter side of the image
 
 
 @dataclass(frozen=True)
 class Images:
-    '''What the caller gave to look at.'''
+    '''The images of a report, as the caller gave them, and the names of images and classes.'''
 
     x: torch.Tensor | None
     target: Any
@@ -40,23 +43,23 @@ class Images:
     most: int
 
     def shown(self, number: int) -> str:
-        '''The picture of an image, as a data URI.'''
+        '''An image as a data URI.'''
         source = self.x if self.display is None else self.display
         assert source is not None
         return picture(source[number], self.display is not None)
 
     def class_name(self, number: int) -> str:
-        '''What a class is called.'''
+        '''The name of a class.'''
         return str(self.classes[number]) if 0 <= number < len(self.classes) else f'class {number}'
 
     def image_name(self, number: int) -> str:
-        '''What an image is called.'''
+        '''The name of an image.'''
         return str(self.names[number]) if self.names else f'image {number}'
 
 
 @dataclass(frozen=True)
-class Look:
-    '''An image, and what became of its explanation.'''
+class ImageHeatmaps:
+    '''An image with its heatmaps before and after, and how they compare.'''
 
     name: str
     prediction: str
@@ -73,25 +76,25 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Looks:
-    '''The images that change most, and what to say of all.'''
+class HeatmapSection:
+    '''The images whose explanations change most, and a summary of all.'''
 
     summary: str
     note: str
-    shown: list[Look]
+    shown: list[ImageHeatmaps]
 
 
 @dataclass(frozen=True)
-class ClassLosses:
-    '''What every class loses of its relevance, by group.'''
+class ClassSection:
+    '''The share of relevance that each class loses, by group.'''
 
     chart: Chart
     caption: str
     summary: str
 
 
-def look_at(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> Looks | None:
-    '''Heatmaps of the network as it is and as it would be: those images first whose explanation changes most.'''
+def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> HeatmapSection | None:
+    '''Heatmaps before and after pruning, images whose explanation changes most first; None without images.'''
     if images.x is None:
         return None
     after = plan.masked(pruner.model) if small is None else small
@@ -99,20 +102,23 @@ def look_at(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images
     found = agreement(pruner.model, after, pruner.composite, images.x, target)
     turns = found.same & (found.moved > MOVED)
     order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
-    shown = [_look(number, found, images) for number in order[:images.most]]
+    shown = [_image_heatmaps(number, found, images) for number in order[:images.most]]
     stay = int(found.same.sum())
-    summary = (f'{stay:,} of {len(order):,} predictions stay; in {int(turns.sum()):,} of these, more than half of '
-               f'the relevance moves. Median cosine of the heatmaps: {float(found.cosine.median()):.2f}.')
-    most = f' The {len(shown)} that change most are shown.' if len(shown) < len(order) else ''
-    return Looks(summary, f'{summary}{most} Images that keep their prediction while its explanation changes come '
-                 'first, for accuracy does not show them; then those whose prediction changes.', shown)
+    summary = (f'{stay:,} of {len(order):,} predictions stay the same; for {int(turns.sum()):,} of these, the heatmap '
+               f'changes by a total variation distance of more than {MOVED:.0%}. Median cosine between heatmaps before '
+               f'and after: {float(found.cosine.median()):.2f}.')
+    most = f' The {len(shown)} images that change most are shown.' if len(shown) < len(order) else ''
+    note = (f'{summary}{most} Images that keep their prediction while its explanation changes come first, because '
+            'accuracy does not show them; then those whose prediction changes.')
+    return HeatmapSection(summary, note, shown)
 
 
-def _look(number: int, found: Agreement, images: Images) -> Look:
+def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatmaps:
+    '''One image of the section.'''
     assert images.x is not None
     same, moved = bool(found.same[number]), float(found.moved[number])
     level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
-    verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'stays'}[level]
+    verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'no change'}[level]
     before, after = (classes[number] for classes in found.predicted)
     prediction = 'predicted position by position'
     if before.dim() == 0:
@@ -122,14 +128,14 @@ def _look(number: int, found: Agreement, images: Images) -> Look:
         prediction += f'; heatmaps for {images.class_name(int(images.target[number]))}'
     maps = torch.stack([found.before[number], found.after[number]])
     scale = full_colour(maps)
-    return Look(
+    return ImageHeatmaps(
         images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
         heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,
         float(found.cosine[number]), float(found.rank[number]), moved)
 
 
-def class_losses_of(plan: Plan, relevance: Relevance | None, images: Images) -> ClassLosses | None:
-    '''The share of its relevance that every class loses at every group; None where classes were not kept apart.'''
+def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> ClassSection | None:
+    '''The share of relevance that each class loses at each group; None where scores are not known by class.'''
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or not exemplars.classes:
         return None
@@ -138,26 +144,18 @@ def class_losses_of(plan: Plan, relevance: Relevance | None, images: Images) -> 
     order = means.argsort(descending=True).tolist()[:CLASSES]
     names = [images.class_name(number) for number in exemplars.classes]
     chart = charts.matrix([names[row] for row in order], list(exemplars.by_class),
-                          [losses[row].tolist() for row in order], 'goes')
+                          [losses[row].tolist() for row in order], 'removed')
     most = f'The {CLASSES} of {len(names)} classes that lose most. ' if len(names) > CLASSES else ''
-    caption = (f'{most}The full colour is {float(losses.max()):.0%}. A row that stands out is a class that pays for '
-               'the others.')
+    caption = f'{most}Full colour is {float(losses.max()):.0%}. A row that stands out is a class that loses most.'
     summary = f'{names[order[0]]} loses most: {means[order[0]]:.0%} of its relevance, averaged over the groups'
     if len(names) > 1:
         summary += f'; {names[int(means.argmin())]} loses least: {float(means.min()):.0%}'
-    return ClassLosses(chart, caption, f'{summary}.')
-
-
-PAIRS = 5
-SHOWN = 5  # references of a channel
-INSIDE = 0.9  # of the relevance of a channel is inside its excerpt, along each side
-LARGEST = 112  # pixels of the longer side of what is shown
-LEAST = 0.25  # of the shorter side of the image, at least, is the side of an excerpt
+    return ClassSection(chart, caption, f'{summary}.')
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    '''A part of a reference, and where the relevance of a channel sits in it.'''
+    '''A part of a reference sample, and the heatmap of a channel there.'''
 
     picture: str
     heat: str
@@ -167,17 +165,17 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Channel:
-    '''A channel, and the references that excite it most.'''
+    '''A channel, and the reference samples with the most relevance at it.'''
 
     title: str
     text: str
-    goes: bool
+    removed: bool
     excerpts: list[Excerpt]
 
 
 @dataclass(frozen=True)
-class Risky:
-    '''Channels that go although a reference needs them, each beside the least relevant of its group that stays.'''
+class RiskSection:
+    '''Channels to be removed that a single sample depends on, each beside the least relevant one that is kept.'''
 
     note: str
     pairs: list[tuple[Channel, Channel | None]]
@@ -186,8 +184,8 @@ class Risky:
 Samples = dict[int, tuple[torch.Tensor, int | None]]
 
 
-def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
-                   names: Any) -> Risky | None:
+def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
+                 names: Callable[[int], str]) -> RiskSection | None:
     '''The channels at the largest risk; None where relevance has no exemplars, or there are no references.
 
     Parameters
@@ -195,20 +193,20 @@ def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, ref
     pruner, plan, relevance, references:
         See :func:`zennit_prune.report`.
     names: callable
-        From the number of a class to its name.
+        A function from the index of a class to its name.
 
     Raises
     ------
     PruneError
-        If ``references`` are not what relevance was collected from.
+        If ``references`` are not the samples that relevance was collected from.
     '''
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or references is None or not plan.removed:
         return None
     risks = risky(plan, relevance, PAIRS)
-    survivors = {risk.group: _survivor(plan, relevance, risk.group) for risk in risks}
+    kept = {risk.group: _least_kept(plan, relevance, risk.group) for risk in risks}
     wanted = {(risk.group, risk.channel) for risk in risks}
-    wanted |= {(group, channel) for group, channel in survivors.items() if channel is not None}
+    wanted |= {(group, channel) for group, channel in kept.items() if channel is not None}
     shown = {key: [number for number in exemplars.samples[key[0]][key[1]].tolist() if number >= 0][:SHOWN]
              for key in wanted}
     samples = _samples(references, {number for numbers in shown.values() for number in numbers} |
@@ -216,39 +214,39 @@ def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, ref
     _check_order(risks, samples)
     drawn = {key: _excerpts(pruner, *key, numbers, samples, names) for key, numbers in shown.items()}
 
-    def channel(group: str, position: int, goes: bool, text: str) -> Channel:
+    def channel(group: str, position: int, removed: bool, text: str) -> Channel:
         scores = relevance[group]
         rank = int((scores < scores[position]).sum()) + 1
-        text = f'Relevance {float(scores[position]):.3g}, rank {rank} of {len(scores)} from below; {text}'
-        return Channel(f'{group}, channel {position}', text, goes, drawn[group, position])
+        text = f'Relevance {float(scores[position]):.3g}, rank {rank} of {len(scores)} from the lowest; {text}'
+        return Channel(f'{group}, channel {position}', text, removed, drawn[group, position])
 
     pairs = []
     for risk in risks:
         whose = '' if risk.class_ < 0 else f' ({names(risk.class_)})'
-        goes = channel(risk.group, risk.channel, True,
-                       f"but {risk.value:.0%} of the group's relevance for reference {risk.sample}{whose}.")
-        beside = survivors[risk.group]
-        pairs.append((goes, None if beside is None else
-                      channel(risk.group, beside, False, 'the least relevant of the group that stays.')))
-    note = ('Scores are means over the references, so a channel that a single one depends on may go. These channels '
-            'have the largest share in the relevance of any single reference; shown are the references with the most '
-            'relevance at the channel, cut to where it sits. Ask what is lost with it, and whether the one that stays '
-            'sees the same.')
-    return Risky(note, pairs) if pairs else None
+        removed = channel(risk.group, risk.channel, True,
+                          f"but {risk.value:.0%} of the group's relevance for reference {risk.sample}{whose}.")
+        beside = kept[risk.group]
+        pairs.append((removed, None if beside is None else
+                      channel(risk.group, beside, False, 'the least relevant channel of the group that is kept.')))
+    note = ('A score is a mean over the reference samples, so a channel that a single sample depends on can have a low '
+            'one. Of the channels to be removed, these have the largest share in the relevance of any single sample. '
+            'The samples with the most relevance at the channel are shown, cropped to where it is. Check what is lost '
+            'with the channel, and whether the one that is kept responds to the same things.')
+    return RiskSection(note, pairs) if pairs else None
 
 
-def _survivor(plan: Plan, relevance: Relevance, group: str) -> int | None:
-    '''The least relevant channel of a group that stays.'''
-    gone = set(plan.removed.get(group, ()))
+def _least_kept(plan: Plan, relevance: Relevance, group: str) -> int | None:
+    '''The least relevant channel of a group that is kept.'''
+    removed = set(plan.removed.get(group, ()))
     order: list[int] = relevance[group].argsort().tolist()
-    return next((position for position in order if position not in gone), None)
+    return next((position for position in order if position not in removed), None)
 
 
 def _samples(references: Any, wanted: Collection[int]) -> Samples:
-    '''Images and labels by their number in the order of the loader.'''
+    '''Images and labels by their number in the loader's order.'''
     if isinstance(getattr(references, 'sampler', None), RandomSampler):
-        raise PruneError('references are shuffled, so that it cannot be told which were collected from: give a loader '
-                         'with shuffle=False to collect() and here.')
+        raise PruneError('references are shuffled, so that samples cannot be identified: give a loader with '
+                         'shuffle=False to collect() and here.')
     found: Samples = {}
     first = 0
     for inputs, target in batches(references):
@@ -260,12 +258,13 @@ def _samples(references: Any, wanted: Collection[int]) -> Samples:
                 found[first + index] = inputs[index], None if labels is None else int(labels[index])
         first += batch_size(inputs)
     if len(found) < len(wanted):
-        raise PruneError(f'references hold {first} samples, but relevance was collected from sample {max(wanted)}, '
-                         'too: give the loader it was collected from.')
+        raise PruneError(f'references hold {first} samples, but relevance was collected from at least '
+                         f'{max(wanted) + 1}: give the loader it was collected from.')
     return found
 
 
 def _check_order(risks: Collection[Risk], samples: Samples) -> None:
+    '''Raise if samples have other classes than they had when relevance was collected.'''
     for risk in risks:
         label = samples[risk.sample][1]
         if label is not None and risk.class_ >= 0 and label != risk.class_:
@@ -275,13 +274,14 @@ def _check_order(risks: Collection[Risk], samples: Samples) -> None:
 
 
 def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
-              names: Any) -> list[Excerpt]:
+              names: Callable[[int], str]) -> list[Excerpt]:
+    '''Parts of reference samples around the relevance of a channel.'''
     if not numbers:
         return []
     x = torch.stack([samples[number][0] for number in numbers]).to(device_of(pruner.model))
     labels = [samples[number][1] for number in numbers]
     target: Any = 'predicted' if None in labels else torch.tensor(labels, device=x.device)
-    maps = channel_heatmap(pruner.model, pruner.composite, x, target, group, channel, graph=pruner.graph)
+    maps = heatmap(pruner.model, pruner.composite, x, target, channel=(group, channel), graph=pruner.graph)
     found = []
     for number, image, label, values in zip(numbers, x, labels, maps):
         rows, columns = _box(values)
@@ -294,11 +294,11 @@ def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], sam
 
 
 def _box(values: torch.Tensor) -> tuple[slice, slice]:
-    '''The square that holds most of a heatmap.'''
-    mass = values.abs().double()
+    '''The square that holds most of the absolute relevance of a heatmap.'''
+    strength = values.abs().double()
     ends = []
     for dim in (1, 0):
-        share = mass.sum(dim).cumsum(0) / mass.sum().clamp(min=1e-300)
+        share = strength.sum(dim).cumsum(0) / strength.sum().clamp(min=1e-300)
         ends.append((int((share < (1 - INSIDE) / 2).sum()), int((share < (1 + INSIDE) / 2).sum()) + 1))
     side = max(*(stop - start for start, stop in ends), round(LEAST * min(values.shape)))
     slices = []

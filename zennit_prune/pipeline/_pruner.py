@@ -15,15 +15,13 @@ from zennit.core import Composite
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph, trace
-from ..graph._groups import ChannelGroup
-from ..looking._heatmap import channel_heatmap, heatmap
+from ..looking._heatmap import Channel, heatmap
 from ..planning._allocate import allocate
 from ..planning._cost import Budget, CostModel
 from ..planning._latency import LatencyModel, LatencyTable, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
-from ..relevance._canonize import GraphCanonizer
 from ..relevance._collect import Collector
 from ..relevance._criteria import CRITERIA, MEASURES
 from ..relevance._initial import Initial
@@ -320,15 +318,37 @@ class Pruner:
         return Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
                       self.progress)
 
-    def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> torch.Tensor:
-        '''The heatmaps of the network under its composite, shape (N, H, W); see :func:`zennit_prune.heatmap`.'''
-        canonizer = GraphCanonizer.from_recording(self.graph._recording)
-        return heatmap(self.model, self.composite, x, target, initial, canonizer)
+    def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *,
+                channel: Channel | None = None) -> torch.Tensor:
+        '''Heatmaps of the network, or of what flows through single channels, under the pruner's composite.
 
-    def channel_heatmap(self, x: Any, target: Any, group: str | ChannelGroup, channel: int | Sequence[int],
-                        initial: Initial = 'one-hot') -> torch.Tensor:
-        '''What flows through single channels, shape (N, H, W); see :func:`zennit_prune.channel_heatmap`.'''
-        return channel_heatmap(self.model, self.composite, x, target, group, channel, initial, self.graph)
+        Parameters
+        ----------
+        x, target, initial, channel:
+            See :func:`zennit_prune.heatmap`.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (N, H, W), or (K, N, H, W) for a sequence of K channels.
+
+        Raises
+        ------
+        PruneError
+            See :func:`zennit_prune.heatmap`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+        ...                             torch.nn.Linear(144, 2))
+        >>> x = torch.randn(3, 1, 8, 8)
+        >>> pruner = zp.Pruner(model, None, x)
+        >>> pruner.heatmap(x).shape, pruner.heatmap(x, channel=('0', 2)).shape
+        (torch.Size([3, 8, 8]), torch.Size([3, 8, 8]))
+        '''
+        return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph)
 
 
 def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,

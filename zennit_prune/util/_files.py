@@ -25,7 +25,20 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     '''Write a text file, in UTF-8.'''
-    _appear(path, lambda unfinished: Path(unfinished).write_text(text, encoding='utf-8'))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    '''Write a file of any content.'''
+    _appear(path, lambda unfinished: Path(unfinished).write_bytes(content))
+
+
+def refuse_path_first(call: str, *objects: object) -> None:
+    '''Raise if a path stands where an object of a call such as ``'report(pruner, plan, path=path)'`` belongs.'''
+    for value in objects:
+        if isinstance(value, (str, os.PathLike)):
+            raise PruneError(f'{value!r} stands where an object belongs: objects come first and the path last, call '
+                             f'{call}.')
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
