@@ -140,7 +140,7 @@ class BlockField(Field):
         return self.labels.reshape(count, -1, self.labels.shape[1])[:, 0]
 
     def without(self, gone: npt.NDArray[np.bool_]) -> BlockField | None:
-        '''Return the field of the weight without the labels ``gone``, or None where its blocks lose different numbers.'''
+        '''Return the field without the labels ``gone``, or None where its blocks lose different numbers.'''
         lost = gone[self.labels].sum(1)
         if (lost != lost[:1]).any():
             return None
@@ -189,8 +189,8 @@ def narrowed_to(array: Labels, dims: Sequence[int]) -> Labels:
 def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
     '''Return the labels of a tensor of shape ``old`` after it was reshaped to ``new``.
 
-    Dimensions are divided into the smallest groups whose sizes multiply to the same number before and after; a group without
-    varying labels stays of size 1, so that a large spatial extent costs nothing.
+    Dimensions are divided into the smallest groups whose sizes multiply to the same number before and after; a group
+    without varying labels stays of size 1, so that a large spatial extent costs nothing.
     '''
     source: list[int] = []
     target: list[int] = []
