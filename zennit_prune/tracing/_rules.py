@@ -421,7 +421,7 @@ def operation_rule(*names: str, **traits: Any) -> Callable[[Rule], Rule]:
 
 
 def operation_name(schema_name: str) -> str:
-    '''Return the name that an operation is registered under, ``'add'`` for ``'aten::add_'``, others with a namespace.'''
+    '''Return the name that an operation is registered under: ``'add'`` for ``'aten::add_'``, else with a namespace.'''
     name = schema_name.removeprefix('aten::')
     return name[:-1] if name.endswith('_') and not name.endswith('__') else name
 
