@@ -39,11 +39,11 @@ class Site(NamedTuple):
     module: str
         The name of the module that was running; empty for the network itself.
     call: int
-        How many calls of the module ended or began before, from 0.
+        The number of calls of the module before this one.
     function: str
         The name of the torch function.
     ordinal: int
-        How many calls of this function the module had made before in this call, from 0.
+        The number of calls of the function that this call of the module made before.
 
     Examples
     --------
