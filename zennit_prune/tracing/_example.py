@@ -50,7 +50,7 @@ class Example:
     whole: frozenset[Site] = frozenset()
 
     def fitted(self, model: nn.Module) -> Example:
-        '''Return the example for a network that was moved or converted since, by ``model.to(device)`` or ``model.half()``.'''
+        '''Fit the example to a network that was moved or converted since, e.g. by ``model.half()``.'''
         like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
         if like is None:
             return self
