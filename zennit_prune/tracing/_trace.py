@@ -43,8 +43,8 @@ SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4,
 class Axis(NamedTuple):
     '''One dimension of a parameter or buffer, whose indices bear the labels ``start`` to ``start + size - 1``.
 
-    With several ``blocks``, the labels stand for the indices of the dimension in the first block of dimension 0, then for
-    those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
+    With several ``blocks``, the labels stand for the indices of the dimension in the first block of dimension 0, then
+    for those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
     '''
 
     parameter: str
