@@ -119,6 +119,7 @@ def movement_at_size(call: Call) -> Candidates:
 
 @operation_rule('view', sized=True, size_free=True)
 def view(call: Call) -> Candidates:
+    '''Reshape the labels with the tensor.'''
     old, new = tuple(call.args[0].shape), tuple(call.outputs[0].shape)
     return [[reshaped(field, old, new) for field in call.fields(call.args[0])]]
 
@@ -262,6 +263,7 @@ def index(call: Call) -> Candidates:
 
 @operation_rule('index_select', 'gather', 'take_along_dim')
 def index_select(call: Call) -> Candidates:
+    '''Lock the labels of the dimension whose positions a tensor selects.'''
     dim = call.dim(1)
     for field in call.fields(call.args[0]):
         if dim in field.dims:
@@ -311,6 +313,7 @@ def cat(call: Call) -> Candidates:
 
 @operation_rule('stack', size_free=True)
 def stack(call: Call) -> Candidates:
+    '''Tie the labels of tensors that are stacked along a new dimension.'''
     ndim = call.outputs[0].dim()
     dim = int(call.argument(1, 'dim', 0)) % ndim
     fields = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in call.args[0]], ndim - 1)
