@@ -92,12 +92,14 @@ def _batch_fields(call: Call, tensor: torch.Tensor, fields: list[Field]) -> list
 
 @operation_rule('mm', 'bmm', zero='any')
 def matmul(call: Call) -> Candidates:
+    '''Apply the rule of a matrix product.'''
     return [list(product(call, call.args[0], call.args[1]))]
 
 
 @operation_rule('addmm', zero='bias')
 @operation_rule('baddbmm')
 def addmm(call: Call) -> Candidates:
+    '''Apply the rule of a matrix product, and tie the bias that is added to it.'''
     bias, left, right = call.args[:3]
     out = call.outputs[0]
     return [list(combine(call, [(bias.shape, call.fields(bias)), (out.shape, product(call, left, right))], out.dim()))]
