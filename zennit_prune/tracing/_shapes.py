@@ -194,7 +194,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    '''Describe what the result of an operation depends on, and add the tensors among the arguments to ``tensors``.'''
+    '''Describe what a result depends on, and add the tensors among the arguments to ``tensors``.'''
     parts: list[Any] = []
     for value in arguments:
         kind = type(value)
