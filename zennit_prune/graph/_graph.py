@@ -217,7 +217,7 @@ class ChannelGraph:
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
 
     def _couple_what_is_counted_once(self) -> bool:
-        '''Couple the channels whose number one attribute states, since ``forward`` would not run with different numbers.'''
+        '''Couple channels whose number one attribute states: ``forward`` would not run with different numbers.'''
         component, every = self._solution.component, self._claims()
         stated = Counter(claim.attribute for claim in every)
         claims = [claim for claim in every if stated[claim.attribute] > 1]
@@ -305,7 +305,7 @@ class ChannelGraph:
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
     def _layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
-        '''Return a layer of each group of ``removed`` whose channels meet in an operation, or of all groups if none do.'''
+        '''Return a layer of each group of ``removed`` that an operation meets, or of all groups if it meets none.'''
         met = {channel for field in operation.fields()
                for channel in self._solution.channel[field.labels].reshape(-1).tolist()}
         groups = [self.group(name) for name in removed]
