@@ -1,6 +1,7 @@
-'''Run copies of a network so that nothing around them matters, and nothing of it stays.
+'''Run copies of a network in isolation: independent of the state around them, and without traces of the run.
 
-Random numbers that depend on a seed only.
+Modes, hooks and random states of the process are put aside during a run and restored after it; random numbers that are
+drawn depend on a seed only.
 '''
 from __future__ import annotations
 
