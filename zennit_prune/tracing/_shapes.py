@@ -129,8 +129,8 @@ class Case:
 class Shapes:
     '''A memory of the results of operations on meta tensors, which runs each case once.
 
-    An operation is run at every call where a tensor is not an ordinary meta tensor, where it returns a view, or where it
-    may change the shape of its arguments.
+    An operation is run at every call where a tensor is not an ordinary meta tensor, where the result is a view, or
+    where arguments may change their shape.
     '''
 
     def __init__(self) -> None:

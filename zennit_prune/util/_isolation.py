@@ -1,7 +1,7 @@
-'''Run copies of a network in isolation: independent of the state around them, and without traces of the run.
+'''Run copies of a network so that random states, caches and compilation do not matter and nothing stays behind.
 
-Modes, hooks and random states of the process are put aside during a run and restored after it; random numbers that are
-drawn depend on a seed only.
+Random states are set from a seed for a block and restored after it. Tensors that ``forward`` or a hook keeps in
+classes, globals and caches during the block are removed at its end.
 '''
 from __future__ import annotations
 
