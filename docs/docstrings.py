@@ -53,8 +53,12 @@ def public_names() -> dict[str, dict[str, Any]]:
 
 
 def members(cls: type) -> Iterator[tuple[str, Any]]:
-    '''The public methods and properties that a class gets from this library, each with its name.'''
-    for name in dir(cls):
+    '''The public methods and properties that a class gets from this library, each with its name.
+
+    A method that overrides one of another library is documented there.
+    '''
+    foreign = {name for base in cls.__mro__ if not base.__module__.startswith(PACKAGE) for name in vars(base)}
+    for name in sorted({*dir(cls)} - foreign):
         value = inspect.getattr_static(cls, name)
         if not name.startswith('_') and isinstance(value, MEMBERS):
             owner = next(base for base in cls.__mro__ if name in base.__dict__)
