@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 WORKERS ?= 2
 ZENNIT_FACING := $(addprefix tests/,relevance looking/test_heatmap.py promises/test_closed_forms.py repairs/test_targets.py)
 
-.PHONY: demo test test-other-zennit test-slow test-oldest lint benchmark notebooks clean
+.PHONY: demo test test-other-zennit test-slow test-oldest lint docs benchmark notebooks clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/zennit-prune demo
@@ -33,6 +33,11 @@ test-oldest: pyproject.toml
 lint: $(VENV)/lint.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(RUN) docs/docstrings.py
+
+# The API reference and the other pages of docs/; it needs no network, but with one it links more of what others document.
+docs: $(VENV)/docs.installed
+	$(RUN) -m sphinx --fail-on-warning --keep-going -b html docs build/docs
 
 benchmark: $(VENV)/benchmark.installed
 	$(RUN) benchmarks/structure.py
@@ -49,4 +54,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest demo
+	rm -rf $(VENV) $(VENV)-oldest demo build

@@ -1,4 +1,4 @@
-'''Say in words which channels fall together and why, what stays and why, and how much of a network is within reach.'''
+'''Say in words which channels are coupled or locked, and why, and how much of a network is within reach.'''
 from __future__ import annotations
 
 import math
@@ -16,16 +16,16 @@ from ._solve import NOT_READ, Solution
 
 
 class Reach(NamedTuple):
-    '''The shares of a network, from 0 to 1, that hold at least one removable channel.
+    '''The shares of a network, from 0 to 1, that belong to removable channels.
 
     Attributes
     ----------
     params: float
-        Of the parameters.
+        The share of the parameters.
     flops: float
-        Of the floating-point operations.
+        The share of the floating-point operations.
     channels: float
-        Of the output channels of all layers.
+        The share of the output channels of all layers.
     '''
 
     params: float
@@ -38,7 +38,7 @@ class Reach(NamedTuple):
 
 
 def reach(recording: Recording, solution: Solution, roles: Roles) -> Reach:
-    '''How much of a network holds removable channels: a weight counts if one of its dimensions can lose its index.'''
+    '''Compute the shares within reach: a weight counts if the index of one of its dimensions can be removed.'''
     free = ~solution.locked
 
     def share(arrays: Iterable[Labels]) -> float:
@@ -55,10 +55,10 @@ def reach(recording: Recording, solution: Solution, roles: Roles) -> Reach:
 
 
 def couplings(recording: Recording, solution: Solution, roles: Roles) -> dict[int, list[str]]:
-    '''For each group of the solution, the operations that tie its producers to each other, or parts of one.
+    '''Return, for each group of the solution, the operations that couple its producers or parts of one producer.
 
-    Producers are joined in execution order, followers between them included; an operation that joins two that were not
-    joined yet is what couples them.
+    Producers are joined in execution order, followers between them included; an operation that joins two producers
+    which were not joined before couples them.
     '''
     parent: dict[tuple[int, int], tuple[int, int]] = {}  # by group and axis
 
@@ -98,7 +98,7 @@ def couplings(recording: Recording, solution: Solution, roles: Roles) -> dict[in
 
 
 def balances(recording: Recording, solution: Solution) -> dict[int, list[str]]:
-    '''For each group of the solution, the operations that keep its blocks equally large.'''
+    '''Return, for each group of the solution, the operations that keep its blocks equally large.'''
     found: dict[int, list[str]] = {}
     for operation in recording.operations:
         for labels in operation.balances:
@@ -110,7 +110,7 @@ def balances(recording: Recording, solution: Solution) -> dict[int, list[str]]:
 
 
 def _folded(left: Labels, right: Labels, group: Labels, roles: Roles) -> set[int]:
-    '''The groups where several channels of one producer are tied to one label of another tensor.'''
+    '''Return the groups where several channels of one producer are tied to one label of another tensor.'''
     other = roles.produces[left] & (roles.axis[left] != roles.axis[right])
     pairs = np.unique(np.stack([group, right, roles.axis[left], left])[:, other], axis=1)
     same = (pairs[:3, 1:] == pairs[:3, :-1]).all(0)
@@ -119,7 +119,7 @@ def _folded(left: Labels, right: Labels, group: Labels, roles: Roles) -> set[int
 
 def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solution: Solution,
                  coupled: Mapping[int, list[str]]) -> list[Table]:
-    '''What printing a graph shows: the groups, with their blocks if any has some, and what is locked.'''
+    '''Make the tables that show a graph: its groups, with blocks if there are any, and its locked layers.'''
     blocks = any(group.blocks is not None for group in groups)
     rows = [(group.name, group.size, *['' if group.blocks is None else group.step] * blocks,
              some(group.layers('producer')[1:], 3), some(group.layers('consumer'), 3),
@@ -129,7 +129,7 @@ def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solu
 
 
 def group_text(group: ChannelGroup, name: str, coupled: list[str], balanced: list[str]) -> list[str]:
-    '''What couples and balances the channels of a group, as the layer ``name`` sees it.'''
+    '''Write the lines that say what couples and balances the channels of a group, seen from the layer ``name``.'''
     roles = [member.role for member in group.members if member.layer == name]
     verb = 'reads' if roles and all(role == 'consumer' for role in roles) else 'holds'
     lines = [f'{name} {verb} the {group.size} channels of group {group.name!r}:',
@@ -145,7 +145,7 @@ def group_text(group: ChannelGroup, name: str, coupled: list[str], balanced: lis
 
 
 def locked_inputs(recording: Recording, solution: Solution, roles: Roles, name: str) -> list[str]:
-    '''Why a layer's other dimensions, those that produce nothing, must stay or do so in part; kernels always do.'''
+    '''Write the lines that say why indices of a layer's other dimensions must stay, kernels left out.'''
     lines = []
     for axis in recording.axes:
         if name in (axis.parameter, layer_name(axis.parameter)):

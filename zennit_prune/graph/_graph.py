@@ -1,4 +1,8 @@
-'''``ChannelGraph``: which channels of a network can be removed, what falls with each, and why the others must stay.'''
+'''Trace a network into a ``ChannelGraph``: its removable channels in groups, and the reasons why others must stay.
+
+:func:`trace` puts the steps together: record a run, solve for channels, build groups, remove some channels of each on
+trial, and lock those that the replay rejects, until it accepts.
+'''
 from __future__ import annotations
 
 from collections import Counter
@@ -34,7 +38,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
           progress: bool = True) -> ChannelGraph:
     '''Find the removable channels of a network.
 
-    The network is run on a copy without data; it is not touched. What the trace cannot prove removable is locked.
+    A copy of the network is run without data; the network itself is not touched. Channels that the trace cannot prove
+    removable are locked.
 
     Parameters
     ----------
@@ -44,24 +49,39 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
     ignore: sequence of str
-        ``fnmatch`` patterns of module (or parameter) names whose output channels are kept, e.g. ``'layer4*'``.
+        Patterns, as of ``fnmatch``, of the names of modules and parameters whose output channels are kept, e.g.
+        ``'layer4*'``.
     layernorm: str
-        ``'lock'``: channels that LayerNorm runs over stay, since removing one changes the statistics of all others.
-        ``'surviving'``: they can go, and mean and variance are then taken over the channels that are left. This changes
-        the network by more than the removal: the pruned network is exact against an original whose LayerNorm runs over
-        the surviving channels only, and :meth:`Plan.apply` warns.
+        Whether channels that LayerNorm runs over stay (``'lock'``), since removing one changes the statistics of all
+        others, or can be removed (``'surviving'``), so that mean and variance run over the channels that are left. The
+        latter changes the network by more than the removal: the pruned network is exact against an original whose
+        LayerNorm runs over the surviving channels only, and :meth:`Plan.apply` warns.
     progress: bool
-        Show a progress bar on standard error once it takes more than two seconds.
+        Whether to show a progress bar on standard error once the trace takes more than two seconds.
 
     Returns
     -------
     ChannelGraph
+        The groups of removable channels, and the locked layers with reasons.
 
     Raises
     ------
     PruneError
         If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
-        the example is on another device; if a pattern in ``ignore`` matches nothing.
+        the example is on another device; if a pattern in ``ignore`` matches nothing; if ``layernorm`` is neither of its
+        values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 4))
+    >>> graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
+    >>> graph.groups
+    (ChannelGroup(name='0', size=8), ChannelGroup(name='2', size=6))
+    >>> zp.trace(model, torch.zeros(1, 3, 8, 8), ignore=['2']).locked
+    {'2': 'ignored (2)', '4': 'it is an output of the network'}
     '''
     if layernorm not in ('lock', 'surviving'):
         raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
@@ -72,16 +92,50 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
 
 
 class ChannelGraph:
-    '''The removable channels of a network, made by :func:`trace`; printing it shows groups and locked layers.
+    '''The removable channels of a network, in dependency groups, and the reasons why other channels must stay.
+
+    Graphs are made by :func:`trace`. Printing one shows its groups and its locked layers.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network.
+    example: torch.Tensor, tuple or dict
+        The arguments to run it with.
+    ignore: sequence of str
+        Patterns of the names of modules and parameters whose output channels are kept.
+    layernorm: str
+        Whether channels that LayerNorm runs over are locked, as in :func:`trace`.
 
     Attributes
     ----------
     groups: tuple of ChannelGroup
-        In execution order of their first producers.
+        The groups, in execution order of their first producers.
     locked: dict of str to str
-        The layers and parameters whose channels, or some of them, must stay, and why.
+        The layers and parameters of which all or some output channels must stay, each with the reason.
     notes: list of str
-        What the user should know about the trace.
+        Remarks about the trace that the user should know.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 4))
+    >>> graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
+    >>> graph
+    ChannelGraph(2 groups, 14 removable channels)
+    >>> graph.group('1')  # the BatchNorm holds the channels of the convolution before it
+    ChannelGroup(name='0', size=8)
+    >>> print(graph.why('1'))
+    1 holds the 8 channels of group '0':
+      produced by 0
+      read by 2
+      followed by 0.bias, 1, 1.bias, 1.running_mean, 1.running_var
+    >>> graph.locked
+    {'4': 'it is an output of the network'}
+    >>> print(graph.reach)
+    within reach: 99.6% of the parameters, 100.0% of the FLOPs, 77.8% of the output channels of all layers
     '''
 
     def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
@@ -102,10 +156,10 @@ class ChannelGraph:
         self._lock_what_fails(model)
 
     def _stuck_stacks(self) -> set[Site]:
-        '''Where stacks of matrices are multiplied of which no row or column can go in all: whole matrices might.
+        '''Find the products of stacks of matrices that can lose no row or column but might lose whole matrices.
 
-        In attention these are heads. Its two products are in one module: if one of them can lose width, heads stay.
-        A module that makes no shape from its attributes could not be told how many heads are left.
+        In attention the matrices are heads. Its two products are in one module: if one of them can lose width, heads
+        stay. A module that makes no shape from its attributes could not be told how many heads are left.
         '''
         stating = {claim.attribute.module for claim in self._claims()}
         sites = {operation.site for operation in self._recording.operations
@@ -119,7 +173,7 @@ class ChannelGraph:
                 for labels in operation.joint]
 
     def _ignored(self, model: nn.Module, patterns: Sequence[str]) -> Iterable[Lock]:
-        '''The channels that leave the modules, or come out of the parameters, that a pattern names.'''
+        '''Lock the channels that the modules and parameters named by a pattern produce.'''
         if isinstance(patterns, str) or not isinstance(patterns, Iterable) \
                 or not all(isinstance(pattern, str) for pattern in patterns):
             raise PruneError(f"ignore is a sequence of patterns of module names, not {patterns!r}: e.g. ignore=['fc'].")
@@ -142,7 +196,7 @@ class ChannelGraph:
                     yield from ((field.labels, reason) for field in fields[:1])
 
     def _computed(self, model: nn.Module) -> Iterable[Lock]:
-        '''The channels that the way a weight is computed keeps.'''
+        '''Lock the channels that parametrizations of weights keep.'''
         for name, dim, reason in fixed_dims(model):
             yield from ((field.labels, reason) for field in self._recording.fields.get(name, ()) if dim in field.dims)
 
@@ -152,7 +206,7 @@ class ChannelGraph:
         self.locked: dict[str, str] = build_locked(self._recording, self._solution, self._roles)
 
     def _lock_what_fails(self, model: nn.Module) -> None:
-        '''Remove some channels of every group on trial; lock what the replay rejects, until it accepts.'''
+        '''Remove some channels of every group on trial, and lock channels that the replay rejects, until it accepts.'''
         for _ in range(MAX_TRIALS):
             if not self._couple_what_is_counted_once():
                 failure = self._failed_trial(model)
@@ -163,7 +217,7 @@ class ChannelGraph:
         raise PruneError(f'no channels were found that survive a trial removal; the last failure: {failure}.')
 
     def _couple_what_is_counted_once(self) -> bool:
-        '''Couple the channels whose number one attribute states: if more of some went, ``forward`` would not run.'''
+        '''Couple channels whose number one attribute states: ``forward`` would not run with different numbers.'''
         component, every = self._solution.component, self._claims()
         stated = Counter(claim.attribute for claim in every)
         claims = [claim for claim in every if stated[claim.attribute] > 1]
@@ -177,7 +231,7 @@ class ChannelGraph:
         return bool(fresh)
 
     def _on_trial(self, one_each: bool = False) -> dict[str, list[int]]:
-        '''Some positions of all groups that can lose any, as many of each block; the same at every call.'''
+        '''Choose some positions of all groups that can lose any, as many of each block, equally at every call.'''
         groups = [group for group in self.groups if group.size > group.step]
         counts = [1] * len(groups) if one_each else trial_counts(groups)
         orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
@@ -185,8 +239,10 @@ class ChannelGraph:
         return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
 
     def _failed_trial(self, model: nn.Module) -> Failure | None:
-        '''The replay without a share of each group, and, where ``forward`` may divide the attributes that are changed,
-        without one channel of each: with shares that are alike, a quotient would not change.
+        '''Replay the network without a share of each group, and return the first failure, or None.
+
+        Where attributes of modules change, it is also replayed without one channel of each group: ``forward`` may
+        divide one attribute by another, and with similar shares a quotient would not change.
         '''
         for one_each in (False, True):
             removed = self._on_trial(one_each)
@@ -196,7 +252,7 @@ class ChannelGraph:
         return None
 
     def _lock(self, failure: Failure) -> None:
-        '''Lock what meets in the failing operation, and in its like in all modules of that class.'''
+        '''Lock the channels that meet in the failing operation, and in its counterparts in modules of that class.'''
         operations = self._recording.runs[failure.mode].operations
         culprit = failure.operation
         what = (culprit.name, culprit.kind, culprit.site[2:])
@@ -214,16 +270,26 @@ class ChannelGraph:
     # what the steps after the trace ask
     @property
     def _group_sizes(self) -> dict[str, int]:
-        '''Weights whose module has one group for so many of their channels (depthwise convolutions, GroupNorm).'''
+        '''The channels per group of the weights of depthwise convolutions and GroupNorm.'''
         return {name: size for run in self._recording.runs.values() for name, size in run.group_sizes.items()}
 
     def group(self, name: str) -> ChannelGroup:
-        '''The group called ``name``, or the only one that holds channels of the layer ``name``.
+        '''Return a group by its name or by the name of a layer that holds its channels.
+
+        Parameters
+        ----------
+        name: str
+            The name of a group, or of a layer that holds channels of a single group.
+
+        Returns
+        -------
+        ChannelGroup
+            The group.
 
         Raises
         ------
         PruneError
-            If there is none, or if the layer belongs to several.
+            If there is no such group, or if the layer holds channels of several.
         '''
         for group in self.groups:
             if group.name == name:
@@ -239,7 +305,7 @@ class ChannelGraph:
         raise PruneError(f'there is no group {name!r}. Groups: {some(group.name for group in self.groups)}.')
 
     def _layers_in(self, operation: Operation, removed: Mapping[str, Sequence[int]]) -> list[str]:
-        '''A layer of each group of ``removed`` whose channels meet in an operation, or of each, if none do.'''
+        '''Return a layer of each group of ``removed`` that an operation meets, or of all groups if it meets none.'''
         met = {channel for field in operation.fields()
                for channel in self._solution.channel[field.labels].reshape(-1).tolist()}
         groups = [self.group(name) for name in removed]
@@ -247,19 +313,19 @@ class ChannelGraph:
         return list(dict.fromkeys(group.layers('producer', 'follower')[0] for group in found))
 
     def _balanced_by(self, group: ChannelGroup) -> list[str]:
-        '''The operations for which the blocks of a group must lose equally many channels.'''
+        '''Return the operations for which the blocks of a group must lose equally many channels.'''
         found = balances(self._recording, self._solution)
         return found.get(int(self._solution.group[group.channels[0]]), []) if group.blocks is not None else []
 
     def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
-        '''For each label, whether it goes when the channels at these positions of these groups go.'''
+        '''Return, for each label, whether it is removed with the channels at these positions of these groups.'''
         gone = np.zeros(len(self._solution.group) + 1, bool)
         for name, positions in removed.items():
             gone[self.group(name).channels[list(positions)]] = True
         return gone[self._solution.channel]
 
     def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
-        '''The indices that stay, by parameter or buffer and dimension, where any go; see :func:`surgery.narrowed`.'''
+        '''Return the indices that stay, by parameter or buffer and dimension, where any are removed.'''
         gone = self._removed_labels(removed)
         kept: dict[str, dict[int, Labels]] = {}
         for axis in self._recording.axes:
@@ -272,14 +338,14 @@ class ChannelGraph:
         return kept
 
     def _attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
-        '''What attributes of modules become that ``forward`` makes shapes from, where they change.'''
+        '''Return the new values of attributes of modules that ``forward`` makes shapes from.'''
         return new_sizes(self._claims(), self._removed_labels(removed))
 
     def _claims(self) -> list[Claim]:
         return [claim for run in self._recording.runs.values() for claim in run.claims]
 
     def _narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
-        '''A copy of ``model`` without these channels; not yet proven.'''
+        '''Make a copy of ``model`` without these channels, which is not yet proven.'''
         kept, device = self._kept(removed), device if self._recording.example.device == 'meta' else None
         small = narrowed_copy(model, kept, self._group_sizes, self._attributes(removed), device)
         if device is None:
@@ -287,7 +353,7 @@ class ChannelGraph:
         return small
 
     def _prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
-        '''Trace ``small`` and compare it, operation by operation, with the original; None if it is exact.'''
+        '''Trace ``small``, compare it with the original by operation, and return the first failure, or None.'''
         return self._replayed(structural_copy(small, self._recording.example.device), removed)
 
     def _replayed(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
@@ -296,21 +362,26 @@ class ChannelGraph:
     # what people read
     @property
     def reach(self) -> Reach:
-        '''The shares of parameters, FLOPs and output channels that can be pruned at all.'''
+        '''The shares of parameters, FLOPs and output channels within reach of pruning.'''
         return reach(self._recording, self._solution, self._roles)
 
     def why(self, name: str) -> str:
-        '''What couples or locks the channels of a layer, in words.
+        '''Say in words what couples or locks the channels of a layer.
 
         Parameters
         ----------
         name: str
-            A layer, parameter or group.
+            The name of a layer, a parameter or a group.
+
+        Returns
+        -------
+        str
+            One or more lines of text.
 
         Raises
         ------
         PruneError
-            If there is nothing of that name.
+            If nothing has that name.
         '''
         coupled, lines = self._couplings(), []
         for group in self.groups:

@@ -1,4 +1,4 @@
-'''Channel groups: the channels that share producers, followers and consumers, and where each of them sits.'''
+'''Build channel groups: channels that share producers, followers and consumers, and the place of each in these.'''
 from __future__ import annotations
 
 from collections import Counter
@@ -23,18 +23,32 @@ class Member:
     Attributes
     ----------
     parameter: str
-        Its name in ``named_parameters`` or ``named_buffers``.
+        The name of the tensor in ``named_parameters`` or ``named_buffers``.
     dim: int
         The dimension.
     role: str
-        ``'producer'``: the channels come out of this weight; ``'consumer'``: it reads them; ``'follower'``: it scales
-        or shifts them (norms, biases, depthwise kernels, layer scales).
+        ``'producer'`` where the weight produces the channels, ``'consumer'`` where it reads them, ``'follower'`` where
+        it scales or shifts them, as norms, biases, depthwise kernels and layer scales do.
     index: numpy.ndarray
-        int64, shape (size of the group, slices per channel): where each channel sits along the dimension.
+        An array of int64 of shape (size of the group, slices per channel): the indices of each channel along the
+        dimension.
     blocks: int
         With several, the dimension is that of the input channels of a grouped convolution (the output channels of a
-        transposed one), and the index counts those
-        of the first block of dimension 0, then those of the second, and so on.
+        transposed one), and the index counts those of the first block of dimension 0, then those of the second, and so
+        on.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(96, 4))
+    >>> graph = zp.trace(model, torch.zeros(1, 3, 6, 6))
+    >>> for member in graph.group('0').members:
+    ...     print(member.layer, member.role, member.dim, member.index.shape)
+    0 producer 0 (6, 1)
+    0.bias follower 0 (6, 1)
+    2 consumer 1 (6, 16)
     '''
 
     parameter: str
@@ -45,27 +59,48 @@ class Member:
 
     @property
     def layer(self) -> str:
-        '''The name of the layer: the parameter's without ``.weight``.'''
+        '''The name of the layer, which is that of the parameter without ``.weight``.'''
         return layer_name(self.parameter)
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    '''Channels that fall by themselves; the i-th of the group sits at ``member.index[i]`` of every member.
+    '''A dependency group: channels of coupled layers, each of which can be removed by itself from all of these layers.
+
+    The i-th channel of the group has the indices ``member.index[i]`` in every member. Positions in a group count from
+    0.
 
     Attributes
     ----------
     name: str
-        The first producer's in execution order.
+        The name of the group, which begins with that of its first producer in execution order.
     size: int
         The number of channels.
     members: tuple of Member
-        Every dimension that holds these channels.
+        Every dimension of a parameter or buffer that holds these channels.
     channels: numpy.ndarray
-        Their numbers in the solution of the graph.
+        The numbers of the channels in the solution of the graph, an array of int64 of shape (size,).
     blocks: numpy.ndarray or None
-        Where equally many channels of several blocks must go (the groups of a convolution, the parts of a split), the
-        number of each channel's block, from 0; None where any channel may go.
+        Where equally many channels of several blocks must be removed (the groups of a convolution, the parts of a
+        split), the number of each channel's block, from 0; None where any channel may be removed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
+    >>> graph = zp.trace(model, torch.zeros(1, 3, 8, 8))
+    >>> group = graph.group('0')
+    >>> group.name, group.size, group.layers('producer'), group.layers('consumer')
+    ('0', 4, ['0'], ['1'])
+
+    The grouped convolution reads two blocks of two channels, of which equally many are removed:
+
+    >>> group.blocks, group.step
+    (array([0, 0, 1, 1]), 2)
+    >>> group.in_turn([0.3, 0.1, 0.4, 0.2])
+    array([1, 3, 0, 2])
     '''
 
     name: str
@@ -76,37 +111,59 @@ class ChannelGroup:
 
     @property
     def step(self) -> int:
-        '''How many channels go at once, one of each block; 1 where any channel may go.'''
+        '''The number of channels that are removed at once, one of each block; 1 where any channel may be removed.'''
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
     def in_turn(self, scores: npt.ArrayLike) -> Labels:
-        '''The positions by ascending score, one of each block in turn: the first ``n * step`` can go.'''
+        '''Order positions by ascending score, with one position of each block in turn.
+
+        Parameters
+        ----------
+        scores: array_like
+            The scores of the channels, of shape (size,).
+
+        Returns
+        -------
+        numpy.ndarray
+            The positions, an array of int64 of shape (size,), of which the first ``n * step`` can be removed.
+        '''
         order = np.argsort(np.asarray(scores, float), kind='stable')
         if self.blocks is None:
             return order
         return order[np.argsort(self.blocks[order], kind='stable')].reshape(self.step, -1).T.reshape(-1)
 
     def layers(self, *roles: str) -> list[str]:
-        '''The names of the layers that hold the channels in one of ``roles`` (any, if none is given), each once.'''
+        '''Return the names of the layers that hold the channels.
+
+        Parameters
+        ----------
+        *roles: str
+            The roles to look for, of ``'producer'``, ``'consumer'`` and ``'follower'``; all if none is given.
+
+        Returns
+        -------
+        list of str
+            The names, each once.
+        '''
         return list(dict.fromkeys(member.layer for member in self.members if not roles or member.role in roles))
 
 
 def layer_name(parameter: str) -> str:
-    '''``'features.0.weight'`` belongs to layer ``'features.0'``; other parameters keep their name.'''
+    '''Return the layer of a parameter, ``'features.0'`` for ``'features.0.weight'``; others keep their name.'''
     return computed_name(parameter).removesuffix('.weight')
 
 
 class Roles:
-    '''What the recorded operations do with each label.
+    '''The roles of each label in the recorded operations.
 
     Attributes
     ----------
     axis: numpy.ndarray
         For each label, the number of its axis (-1 for label 0).
     consumes, produces: numpy.ndarray
-        Whether a label is on the contracted side of a weight, and whether it comes out of one.
+        For each label, whether a weight reads it, and whether a weight produces it.
     order: dict of int to int
-        The operation that first produces an axis.
+        For each axis that is produced, the position of the first operation that produces it.
     '''
 
     def __init__(self, recording: Recording):
@@ -127,7 +184,7 @@ class Roles:
 
 
 def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tuple[ChannelGroup, ...]:
-    '''All groups, in execution order of their first producers.'''
+    '''Build all groups, in execution order of their first producers.'''
     labels = np.flatnonzero(solution.channel >= 0)
     if not len(labels):
         return ()
@@ -160,7 +217,7 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
 
 
 def _blocks(solution: Solution, channels: Labels) -> Labels | None:
-    '''The block of each channel, numbered as they come; None if there is only one.'''
+    '''Return the block of each channel, numbered in order of appearance, or None if there is only one.'''
     _, starts, inverse = np.unique(solution.block[channels], return_index=True, return_inverse=True)
     return np.argsort(np.argsort(starts))[inverse] if len(starts) > 1 else None
 
@@ -179,7 +236,7 @@ def _member(recording: Recording, solution: Solution, roles: Roles, number: int,
 
 
 def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict[str, str]:
-    '''The layers whose output channels, or some of them, must stay, and why; and the parameters no operation met.'''
+    '''Return the layers whose output channels must stay in all or in part, and unused parameters, with reasons.'''
     locked: dict[str, str] = {}
     for number in sorted(roles.order, key=lambda number: roles.order[number]):
         axis = recording.axes[number]
@@ -207,10 +264,10 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
 
 
 def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
-    '''How many channels each block of each group loses on trial: about a third.
+    '''Return how many channels each block of each group loses on trial, which is about a third.
 
-    No two groups lose the same share as long as their sizes allow it: what holds only for groups that stay equally wide
-    would not show.
+    No two groups lose equal shares as long as their sizes allow it: an operation that works only for groups of equal
+    width would not be noticed.
     '''
     last: dict[float, int] = {}  # when each share was used
     counts: list[int] = []

@@ -1,4 +1,7 @@
-'''From recorded ties and locks to removable channels: connected components of labels, grouped by where they sit.'''
+'''Turn recorded ties and locks into removable channels and their groups.
+
+Channels are connected components of labels; components that sit equally often in the same dimensions form a group.
+'''
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +21,7 @@ NOT_READ = 'no weight reads it'
 
 @dataclass
 class Solution:
-    '''Which labels form a channel.
+    '''The assignment of labels to channels, of channels to groups, and of channels to blocks of a group.
 
     Attributes
     ----------
@@ -29,9 +32,9 @@ class Solution:
     group: numpy.ndarray
         For each channel, the number of its group: channels of one group sit equally often in the same dimensions.
     block: numpy.ndarray
-        For each channel, the number of its block: from the blocks of one group, equally many channels must go.
+        For each channel, the number of its block; the blocks of one group must lose equally many channels.
     reasons: dict of int to str
-        Why the labels of a component must stay.
+        The reason why the labels of a component must stay, by its smallest label.
     '''
 
     component: Labels
@@ -42,9 +45,11 @@ class Solution:
 
     @cached_property
     def locked(self) -> npt.NDArray[np.bool_]:
+        '''For each label, whether it must stay.'''
         return self.channel < 0
 
     def reason(self, label: int) -> str:
+        '''Return the reason why a label must stay.'''
         return self.reasons.get(int(self.component[label]), NOT_READ)
 
 
@@ -74,7 +79,7 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
 
 def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool_], reasons: dict[int, str],
               balances: Sequence[Labels]) -> Solution:
-    '''Number the components that can go, and group them.'''
+    '''Number the components that can be removed, and group them.'''
     read = np.zeros(recording.size, bool)
     for operation in recording.operations:
         for labels in operation.contracted:
@@ -97,7 +102,7 @@ def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool
 
 def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[tuple[Labels, Labels]],
                   component: Labels) -> dict[int, str]:
-    '''The first lock that hits each component, in execution order.'''
+    '''Return the reason of the first lock of each component, in execution order.'''
     reasons: dict[int, str] = {}
     real = np.arange(recording.size) != 0
 
@@ -119,27 +124,28 @@ def _lock_reasons(recording: Recording, locks: Sequence[Lock], blocks: Sequence[
 
 
 def _beside_zero(left: Labels, right: Labels) -> Labels:
-    '''The labels that are tied to label 0.'''
+    '''Return the labels that are tied to label 0.'''
     edges = flat_pairs([(left, right)])
     return edges.max(0)[edges.min(0) == 0]
 
 
 def joint_fields(operations: Iterable[Operation]) -> list[Labels]:
-    '''The label arrays that vary along several dimensions, each once.'''
+    '''Return the label arrays that vary along several dimensions, each once.'''
     found = {id(field): field for operation in operations for field in operation.fields()
              if len(field.dims) > 1 and not isinstance(field, BlockField)}
     return unique_arrays(field.labels for field in found.values())
 
 
 def unique_arrays(arrays: Iterable[Labels]) -> list[Labels]:
-    '''Equal arrays once.'''
+    '''Return the arrays without repetitions of equal ones.'''
     return list({(labels.shape, labels.tobytes()): labels for labels in arrays}.values())
 
 
 def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tuple[Labels, Labels]]:
-    '''Where channels vary along several dimensions of a tensor, tie all but the last: what is removed is a block.
+    '''Yield the ties that make every removal cut whole slices where labels vary along several dimensions of a tensor.
 
-    Components that one tensor ties wait for the next round before another may tie them: often it need not any more.
+    Labels are tied along all of these dimensions but the last. Components that one tensor ties wait for the next round
+    before another tensor may tie them, which often is not necessary then.
     '''
     tied = np.zeros(len(component), bool)
     for labels in joint:
@@ -155,10 +161,10 @@ def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tu
 
 
 def _unbalanced(balances: Iterable[Labels], solution: Solution) -> list[Labels]:
-    '''The arrays whose rows do not stay equal when equally many of each block of every group go.
+    '''Return the arrays whose rows do not stay equal when each block of every group loses equally many channels.
 
-    Equal positions of their rows must be tied instead. As with :func:`_rectangular_ties`, channels that one of them
-    ties wait for the next round.
+    Equal positions of their rows must be tied instead. As with :func:`_rectangular_ties`, channels that one array ties
+    wait for the next round.
     '''
     uneven = np.zeros(len(solution.group) + 1, bool)  # by channel, none last: its group has blocks that differ in size
     pairs, sizes = np.unique(np.stack([solution.group, solution.block]), axis=1, return_counts=True)
@@ -178,9 +184,10 @@ def _unbalanced(balances: Iterable[Labels], solution: Solution) -> list[Labels]:
 
 
 def _group(recording: Recording, channel: Labels, count: int, balances: Sequence[Labels]) -> tuple[Labels, Labels]:
-    '''Number the groups, channels with equal counts on every labelled axis and in every array of ``balances``.
+    '''Number the groups and the blocks of all channels.
 
-    Channels of a group with equal counts also in every row of these form a block.
+    Channels with equal counts on every labelled axis and in every array of ``balances`` form a group; channels of a
+    group with equal counts also in every row of these arrays form a block.
     '''
     rng = np.random.default_rng(0)
     hashes = rng.integers(1, 2 ** 63, size=len(recording.axes), dtype=np.uint64)

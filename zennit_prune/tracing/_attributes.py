@@ -1,9 +1,9 @@
-'''Numbers that a module keeps and its ``forward`` makes shapes from: ``num_heads``, ``embed_dim``, ``hidden_dim``.
+'''Find the attributes of modules that ``forward`` makes shapes from, such as ``num_heads`` and ``hidden_dim``.
 
 While a copy of the network is traced, its whole numbers know which attribute they are. Where one is the size of a
 dimension that carries labels, as in ``x.reshape(n, t, self.num_heads, -1)``, the attribute states a number of channels,
-and the narrowed network gets another. Where it states several, these channels go together. Whether all else that the
-attribute is used for goes with it, the replay shows.
+and the narrowed network gets a new number. Where an attribute states the sizes of several dimensions, their channels
+are removed together. The replay proves that all other uses of the attribute agree with the new number.
 '''
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPED = {'reshape': ('shape',), 'view': ('size',), 'expand': ('size',), 'unflat
 
 
 class Attribute(NamedTuple):
-    '''A whole number that a module keeps under a name, or in a tuple of that name, at ``position`` (else -1).'''
+    '''A whole number that a module keeps under a name, or at ``position`` in a tuple of that name (-1 for none).'''
 
     module: str
     name: str
@@ -31,7 +31,7 @@ class Attribute(NamedTuple):
 
 
 class Claim(NamedTuple):
-    '''An attribute is the size of a dimension of a tensor with these fields.'''
+    '''The statement that an attribute is the size of a dimension of a tensor with these fields.'''
 
     attribute: Attribute
     fields: list[Field]
@@ -40,19 +40,19 @@ class Claim(NamedTuple):
 
 
 class Known(int):
-    '''A whole number that knows which attribute it is; what is computed from it is an ordinary number.'''
+    '''A whole number that knows which attribute it is; results computed from it are ordinary numbers.'''
 
     attribute: Attribute
 
     def __new__(cls, value: int, attribute: Attribute) -> Known:
-        '''The same number.'''
+        '''Make a number of this value.'''
         known = super().__new__(cls, value)
         known.attribute = attribute
         return known
 
 
 def mark_attributes(network: nn.Module) -> None:
-    '''Replace the whole numbers that modules of a structural copy keep.'''
+    '''Replace the whole numbers that modules of a structural copy keep by numbers that know their attribute.'''
     for module_name, module in modules_by_name(network):
         for name, value in module.__dict__.items():
             kind = type(value)
@@ -65,7 +65,7 @@ def mark_attributes(network: nn.Module) -> None:
 
 def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
                  result: Any) -> Iterable[tuple[Attribute, int]]:
-    '''The attributes that a call of a torch function was given as sizes of its result, each with the dimension.'''
+    '''Yield the attributes that a call was given as sizes of its result, each with the dimension.'''
     if function not in SHAPED or not isinstance(result, torch.Tensor):
         return
     given = (*args[1:], *(kwargs[name] for name in SHAPED[function] if name in kwargs))
@@ -81,7 +81,7 @@ def stated_sizes(function: str, args: Sequence[Any], kwargs: dict[str, Any],
 
 
 def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[list[Field]]]) -> Iterable[Claim]:
-    '''What batch and instance norms without parameters state, which nothing but their outputs knows.
+    '''Yield the claims of batch and instance norms without parameters, which only their outputs show.
 
     Parameters
     ----------
@@ -89,6 +89,11 @@ def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[lis
         The network.
     outputs: mapping
         The fields of every tensor that a call of a module returned.
+
+    Yields
+    ------
+    Claim
+        The statement that ``num_features`` is the size of a dimension.
     '''
     modules = dict(modules_by_name(model))
     for (name, _), tensors in outputs.items():
@@ -100,14 +105,19 @@ def norm_claims(model: nn.Module, outputs: Mapping[tuple[str, int], Sequence[lis
 
 
 def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, int]:
-    '''What attributes become when labels go; those that state several sizes which part company stay.
+    '''Return the new values of attributes once labels are removed.
 
     Parameters
     ----------
-    claims: iterable of Claim
-        What the trace showed.
+    claims: sequence of Claim
+        The claims that the trace found.
     gone: numpy.ndarray
         For each label, whether it is removed.
+
+    Returns
+    -------
+    dict of Attribute to int
+        The new value of each attribute that changes; one whose dimensions would get different sizes is left out.
     '''
     sizes = {(claim.attribute, claim.size) for claim in claims}
     return {attribute: min(new) for attribute, new in _sizes_left(claims, gone).items()
@@ -115,9 +125,9 @@ def new_sizes(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attr
 
 
 def stating_several(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[Attribute, Labels]:
-    '''A row of labels for each dimension that an attribute states, if it states several and all shrink when labels go.
+    '''Return, for each attribute that states several dimensions which all shrink, a row of labels for each dimension.
 
-    One that also states a dimension which keeps its size has to stay, and all that it states.
+    An attribute that also states a dimension which keeps its size is left out: it has to stay.
     '''
     found: dict[Attribute, Labels] = {}
     for attribute, new in _sizes_left(claims, gone).items():
@@ -141,7 +151,7 @@ def _sizes_left(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dict[At
 
 
 def keeps(network: nn.Module, attribute: Attribute) -> bool:
-    '''Whether a network has this attribute, and a whole number there.'''
+    '''Return whether a network has this attribute and it is a whole number.'''
     module = dict(network.named_modules()).get(attribute.module)
     value = None if module is None else module.__dict__.get(attribute.name)
     if attribute.position >= 0:
@@ -150,7 +160,7 @@ def keeps(network: nn.Module, attribute: Attribute) -> bool:
 
 
 def set_attributes(network: nn.Module, sizes: Mapping[Attribute, int]) -> None:
-    '''Write new sizes into the modules.'''
+    '''Write new sizes into the attributes of modules.'''
     for attribute, size in sizes.items():
         module = network.get_submodule(attribute.module)
         value = getattr(module, attribute.name)

@@ -1,6 +1,8 @@
 '''Watch the calls of modules and torch functions while a network is traced.
 
-What stands in, while a network is traced, for functions of torch that cannot be followed as they are.
+Three classes note more and more: :class:`Guard` sees to it that the tracer misses nothing, :class:`Outputs` notes the
+labels that modules return, :class:`Boundaries` all values that enter and leave. Functions of torch that cannot be
+followed as they are, circular padding and ``einsum``, are replaced by equivalents during the run.
 '''
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from ._tracer import Tracer, refuse_values
 
 
 def padded(input: torch.Tensor, pad: Sequence[int], mode: str = 'constant', value: float | None = None) -> torch.Tensor:
-    '''``F.pad``, which in its circular mode writes into views of an empty tensor: here that is a concatenation.'''
+    '''Replace ``F.pad``, whose circular mode writes into views of an empty tensor, by a concatenation.'''
     if mode != 'circular' or min(pad) < 0:
         return nn.functional.pad(input, pad, mode, value)
     for position, (before, after) in enumerate(zip(pad[::2], pad[1::2])):
@@ -33,10 +35,11 @@ def padded(input: torch.Tensor, pad: Sequence[int], mode: str = 'constant', valu
 
 
 def einsum(equation: Any, *operands: Any) -> torch.Tensor:
-    '''``torch.einsum``, which multiplies elements where all dimensions that are summed over have size 1.
+    '''Replace ``torch.einsum`` by products of matrices.
 
-    Here it multiplies matrices then, too, so that a network narrowed so far runs what the original runs. Equations with
-    dots, with a letter twice in one term or of sizes that broadcast are torch's.
+    Torch multiplies elements instead where all dimensions that are summed over have size 1, so that a network narrowed
+    to one channel would run other operations than the original. Equations with dots, with a letter twice in one term or
+    of sizes that broadcast are left to torch.
     '''
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     terms, output = _terms(equation) if isinstance(equation, str) else ([], '')
@@ -49,14 +52,14 @@ def einsum(equation: Any, *operands: Any) -> torch.Tensor:
 
 
 def _terms(equation: str) -> tuple[list[str], str]:
-    '''The letters of each operand and of the result.'''
+    '''Return the letters of each operand and of the result of an equation.'''
     left, arrow, output = equation.replace(' ', '').partition('->')
     return left.split(','), output if arrow else ''.join(sorted(letter for letter in set(left) - {','}
                                                                 if left.count(letter) == 1))
 
 
 def _is_plain(terms: Sequence[str], output: str, tensors: Sequence[torch.Tensor]) -> bool:
-    '''Whether there are several operands, and each letter stands for one size and once in a term.'''
+    '''Return whether there are several operands, and each letter stands for one size and once in a term.'''
     letters = ''.join(terms)
     if (len(terms) < 2 or not letters.isalpha() or not set(output) <= set(letters)
             or any(len(set(term)) != len(term) for term in (*terms, output))
@@ -68,7 +71,7 @@ def _is_plain(terms: Sequence[str], output: str, tensors: Sequence[torch.Tensor]
 
 def _product(term: str, tensor: torch.Tensor, other: str, right: torch.Tensor,
              kept: set[str]) -> tuple[str, torch.Tensor]:
-    '''Sum over what two tensors share and nobody needs any more; and before that, over what one of them has alone.'''
+    '''Multiply two tensors, and sum over the letters that are not kept.'''
     term, tensor = _summed(term, tensor, kept.union(other))
     other, right = _summed(other, right, kept.union(term))
     inner = [letter for letter in term if letter in other and letter not in kept]
@@ -89,7 +92,7 @@ def _summed(term: str, tensor: torch.Tensor, kept: Iterable[str]) -> tuple[str, 
 
 
 def _matrices(term: str, tensor: torch.Tensor, *parts: list[str]) -> torch.Tensor:
-    '''A tensor with one dimension for each part of its letters.'''
+    '''Permute and reshape a tensor so that it has one dimension for each part of its letters.'''
     tensor = tensor.permute([term.index(letter) for part in parts for letter in part])
     sizes = iter(tensor.shape)
     return tensor.reshape([prod(next(sizes) for _ in part) for part in parts])
@@ -105,10 +108,21 @@ TO_PYTHON = {'tolist', 'numpy', '__array__', 'allclose', 'equal', '__dlpack__'}
 
 
 class Place(NamedTuple):
-    '''Where a value can be read in another run.
+    '''A place where a value can be read in another run.
 
-    The n-th tensor that enters (``'input'``) or leaves (``'output'``) a call of a module, or that a torch function
-    returns (``'function'``, called at ``site``).
+    Attributes
+    ----------
+    side: str
+        ``'input'`` where the value enters a call of a module, ``'output'`` where it leaves one, ``'function'`` where a
+        torch function returns it.
+    module: str
+        The name of the module.
+    call: int
+        The number of calls of the module before this one.
+    position: int
+        The position among the tensors that enter or leave.
+    site: Site or None
+        The call of the torch function.
     '''
 
     side: str
@@ -119,7 +133,7 @@ class Place(NamedTuple):
 
 
 class Guard(CallCounter):
-    '''Count calls, and see to it that the tracer misses nothing that depends on sizes or values.'''
+    '''A counter of calls that makes the tracer see everything that depends on sizes or values.'''
 
     tracer: Tracer
 
@@ -158,12 +172,12 @@ class Guard(CallCounter):
         return self.run(func, args, kwargs)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        '''Run a torch function.'''
+        '''Run a torch function; subclasses note its arguments and its result.'''
         return func(*args, **kwargs)
 
 
 class Outputs(Guard):
-    '''Note, besides, the labels of what modules return, and which attributes of modules are sizes.'''
+    '''A guard that notes the labels of module outputs, and which attributes of modules are sizes.'''
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         result = super().run(func, args, kwargs)
@@ -178,7 +192,7 @@ class Outputs(Guard):
 
 
 class Boundaries(Outputs):
-    '''Note, besides, which values enter and leave modules and torch functions.'''
+    '''A guard that also notes which values enter and leave modules and torch functions.'''
 
     def entered(self, frame: Frame, inputs: Any) -> None:
         super().entered(frame, inputs)

@@ -1,4 +1,7 @@
-'''Name every Python-level call of a running network, so that an operation seen in one run is found again in another.'''
+'''Name every Python-level call of a running network, so that an operation seen in one run is found again in another.
+
+A call is named by its :class:`Site`: the module that runs, how often that was called before, and the torch function.
+'''
 from __future__ import annotations
 
 import sys
@@ -16,7 +19,7 @@ from ..util._networks import modules_by_name
 
 
 def _seen_through(function: Any) -> Any:
-    '''The same function without the hand-over of the whole call to a mode, so that the mode sees what it calls.'''
+    '''Copy a torch function so that a mode sees the functions that it calls instead of one call as a whole.'''
     seen = FunctionType(function.__code__, {**function.__globals__, 'has_torch_function': lambda *_: False},
                         function.__name__, function.__defaults__, function.__closure__)
     seen.__kwdefaults__ = function.__kwdefaults__
@@ -29,7 +32,25 @@ SEEN_THROUGH = {MULTI_HEAD_ATTENTION: _seen_through(MULTI_HEAD_ATTENTION)}
 
 
 class Site(NamedTuple):
-    '''Where a torch function was called: in which module, in which call of it, and which of its calls there.'''
+    '''The place in a run where a torch function was called.
+
+    Attributes
+    ----------
+    module: str
+        The name of the module that was running; empty for the network itself.
+    call: int
+        The number of calls of the module before this one.
+    function: str
+        The name of the torch function.
+    ordinal: int
+        The number of calls of the function that this call of the module made before.
+
+    Examples
+    --------
+    >>> from zennit_prune.tracing import Site
+    >>> Site('layer1.0', 0, 'relu', 1)  # the second F.relu in the first call of a block
+    Site(module='layer1.0', call=0, function='relu', ordinal=1)
+    '''
 
     module: str
     call: int
@@ -38,7 +59,7 @@ class Site(NamedTuple):
 
 
 class Frame:
-    '''One running call of a module.'''
+    '''One call of a module that is running now, with the number of calls of each torch function in it.'''
 
     __slots__ = ('call', 'counts', 'kind', 'module')
 
@@ -48,9 +69,9 @@ class Frame:
 
 
 class CallCounter(TorchFunctionMode):
-    '''While active, count module calls and torch functions of ``root``.
+    '''A mode that, while active, counts the calls of modules and torch functions of a network.
 
-    ``site`` says where the run is, and ``failed`` in which module it ended if it did not end well.
+    ``site`` says where the run is, and ``failed`` names the module in which it raised an error, if it did.
 
     Subclasses override :meth:`intercept` to see or change what a function returns, and :meth:`entered` and :meth:`left`
     to see what goes into and comes out of modules.
@@ -76,7 +97,7 @@ class CallCounter(TorchFunctionMode):
 
     @property
     def site(self) -> Site:
-        '''The call that is running now.'''
+        '''The site of the call that is running now.'''
         frame = self._stack[-1]
         return Site(frame.module, frame.call, self.function, self.ordinal)
 
@@ -136,7 +157,7 @@ class CallCounter(TorchFunctionMode):
             self.function, self.ordinal = outer
 
     def accompany(self, network: nn.Module) -> None:
-        '''Be active whenever ``network`` runs from now on.'''
+        '''Activate the counter whenever ``network`` runs from now on.'''
         forward = network.forward
 
         def accompanied_forward(*args: Any, **kwargs: Any) -> Any:
@@ -147,7 +168,7 @@ class CallCounter(TorchFunctionMode):
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        '''Be active inside a function that was seen already.'''
+        '''Activate the counter inside a function that was counted already.'''
         super().__enter__()
         try:
             yield
@@ -155,11 +176,11 @@ class CallCounter(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        '''Run a torch function.'''
+        '''Run a torch function; subclasses may see or change its arguments and its result.'''
         return func(*args, **kwargs)
 
     def entered(self, frame: Frame, inputs: Any) -> Any:
-        '''A module was called with ``inputs``; what is returned, unless None, is what it is given instead.'''
+        '''Handle a call of a module; a returned value other than None replaces its inputs.'''
 
     def left(self, frame: Frame, output: Any) -> None:
-        '''A module returned ``output``.'''
+        '''Handle the return of ``output`` from a module.'''

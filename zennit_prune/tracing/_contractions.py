@@ -1,4 +1,8 @@
-'''The rules of operations with weights: one dimension is contracted with what flows in, another flows out.'''
+'''The rules of operations with weights, which sum over one dimension of the weight and produce another.
+
+Matrix products and convolutions tie the channels that flow in to the dimension of the weight that reads them, and give
+the result the labels of the dimension that produces it. Norms and attention are here too.
+'''
 from __future__ import annotations
 
 import numpy as np
@@ -13,9 +17,10 @@ NO_PARTNER = 'it is multiplied with something of fixed size'
 
 
 def contract(call: Call, left: Labels, left_tensor: torch.Tensor, right: Labels, right_tensor: torch.Tensor) -> None:
-    '''Tie two contracted dimensions, and remember which side is a weight: zeroing it there silences the channel.
+    '''Tie two contracted dimensions, and note which side is a weight.
 
-    Where neither is, the channel is silent if one side is zero whenever the weights that bring it forth are.
+    A channel is masked by zeroing the weight that reads it. Where neither side is a weight, one side must be zero
+    whenever the weights that produce it are; the labels are locked otherwise.
     '''
     call.tie(left, right)
     call.operation.contracted.append(left)
@@ -29,16 +34,16 @@ def contract(call: Call, left: Labels, left_tensor: torch.Tensor, right: Labels,
 
 
 def produce(call: Call, tensor: torch.Tensor, labels: Labels) -> None:
-    '''Remember that a weight brings forth the channels ``labels``.'''
+    '''Note that ``tensor``, if it is a weight, produces the channels ``labels``.'''
     if call.is_weight(tensor):
         call.operation.producers.append(labels)
 
 
 def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
-    '''Fields of ``left @ right``, (..., n, k) times (..., k, m), batch dimensions equal.
+    '''Return the fields of ``left @ right``, (..., n, k) times (..., k, m), where batch dimensions are equal.
 
     Labels that vary along matrices and within them, as those of the heads of attention do, are tied so that all
-    matrices lose the same rows or columns; or so that whole matrices go, where the trace was asked for that.
+    matrices lose the same rows or columns, or, where the trace was asked for it, so that whole matrices are removed.
     '''
     ndim = left.dim()
     row, column = ndim - 2, ndim - 1
@@ -74,7 +79,7 @@ def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
 
 
 def _batch_fields(call: Call, tensor: torch.Tensor, fields: list[Field]) -> list[Field]:
-    '''The labels of a stack of matrices along its batch dimensions; those that also vary elsewhere are tied there.'''
+    '''Return the labels of a stack of matrices along its batch dimensions; other labels are tied along these.'''
     row = tensor.dim() - 2
     result = []
     for field in fields:
@@ -87,12 +92,14 @@ def _batch_fields(call: Call, tensor: torch.Tensor, fields: list[Field]) -> list
 
 @operation_rule('mm', 'bmm', zero='any')
 def matmul(call: Call) -> Candidates:
+    '''Apply the rule of a matrix product.'''
     return [list(product(call, call.args[0], call.args[1]))]
 
 
 @operation_rule('addmm', zero='bias')
 @operation_rule('baddbmm')
 def addmm(call: Call) -> Candidates:
+    '''Apply the rule of a matrix product, and tie the bias that is added to it.'''
     bias, left, right = call.args[:3]
     out = call.outputs[0]
     return [list(combine(call, [(bias.shape, call.fields(bias)), (out.shape, product(call, left, right))], out.dim()))]
@@ -101,7 +108,7 @@ def addmm(call: Call) -> Candidates:
 @operation_rule('convolution', zero='any')
 @operation_rule('_convolution')
 def convolution(call: Call) -> Candidates:
-    '''Dense; depthwise, whose groups go with their channels; or grouped, whose groups lose equally many.'''
+    '''Apply the rule of a dense, a depthwise or a grouped convolution.'''
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
@@ -153,7 +160,7 @@ def convolution(call: Call) -> Candidates:
 
 def _depthwise(call: Call, flowing: Labels | None, outgoing: Labels | None, incoming: Labels | None, groups: int,
                weight: torch.Tensor) -> Labels | None:
-    '''One input channel a group: the group goes when its channel goes.'''
+    '''Tie each group of a depthwise convolution to its only input channel.'''
     if incoming is not None:
         call.lock('one input channel a group', incoming)
     if flowing is None or outgoing is None:
@@ -168,9 +175,9 @@ def _depthwise(call: Call, flowing: Labels | None, outgoing: Labels | None, inco
 
 def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incoming: Labels | None, groups: int,
              x: torch.Tensor, weight: torch.Tensor) -> Labels | None:
-    '''Several input channels a group: every group loses equally many, the number of groups stays.
+    '''Let every group of a grouped convolution lose equally many channels; the number of groups stays.
 
-    Where the weight has no labels by block (it is no module's), every group loses the same positions.
+    Where the weight belongs to no module, its labels are not known by block, and every group loses equal positions.
     '''
     if flowing is None or incoming is None:
         call.lock(NO_PARTNER, *(labels for labels in (flowing, incoming) if labels is not None))
@@ -190,7 +197,7 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
 
 @operation_rule('_weight_norm_interface')
 def weight_norm(call: Call) -> Candidates:
-    '''A filter's norm would change with its inputs; see ``parametrized.py`` for weights that may follow.'''
+    '''Lock the inputs of a filter, whose norm would change; ``_parametrized.py`` narrows what it can.'''
     for tensor in call.args[:2]:
         call.lock('the norm of a weight runs over it', *call.fields(tensor))
     return [list(call.fields(call.args[0])), list(call.fields(call.args[1]))]
@@ -199,7 +206,7 @@ def weight_norm(call: Call) -> Candidates:
 @operation_rule('batch_norm', 'native_batch_norm', 'cudnn_batch_norm', '_native_batch_norm_legit',
                 '_native_batch_norm_legit_no_training', '_batch_norm_no_update', '_batch_norm_with_update')
 def batch_norm(call: Call) -> Candidates:
-    '''Weight, bias and statistics follow the channels.'''
+    '''Tie weight, bias and statistics to the channels.'''
     x = call.args[0]
     training = next((value for value in call.args[5:] if isinstance(value, bool)),
                     call.name != '_native_batch_norm_legit_no_training')
@@ -225,10 +232,11 @@ def batch_norm(call: Call) -> Candidates:
 
 @operation_rule('native_layer_norm', sized=True)
 def layer_norm(call: Call) -> Candidates:
-    '''The statistics run over the channels, and removing one changes all others: locked, unless they shall be those of
-    the surviving channels. These a masked network can have where it is called from Python.
+    '''Lock the channels that LayerNorm runs over, or with ``layernorm='surviving'`` keep their labels.
 
-    What also varies along other dimensions, as the widths of several heads do, goes where nothing is normalised.
+    Removing a channel changes the statistics of all others. Statistics over the surviving channels can be had in a
+    masked network where LayerNorm is called from Python. Labels that also vary along dimensions that are not
+    normalised, as the widths of several heads do, are removed along these only.
     '''
     x, lead = call.args[0], call.args[0].dim() - len(call.args[1])
     call.decide('normalised dimensions', len(call.args[1]))
@@ -247,7 +255,7 @@ def layer_norm(call: Call) -> Candidates:
 
 @operation_rule('native_group_norm', sized=True)
 def group_norm(call: Call) -> Candidates:
-    '''Statistics run over the channels of a group: whole groups go.'''
+    '''Tie the channels of each group, over which statistics run, so that whole groups are removed.'''
     x, weight, bias, groups = call.args[0], call.args[1], call.args[2], call.args[6]
     flowing = call.vector(x, 1)
     statistics: list[Field | Labels] = []
@@ -272,7 +280,7 @@ def group_norm(call: Call) -> Candidates:
                 '_scaled_dot_product_flash_attention', '_scaled_dot_product_fused_attention_overrideable',
                 '_scaled_dot_product_cudnn_attention', '_scaled_dot_product_attention_math')
 def attention(call: Call) -> Candidates:
-    '''softmax(q k^T) v on (..., tokens, width): q and k are contracted over their width, v's width flows out.'''
+    '''Contract queries and keys over their width, and give the result the width of the values.'''
     query, key, value = call.args[:3]
     last = query.dim() - 1
     for tensor in tensors_in((call.args[3:], call.kwargs)):

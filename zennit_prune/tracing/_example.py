@@ -1,4 +1,4 @@
-'''The arguments that a network is traced with, and how.'''
+'''Check the example that a network is traced with, and turn it into the arguments of a run.'''
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,11 +17,27 @@ TRACED_BATCH = 2
 
 @dataclass
 class Example:
-    '''The arguments a network is traced with, and how: on ``'meta'`` or with ``'real'`` values.
+    '''The arguments that a network is traced with, and the settings of the trace.
 
-    The batch is ``TRACED_BATCH`` whatever was given (``resize``): a batch of one hides mix-ups of batch and channels.
-    ``layernorm`` says whether the channels that LayerNorm runs over are locked, as in :func:`zennit_prune.trace`; of
-    products of stacks of matrices at the sites ``whole``, whole matrices go.
+    Attributes
+    ----------
+    args: tuple
+        The positional arguments, as the user gave them.
+    kwargs: dict
+        The keyword arguments.
+    given_batch: int
+        The number of samples in the arguments.
+    dtype: torch.dtype or None
+        The type of the network's parameters.
+    device: str
+        ``'meta'`` for a run without data, ``'real'`` for one with values.
+    resize: bool
+        Whether the network is run on ``TRACED_BATCH`` samples, however many were given: a batch of one would hide
+        mix-ups of batch and channels.
+    layernorm: str
+        Whether channels that LayerNorm runs over are locked, as in :func:`zennit_prune.trace`.
+    whole: frozenset of Site
+        The products of stacks of matrices that lose whole matrices instead of rows and columns.
     '''
 
     args: tuple[Any, ...]
@@ -34,7 +50,7 @@ class Example:
     whole: frozenset[Site] = frozenset()
 
     def fitted(self, model: nn.Module) -> Example:
-        '''The same for a network that was moved or converted since (``model.to(device)``, ``model.half()``).'''
+        '''Fit the example to a network that was moved or converted since, e.g. by ``model.half()``.'''
         like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
         if like is None:
             return self
@@ -71,7 +87,13 @@ def _holds_packed(value: Any) -> bool:
 
 
 def prepare_example(model: nn.Module, example: Any) -> Example:
-    '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.'''
+    '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises
+    ------
+    PruneError
+        If the example holds no tensor, no sample or a packed sequence, or is on another device than the network.
+    '''
     if isinstance(example, Example):
         return replace(example)
     if _holds_packed(example):

@@ -1,8 +1,8 @@
-'''Label fields: which removable channel sits where in a tensor.
+'''Label fields say which removable channel sits where in a tensor.
 
 Every index of every dimension of every parameter and buffer carries an integer *label*. A tensor computed from them
 carries :class:`Field` objects: arrays of labels that broadcast to the tensor's shape. Removing a channel deletes, in
-every tensor, the positions that bear its labels. Label 0 marks what must stay.
+every tensor, the positions that bear its labels. Label 0 marks positions that must stay.
 '''
 from __future__ import annotations
 
@@ -17,21 +17,40 @@ Labels = npt.NDArray[np.int64]
 class Field:
     '''The labels of a tensor along some of its dimensions.
 
+    Two positions of a tensor that bear equal labels belong to one channel and are removed together.
+
     Parameters
     ----------
     labels: numpy.ndarray
-        int64, with as many dimensions as the tensor and of size 1 along every dimension not in ``dims``: a dimension
-        along which labels do not vary is never materialised.
+        An array of int64 with as many dimensions as the tensor, of size 1 along every dimension that is not in
+        ``dims``: a dimension along which labels do not vary is never materialised. Label 0 marks positions that must
+        stay.
     dims: tuple of int
-        The dimensions along which the labels vary, ascending. A dimension may be listed and yet be of size 1: that is a
-        dimension which was narrowed to a single channel.
+        The dimensions along which the labels vary, ascending. A dimension of size 1 is listed where it was narrowed to
+        a single channel.
+
+    Examples
+    --------
+    The weight of a linear layer with three outputs and two inputs has a field along each of its dimensions:
+
+    >>> import numpy as np
+    >>> from zennit_prune.tracing import Field
+    >>> rows = Field.along(np.array([1, 2, 3]), 0, 2)
+    >>> columns = Field.along(np.array([4, 5]), 1, 2)
+    >>> rows, columns
+    (Field(shape=(3, 1), dims=(0,)), Field(shape=(1, 2), dims=(1,)))
+
+    A batch of its outputs bears the labels of the rows along the last dimension:
+
+    >>> Field.along(rows.labels.reshape(-1), 1, 2)
+    Field(shape=(1, 3), dims=(1,))
     '''
 
     __slots__ = ('dims', 'labels')
 
     @property
     def narrowing(self) -> tuple[int, ...]:
-        '''The dimensions that shrink when labels go.'''
+        '''The dimensions that shrink when labels are removed.'''
         return self.dims
 
     def __init__(self, labels: Labels, dims: tuple[int, ...]):
@@ -40,11 +59,44 @@ class Field:
 
     @classmethod
     def along(cls, labels: Labels, dim: int, ndim: int) -> Field:
-        '''Lay the one-dimensional ``labels`` along dimension ``dim`` of a tensor with ``ndim`` dimensions.'''
+        '''Lay one-dimensional labels along one dimension of a tensor.
+
+        Parameters
+        ----------
+        labels: numpy.ndarray
+            An array of int64 of shape (size of the dimension,).
+        dim: int
+            The dimension.
+        ndim: int
+            The number of dimensions of the tensor.
+
+        Returns
+        -------
+        Field
+            A field that varies along ``dim`` only.
+        '''
         return cls(labels.reshape([-1 if d == dim else 1 for d in range(ndim)]), (dim,))
 
     def aligned(self, ndim: int) -> Field:
-        '''The same field on a tensor with leading dimensions of size 1 added, as broadcasting does.'''
+        '''Add leading dimensions of size 1, as broadcasting does.
+
+        Parameters
+        ----------
+        ndim: int
+            The number of dimensions that the tensor is broadcast to.
+
+        Returns
+        -------
+        Field
+            The field on the tensor of ``ndim`` dimensions.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from zennit_prune.tracing import Field
+        >>> Field.along(np.array([1, 2, 3]), 0, 1).aligned(2)
+        Field(shape=(1, 3), dims=(1,))
+        '''
         extra = ndim - self.labels.ndim
         if not extra:
             return self
@@ -55,16 +107,17 @@ class Field:
 
 
 class BlockField(Field):
-    '''The input channels that the weight of a grouped convolution reads, of shape (outputs, inputs per group, ...).
+    '''The labels of the input channels that the weight of a grouped convolution reads.
 
-    The outputs of one group form a block of dimension 0, and an index of dimension 1 means another channel in each
-    block: the labels vary along both. What goes is an index of dimension 1 within its block, equally many in each.
-    Of a transposed convolution, of shape (inputs, outputs per group, ...), these are the output channels.
+    The weight has the shape (outputs, inputs per group, ...). The outputs of one group form a block of dimension 0, and
+    an index of dimension 1 means another channel in each block: the labels vary along both dimensions. Indices of
+    dimension 1 are removed within their block, equally many in each block. The weight of a transposed convolution has
+    the shape (inputs, outputs per group, ...), and the labels are those of its output channels.
 
     Parameters
     ----------
     labels: numpy.ndarray
-        int64, shape (outputs, inputs per group, 1, ...).
+        An array of int64 of shape (outputs, inputs per group, 1, ...).
     '''
 
     __slots__ = ()
@@ -78,16 +131,16 @@ class BlockField(Field):
 
     @classmethod
     def of_blocks(cls, rows: Labels, shape: tuple[int, ...]) -> BlockField:
-        '''The field of a weight of this shape, given the labels of each block as rows.'''
+        '''Make the field of a weight of this shape from one row of labels for each block.'''
         labels = np.repeat(rows, shape[0] // len(rows), 0)
         return cls(labels.reshape(labels.shape + (1,) * (len(shape) - 2)))
 
     def blocks(self, count: int) -> Labels:
-        '''The labels of each of ``count`` blocks, shape (count, inputs per group).'''
+        '''Return the labels of each of ``count`` blocks, an array of shape (count, inputs per group).'''
         return self.labels.reshape(count, -1, self.labels.shape[1])[:, 0]
 
     def without(self, gone: npt.NDArray[np.bool_]) -> BlockField | None:
-        '''The field of the weight without these labels; None where its blocks lose different numbers.'''
+        '''Return the field without the labels ``gone``, or None where its blocks lose different numbers.'''
         lost = gone[self.labels].sum(1)
         if (lost != lost[:1]).any():
             return None
@@ -95,22 +148,22 @@ class BlockField(Field):
 
 
 def same(left: Labels, right: Labels) -> bool:
-    '''Whether two arrays are equal; numpy's own way takes ten times as long where they are short.'''
+    '''Fast ``numpy.array_equal`` for short arrays.'''
     return left is right or (left.shape == right.shape and left.tobytes() == right.tobytes())
 
 
 def every(flags: npt.NDArray[np.bool_]) -> bool:
-    '''``flags.all()``, of which the same is true.'''
+    '''Fast ``flags.all()`` for short arrays.'''
     return b'\0' not in flags.tobytes()
 
 
 def first(array: Labels, dim: int) -> Labels:
-    '''The slice of size 1 at the start of dimension ``dim``.'''
+    '''Return the slice of size 1 at the start of dimension ``dim``.'''
     return array[(slice(None),) * dim + (slice(0, 1),)]
 
 
 def varies(array: Labels, dim: int) -> bool:
-    '''Whether the labels differ along dimension ``dim``.'''
+    '''Return whether the labels differ along dimension ``dim``.'''
     if array.shape[dim] < 2 or array.strides[dim] == 0:
         return False
     corner = [0] * array.ndim
@@ -119,7 +172,7 @@ def varies(array: Labels, dim: int) -> bool:
 
 
 def varying_dims(array: Labels) -> tuple[int, ...]:
-    '''The dimensions along which the labels differ.'''
+    '''Return the dimensions along which the labels differ.'''
     if 0 in array.strides:
         array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
     return tuple(dim for dim in range(array.ndim) if varies(array, dim))
@@ -134,10 +187,10 @@ def narrowed_to(array: Labels, dims: Sequence[int]) -> Labels:
 
 
 def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
-    '''The labels of a tensor of shape ``old`` after it was reshaped to ``new``.
+    '''Return the labels of a tensor of shape ``old`` after it was reshaped to ``new``.
 
-    Dimensions fall into the smallest groups whose sizes multiply to the same number before and after; a group without
-    varying labels stays of size 1, so that a large spatial extent costs nothing.
+    Dimensions are divided into the smallest groups whose sizes multiply to the same number before and after; a group
+    without varying labels stays of size 1, so that a large spatial extent costs nothing.
     '''
     source: list[int] = []
     target: list[int] = []
@@ -161,17 +214,17 @@ def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
 
 
 def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
-    '''The connected components after further ties.
+    '''Merge connected components of labels along further ties.
 
-    Most ties meet labels that nothing was tied to before: these take the component of the other side, at once. What
-    remains is hooked to the minimum with pointer jumping. Label 0 is tied to nothing.
+    Most ties meet labels that nothing was tied to before: these are given the component of the other side at once. The
+    ties that remain are resolved by hooking to the minimum with pointer jumping. Label 0 is tied to nothing.
 
     Parameters
     ----------
     component: numpy.ndarray
-        For each label, the smallest label of its component so far; a label by itself is its own.
+        For each label, the smallest label of its component so far, which is its own where it is tied to no other.
     ties: iterable of pairs of numpy.ndarray
-        Labels at the same position of two arrays (they broadcast) belong together.
+        Pairs of arrays that broadcast; labels at equal positions belong to one component.
 
     Returns
     -------
@@ -215,7 +268,7 @@ def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
 
 
 def flat_pairs(pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
-    '''All ties as one array of shape (2, number of ties), without those of a label with itself.'''
+    '''Return all ties as one array of shape (2, number of ties), without those of a label with itself.'''
     lefts, rights = [], []
     for left, right in pairs:
         if left.shape != right.shape:

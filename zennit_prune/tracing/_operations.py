@@ -1,8 +1,8 @@
-'''The rules of reductions: whatever runs over labelled dimensions would change when channels go.
+'''The rules of operations that move, combine or reduce data, named as in PyTorch's ATen library.
 
-The rules of operations that move, combine or reduce data, named as in PyTorch's ATen library.
-
-Those with weights are in ``contractions.py``; ``rules.py`` says what a rule is.
+``cat``, ``split`` and ``glu`` show the idea: labels are moved like data, tied where channels must be removed together,
+and locked where they must stay. The rules of operations with weights are in ``_contractions.py``; ``_rules.py`` says
+what a rule is.
 '''
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ declare('nonzero', 'masked_select', '_unique2', 'unique_dim', 'torchvision::nms'
 
 
 def combine(call: Call, operands: Sequence[tuple[Sequence[int], Sequence[Field]]], ndim: int) -> list[Field]:
-    '''Tie the labels that meet where ``operands`` (shape, fields) broadcast; return the result's fields.'''
+    '''Tie the labels that meet where ``operands`` (shape, fields) broadcast, and return the fields of the result.'''
     shapes = [(1,) * (ndim - len(shape)) + tuple(shape) for shape, _ in operands]
     items = [(position, field.aligned(ndim)) for position, (_, fields) in enumerate(operands) for field in fields]
     for position, field in items:
@@ -52,7 +52,7 @@ def combine(call: Call, operands: Sequence[tuple[Sequence[int], Sequence[Field]]
 
 
 def pointwise(call: Call) -> Candidates:
-    '''Element-wise operations tie the labels that meet.'''
+    '''Tie the labels that meet in an element-wise operation.'''
     operands = tensors_in((call.args, call.kwargs))
     if len(operands) == 1:
         result = call.fields(operands[0])
@@ -72,14 +72,14 @@ def pointwise(call: Call) -> Candidates:
 @operation_rule('bernoulli', 'fill', 'uniform', 'normal', zero='never')
 @operation_rule('zero')
 def same_shape(call: Call) -> Candidates:
-    '''The result is shaped as the first argument is.'''
+    '''Give the result, which has the shape of the first argument, its fields.'''
     return [list(call.fields(call.args[0])) for _ in call.outputs]
 
 
 @operation_rule('new_zeros', 'new_empty', 'new_ones', 'new_full', 'new_empty_strided', constant=True, sized=True,
                 size_free=True)
 def unlabelled(call: Call) -> Candidates:
-    '''The result has a size of its own.'''
+    '''Give the result, whose size is stated by numbers, no field.'''
     return [[] for _ in call.outputs]
 
 
@@ -92,7 +92,7 @@ def _run_on(array: Labels, call: Call) -> list[Labels]:
 @operation_rule('permute', 'transpose', 't', 'unsqueeze', size_free=True)
 @operation_rule('numpy_T', 'moveaxis', 'flip', 'roll')
 def movement(call: Call) -> Candidates:
-    '''Operations that move dimensions, or data within one: executed on the labels as they are.'''
+    '''Move dimensions, or data within one, by executing the operation on the labels as they are.'''
     if call.name == 'roll' and not call.argument(2, 'dims'):
         raise NoRule  # it runs over the flattened tensor
     ndim = call.args[0].dim()
@@ -111,7 +111,7 @@ def movement(call: Call) -> Candidates:
 @operation_rule('unbind', 'repeat', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle',
                 'unfold', 'diagonal')
 def movement_at_size(call: Call) -> Candidates:
-    '''Operations whose effect depends on the size of every dimension: executed on the labels at full size.'''
+    '''Move data, where the effect depends on all sizes, by executing the operation on labels at full size.'''
     shape = call.args[0].shape
     moved = [_run_on(np.broadcast_to(field.labels, shape), call) for field in call.fields(call.args[0])]
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
@@ -119,13 +119,14 @@ def movement_at_size(call: Call) -> Candidates:
 
 @operation_rule('view', sized=True, size_free=True)
 def view(call: Call) -> Candidates:
+    '''Reshape the labels with the tensor.'''
     old, new = tuple(call.args[0].shape), tuple(call.outputs[0].shape)
     return [[reshaped(field, old, new) for field in call.fields(call.args[0])]]
 
 
 @operation_rule('as_strided', transparent=True, sized=True, size_free=True)
 def as_strided(call: Call) -> Candidates:
-    '''Known where it changes nothing, which other strides or another start do; of dimensions of size 1 any will do.'''
+    '''Accept a call that changes neither shape, nor strides of dimensions above size 1, nor the start.'''
     x, out = call.args[0], call.outputs[0]
     moved = any(size > 1 and old != new for size, old, new in zip(x.shape, x.stride(), out.stride()))
     if x.shape != out.shape or moved or x.storage_offset() != out.storage_offset():
@@ -135,7 +136,7 @@ def as_strided(call: Call) -> Candidates:
 
 @operation_rule('constant_pad_nd')
 def constant_pad(call: Call) -> Candidates:
-    '''New positions along a labelled dimension are fixed; the border of a channel belongs to the channel.'''
+    '''Fix new positions along a labelled dimension; the border of a channel belongs to the channel.'''
     ndim, amounts = call.args[0].dim(), list(call.args[1])
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
@@ -153,7 +154,7 @@ def constant_pad(call: Call) -> Candidates:
 
 @operation_rule('im2col')
 def im2col(call: Call) -> Candidates:
-    '''Channels of (N, C, H, W) become rows of (N, C * kernel size, positions).'''
+    '''Turn the channels of (N, C, H, W) into rows of (N, C * kernel size, positions).'''
     kernel = int(np.prod(call.args[1]))
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
@@ -166,7 +167,7 @@ def im2col(call: Call) -> Candidates:
 
 @operation_rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', sized=True)
 def split(call: Call) -> Candidates:
-    '''Equal blocks of a labelled dimension lose equally many positions, so that the blocks stay equal.'''
+    '''Let equal blocks of a labelled dimension lose equally many positions, so that they stay equal.'''
     dim = call.dim(2)
     sizes = [tensor.shape[dim] for tensor in call.outputs]
     stops = np.cumsum(sizes)
@@ -191,7 +192,7 @@ def split(call: Call) -> Candidates:
 
 @operation_rule('glu', zero='any')
 def glu(call: Call) -> Candidates:
-    '''One half is the gate of the other: equal positions go.'''
+    '''Tie equal positions of both halves, of which one is the gate of the other.'''
     dim = call.dim(1, default=-1)
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
@@ -205,7 +206,7 @@ def glu(call: Call) -> Candidates:
 
 @operation_rule('slice', size_free=True)
 def slice_(call: Call) -> Candidates:
-    '''Bounds are taken for hard-coded: no position below them may move.'''
+    '''Lock the positions that the bounds count from, which may be hard-coded.'''
     dim, size = call.dim(1), call.args[0].shape[call.dim(1)]
     bounds = slice(call.argument(2, 'start'), call.argument(3, 'end'), call.argument(4, 'step', 1))
     start, stop, step = bounds.indices(size)
@@ -223,9 +224,9 @@ def slice_(call: Call) -> Candidates:
 
 @operation_rule('select', size_free=True)
 def select(call: Call) -> Candidates:
-    '''A fixed position is picked: it stays, and so does everything that its number counts from.
+    '''Lock the position that is picked, and all positions that its number counts from.
 
-    Where labels also vary along other dimensions, all positions of this one stay equal instead.
+    Where labels also vary along other dimensions, all positions of this one are tied instead.
     '''
     dim, at = call.dim(1), call.argument(2, 'index')
     result: list[Field | Labels] = []
@@ -243,7 +244,7 @@ def select(call: Call) -> Candidates:
 
 @operation_rule('index')
 def index(call: Call) -> Candidates:
-    '''Advanced indexing with tensors along dimensions that carry no labels.'''
+    '''Index with tensors along dimensions that carry no labels; labels along indexed dimensions are locked.'''
     x, indices = call.args[0], list(call.args[1])
     indexed = [dim for dim, at in enumerate(indices) if at is not None]
     if any(at.dtype in (torch.bool, torch.uint8) for at in indices if at is not None):
@@ -262,6 +263,7 @@ def index(call: Call) -> Candidates:
 
 @operation_rule('index_select', 'gather', 'take_along_dim')
 def index_select(call: Call) -> Candidates:
+    '''Lock the labels of the dimension whose positions a tensor selects.'''
     dim = call.dim(1)
     for field in call.fields(call.args[0]):
         if dim in field.dims:
@@ -275,7 +277,7 @@ def index_select(call: Call) -> Candidates:
 
 @operation_rule('embedding')
 def embedding(call: Call) -> Candidates:
-    '''Rows are looked up by number and stay; columns are channels.'''
+    '''Lock the rows, which are looked up by number; the columns are channels.'''
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
         if field.dims == (1,):
@@ -289,7 +291,7 @@ def embedding(call: Call) -> Candidates:
 
 @operation_rule('cat', size_free=True)
 def cat(call: Call) -> Candidates:
-    '''Labels along the concatenated dimension follow each other; labels along others must agree.'''
+    '''Put labels along the concatenated dimension after each other, and tie labels along other dimensions.'''
     ndim, dim = call.outputs[0].dim(), call.dim(1)
     pieces = [tensor for tensor in call.args[0] if tensor.dim() == ndim]
     across = [(tuple(1 if d == dim else size for d, size in enumerate(tensor.shape)),
@@ -311,6 +313,7 @@ def cat(call: Call) -> Candidates:
 
 @operation_rule('stack', size_free=True)
 def stack(call: Call) -> Candidates:
+    '''Tie the labels of tensors that are stacked along a new dimension.'''
     ndim = call.outputs[0].dim()
     dim = int(call.argument(1, 'dim', 0)) % ndim
     fields = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in call.args[0]], ndim - 1)
@@ -325,7 +328,7 @@ def stack(call: Call) -> Candidates:
     '_upsample_bicubic2d_aa', '_upsample_nearest_exact2d', 'grid_sampler_2d', 'reflection_pad1d', 'reflection_pad2d',
     'reflection_pad3d', 'replication_pad1d', 'replication_pad2d', 'replication_pad3d')
 def spatial(call: Call) -> Candidates:
-    '''Pooling and resampling act on each channel by itself; the trailing dimensions are space.'''
+    '''Keep the labels of channels, which are pooled or resampled each by itself along the trailing dimensions.'''
     ranks = [rank for rank in (1, 2, 3) if f'{rank}d' in call.name]
     lead = call.args[0].dim() - (ranks[0] if ranks else 2)
     for tensor in tensors_in(call.args[1:]):
@@ -343,7 +346,7 @@ def spatial(call: Call) -> Candidates:
 @operation_rule('mean', 'sum', 'amax', 'amin', 'var', 'std', 'var_mean', 'max', 'min',
                 'linalg_vector_norm', 'prod', 'any', 'all')
 def reduction(call: Call) -> Candidates:
-    '''A reduction over a labelled dimension would change when channels go.'''
+    '''Lock the labels of dimensions that are reduced, since the result would change without a channel.'''
     x, shift = call.args[0], call.name == 'linalg_vector_norm'
     dims = call.argument(1 + shift, 'dim')
     dims = [dims] if isinstance(dims, int) else dims
@@ -367,7 +370,7 @@ def reduction(call: Call) -> Candidates:
 @operation_rule('_softmax', '_safe_softmax', '_log_softmax', 'logcumsumexp', zero='never')
 @operation_rule('cumsum')
 def softmax(call: Call) -> Candidates:
-    '''What is normalised over a labelled dimension changes when channels go.'''
+    '''Lock the labels of the dimension that is normalised over, since the result would change without a channel.'''
     dim = call.dim(1)
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):

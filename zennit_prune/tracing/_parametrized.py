@@ -1,9 +1,9 @@
-'''Weights that are computed by ``torch.nn.utils.parametrize``, as by ``parametrizations.weight_norm``.
+'''Narrow weights that are computed by ``torch.nn.utils.parametrize``, as by ``parametrizations.weight_norm``.
 
 Channels are removed from the tensors that such a weight is computed from, and the parametrization stays. Slices of them
-do not always compute the slice of the weight: with fewer inputs a filter has another norm. What is computed is compared
-with what it should be; where it differs, the parametrization's ``right_inverse`` says what the tensors have to be, and
-where it cannot, the channels stay.
+do not always compute the slice of the weight: with fewer inputs a filter has another norm. The computed weight is
+compared with the slice; where they differ, the parametrization's ``right_inverse`` gives the tensors that compute it,
+and where there are none, the channels stay.
 '''
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ REMEDY = ('torch.nn.utils.parametrize.remove_parametrizations makes it a plain p
 
 
 def parametrizations(network: nn.Module) -> dict[str, ParametrizationList]:
-    '''All of a network by name, e.g. ``'conv.parametrizations.weight'``.'''
+    '''Return all parametrizations of a network by name, e.g. ``'conv.parametrizations.weight'``.'''
     return {name: module for name, module in modules_by_name(network) if isinstance(module, ParametrizationList)}
 
 
 def carriers(tensors: Sequence[torch.Tensor], like: torch.Tensor, dim: int) -> list[torch.Tensor]:
-    '''Those of the tensors a weight is computed from that hold its channels along a dimension, by their shape.'''
+    '''Return those tensors that, by their shape, hold the channels of the weight ``like`` along a dimension.'''
     return [tensor for tensor in tensors if tensor.dim() == like.dim() and tensor.shape[dim] == like.shape[dim] > 1]
 
 
 def weights_of(layer: nn.Module) -> list[torch.Tensor]:
-    '''What holds the weights of a layer in their full shape: its parameter, or what that is computed from.'''
+    '''Return the weight of a layer, or the tensors of its full size that it is computed from.'''
     weight = layer._parameters.get('weight')
     if weight is not None:
         return [weight]
@@ -54,13 +54,13 @@ def weights_of(layer: nn.Module) -> list[torch.Tensor]:
 
 
 def read(found: ParametrizationList) -> torch.Tensor:
-    '''The weight as it is computed in evaluation mode.'''
+    '''Return the weight as it is computed in evaluation mode.'''
     with torch.no_grad():
         return cast(torch.Tensor, copy.deepcopy(found).eval()()).detach()
 
 
 def record_computed(tracer: Tracer, name: str, tensors: Sequence[torch.Tensor], weight: torch.Tensor) -> None:
-    '''A weight was computed: its channels are those of the tensors that have its sizes.'''
+    '''Record that a weight was computed, and give it the labels of the tensors that have its sizes.'''
     if tracer.silent or tracer.is_parameter(weight):
         return
     operation = tracer.begin('parametrization')
@@ -94,7 +94,7 @@ def restore(small: nn.Module, model: nn.Module, kept: Mapping[str, Mapping[int, 
     Raises
     ------
     PruneError
-        If one cannot.
+        If a parametrization cannot compute the slice.
     '''
     after = parametrizations(small)
     for name, before in parametrizations(model).items():
@@ -113,7 +113,7 @@ def restore(small: nn.Module, model: nn.Module, kept: Mapping[str, Mapping[int, 
 
 
 def assign(found: ParametrizationList, value: torch.Tensor) -> bool:
-    '''Let a parametrization compute ``value``, changing as few of its tensors as will do; whether it does.'''
+    '''Let a parametrization compute ``value`` by changing few of its tensors, and return whether it does.'''
     if _computes(found, value):
         return True
     originals: list[torch.Tensor] = [*found.parameters(recurse=False), *found.buffers(recurse=False)]
@@ -144,7 +144,7 @@ def assign(found: ParametrizationList, value: torch.Tensor) -> bool:
 
 
 def _computes(found: ParametrizationList, value: torch.Tensor) -> bool:
-    '''Whether the weight is ``value`` but for rounding.'''
+    '''Return whether the weight is ``value`` but for rounding.'''
     try:
         weight = read(found)
     except Exception:  # tensors that do not fit each other
@@ -156,14 +156,15 @@ def _computes(found: ParametrizationList, value: torch.Tensor) -> bool:
 
 
 def kinds(found: ParametrizationList) -> str:
-    '''The classes of a weight's parametrizations.'''
+    '''Name the classes of a weight's parametrizations.'''
     return ', '.join(type(module).__name__.strip('_') for module in found)
 
 
 def fixed_dims(model: nn.Module) -> Iterator[tuple[str, int, str]]:
-    '''What cannot be narrowed: the name of a tensor that a weight is computed from, a dimension, and the reason.
+    '''Yield the dimensions that cannot be narrowed, each with the name of the tensor and the reason.
 
-    Every parametrization is tried: a third of the weight's indices go along one of its first two dimensions, and both.
+    Every parametrization is tried: a third of the weight's indices are removed along each of its first two dimensions,
+    and along both.
     '''
     for name, found in parametrizations(model).items():
         tensors = [(f'{name}.{inner}', tensor) for inner, tensor in tensors_by_module(found)]
@@ -200,9 +201,19 @@ def _narrows(found: ParametrizationList, weight: torch.Tensor, dims: Sequence[in
 
 
 def plain(network: nn.Module, freely: bool = False) -> nn.Module:
-    '''Make the weights of a network, a copy that nobody else has, plain parameters; it is returned.
+    '''Make the computed weights of a network plain parameters, in place.
 
-    ``freely``: only of modules whose parametrizations can compute whatever they are asked for.
+    Parameters
+    ----------
+    network: torch.nn.Module
+        A copy that nobody else has.
+    freely: bool
+        Whether only modules are changed whose parametrizations can compute any weight.
+
+    Returns
+    -------
+    torch.nn.Module
+        The network.
     '''
     for _, module in modules_by_name(network):
         lists = module._modules.get(LISTS)
@@ -222,13 +233,19 @@ def plain(network: nn.Module, freely: bool = False) -> nn.Module:
 
 
 def _another(weight: torch.Tensor) -> torch.Tensor:
-    '''A weight that obeys no constraint: of the other sign, every entry with a factor of its own.'''
+    '''Return a weight that obeys no constraint: of the other sign, every entry with a factor of its own.'''
     factors = torch.linspace(0.5, 1.5, weight.numel(), dtype=weight.dtype, device=weight.device)
     return -weight * factors.view(weight.shape)
 
 
 def copy_values(source: nn.Module, network: nn.Module) -> None:
-    '''Give ``network`` the values of ``source``, a :func:`plain` copy of it with other values.'''
+    '''Give ``network`` the values of ``source``, a :func:`plain` copy of it with new values.
+
+    Raises
+    ------
+    PruneError
+        If a parametrization cannot compute the new value of its weight.
+    '''
     values = dict(tensors_by_module(source))
     with torch.no_grad():
         for name, tensor in unique_tensors(network).items():
@@ -242,7 +259,7 @@ def copy_values(source: nn.Module, network: nn.Module) -> None:
 
 
 def computed_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    '''All parameters and buffers by name, with the weight in place of each tensor that holds its channels.'''
+    '''Return all parameters and buffers by name, with the weight in place of each tensor that holds its channels.'''
     tensors = dict(tensors_by_module(network))
     for name, found in parametrizations(network).items():
         weight = read(found)

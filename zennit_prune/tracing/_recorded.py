@@ -1,4 +1,4 @@
-'''What a trace keeps: the recorded operations, and facts about tensors.'''
+'''The records that a trace keeps of operations and of calls of torch functions.'''
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,46 @@ MANY = 64
 
 @dataclass(slots=True)
 class Operation:
-    '''One recorded ATen call.
+    '''The record of one ATen call, with the statements of its rule.
 
-    ``inputs`` and ``outputs`` hold the fields of each tensor, ``reads`` and ``writes`` number the values they had. The
-    other lists are what its rule stated: ``ties`` and ``locks``; arrays whose rows must lose equally many labels
-    (``balances``); labels that were ``contracted``; of these, those on the side of a weight (``consumers``) or between
-    two activations (``paired``); labels that a weight brought forth (``producers``); labels that vary along a stack of
-    matrices and within them (``joint``).
+    Attributes
+    ----------
+    name: str
+        The operation without namespace, overload and in-place underscore.
+    site: Site
+        The Python-level call that it ran in.
+    kind: str
+        The class name of the module that it ran in.
+    inputs, outputs: list of list of Field
+        The fields of each tensor among its arguments and its results.
+    reads, writes: list of int
+        The numbers of the values that these tensors held.
+    active: list of bool
+        Whether each argument depends on the network's input.
+    shapes: list of tuple of int
+        The shapes of the results.
+    scalars: list of float
+        The numbers of the call that pruning may not change.
+    layouts: list of list of tuple of int or None
+        For each candidate of each result, the dimensions along which it varies, or None where it bears no label.
+    decisions: dict of str to object
+        The answers of :meth:`Call.decide`.
+    ties: list of pairs of numpy.ndarray
+        Labels that are removed or stay together.
+    locks: list of pairs of numpy.ndarray and str
+        Labels that must stay, and why.
+    balances: list of numpy.ndarray
+        Arrays of labels whose rows must lose equally many.
+    contracted: list of numpy.ndarray
+        Labels that were summed over in a product.
+    consumers, paired: list of numpy.ndarray
+        Of the contracted labels, those on the side of a weight, and those of products of two activations.
+    producers: list of numpy.ndarray
+        Labels of channels that a weight produces.
+    joint: list of numpy.ndarray
+        Labels that vary along a stack of matrices and within the matrices.
+    flops: int
+        The floating-point operations of the call.
     '''
 
     name: str
@@ -49,13 +82,13 @@ class Operation:
     flops: int = 0
 
     def repeated(self, reads: list[int], writes: list[int]) -> Operation:
-        '''The same operation on other values, with the lists of this one; see :func:`distinct`.'''
+        '''Copy the record for other values; the copy shares the lists of this one, see :func:`distinct`.'''
         return Operation(self.name, self.site, self.kind, self.inputs, self.outputs, reads, writes, self.active,
                          self.shapes, self.scalars, self.layouts, self.decisions, self.ties, self.locks, self.balances,
                          self.contracted, self.consumers, self.paired, self.producers, self.joint, self.flops)
 
     def states_the_same(self, other: Operation) -> bool:
-        '''Whether it says of the same fields what another one says, as batch norm does in both modes.'''
+        '''Return whether the statements equal those of another record, as those of batch norm do in both modes.'''
         if self.outputs is other.outputs:
             return True
         if [list(map(id, found)) for found in self.inputs] != [list(map(id, found)) for found in other.inputs]:
@@ -72,7 +105,7 @@ class Operation:
         yield [field.labels for found in self.outputs[:1] for field in found]
 
     def fields(self) -> Iterator[Field]:
-        '''All fields that meet in the operation.'''
+        '''Yield all fields that meet in the operation.'''
         for found in (*self.inputs, *self.outputs):
             yield from found
 
@@ -81,7 +114,7 @@ class Operation:
 
 
 def distinct(operations: Iterable[Operation]) -> list[Operation]:
-    '''Operations without those that state what an earlier one at the same site did.'''
+    '''Return the operations without those that repeat the statements of an earlier one at the same site.'''
     found: list[Operation] = []
     earlier: dict[tuple[str, Site], list[Operation]] = {}
     for operation in operations:
@@ -93,7 +126,7 @@ def distinct(operations: Iterable[Operation]) -> list[Operation]:
 
 
 class Argument(NamedTuple):
-    '''A tensor that a function was given: the number of its value, whether it depends on the input, its shape.'''
+    '''A tensor argument: the number of its value, whether it depends on the network's input, and its shape.'''
 
     value: int
     active: bool
@@ -102,9 +135,20 @@ class Argument(NamedTuple):
 
 @dataclass(slots=True)
 class FunctionCall:
-    '''One call of a torch function from Python that was given activations.
+    '''One call of a torch function from Python with activations among its arguments.
 
-    Its tensor arguments; the values that it returned; the operations it ran; and which argument it wrote into, if any.
+    Attributes
+    ----------
+    site: Site
+        The place of the call.
+    arguments: list of Argument
+        Its tensor arguments.
+    results: list of int
+        The numbers of the values that it returned.
+    operations: list of Operation
+        The operations that it ran.
+    in_place: int or None
+        The position of the argument that it wrote into, if any.
     '''
 
     site: Site
@@ -120,12 +164,12 @@ class FunctionCall:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    '''Equal for views of one tensor, as long as one of them is alive.'''
+    '''Return a number that views of one tensor have in common as long as one of them is alive.'''
     return int(tensor.untyped_storage()._cdata)
 
 
 def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
-    '''Torch's own count; its formulas take shapes, and the wrapper that finds them in nested arguments is slow.'''
+    '''Count FLOPs by torch's formulas, without the slow wrapper that looks for shapes in nested arguments.'''
     if packet is torch.ops.aten.addmm:  # whose formula asks for that of mm, with its wrapper
         packet, args = torch.ops.aten.mm, args[1:3]
     formula = getattr(flop_registry[packet], '__wrapped__', None)
@@ -136,7 +180,7 @@ def count_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def numbers_in(value: Any) -> list[float]:
-    '''All numbers and flags in nested arguments.'''
+    '''Return all numbers and flags in nested arguments.'''
     if isinstance(value, (int, float)):
         return [value]
     if isinstance(value, dict):
@@ -154,7 +198,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def numbers_of(tensor: torch.Tensor) -> list[float]:
-    '''The numbers that a constant holds; of many, the first and a checksum of the others.'''
+    '''Return the numbers that a constant holds; of many, the first and a checksum of the others.'''
     flat = tensor.detach().reshape(-1)
     numbers: list[float] = flat[:MANY].double().tolist()
     if len(flat) > MANY:

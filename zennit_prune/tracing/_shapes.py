@@ -1,4 +1,4 @@
-'''What operations return on meta tensors, each case worked out once.
+'''Work out once for each case what operations return on meta tensors.
 
 A meta tensor has a shape, strides and a type, and no data; what an operation returns follows from these alone. Torch
 finds it in Python for most operations, which takes nine tenths of a pass through a network. The layers of a network,
@@ -22,7 +22,7 @@ def _new(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def _are_regular(*tensors: torch.Tensor | None) -> bool:
-    '''Whether tensors are contiguous, of one floating-point type, and not empty.'''
+    '''Return whether tensors are contiguous, of one floating-point type, and not empty.'''
     found = [tensor for tensor in tensors if tensor is not None]
     return found[0].is_floating_point() and all(
         tensor.dtype == found[0].dtype and tensor.is_contiguous() and tensor.numel() for tensor in found)
@@ -110,7 +110,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
 
 
 class Case:
-    '''How to make the tensors that an operation returns: their sizes, strides and types.'''
+    '''The sizes, strides and types of the tensors that an operation returns.'''
 
     __slots__ = ('kind', 'likes', 'one')
 
@@ -127,26 +127,33 @@ class Case:
 
 
 class Shapes:
-    '''Run operations on meta tensors; those without side effects on shapes only the first time.
+    '''A memory of the results of operations on meta tensors, which runs each case once.
 
-    An operation is run as it is where a tensor is not an ordinary meta tensor, where it returns a view, or where it may
-    change the shape of what it is given.
+    An operation is run at every call where a tensor is not an ordinary meta tensor, where the result is a view, or
+    where arguments may change their shape.
     '''
 
     def __init__(self) -> None:
         self._cases: dict[Any, Case | str] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Any:
-        '''What ``func`` returns.
+        '''Return the result of a call.
 
         Parameters
         ----------
         func: torch._ops.OpOverload
             A function for which :func:`is_regular` holds.
-        args, kwargs:
-            Its arguments.
+        args: tuple
+            Its positional arguments.
+        kwargs: dict
+            Its keyword arguments.
         key: object
-            :func:`described_call` of these.
+            The description of the call by :func:`described_call`.
+
+        Returns
+        -------
+        object
+            New tensors, or the first argument where the function writes into it.
         '''
         if key is None:
             return func(*args, **kwargs)
@@ -167,11 +174,11 @@ class Shapes:
 
 
 class Irregular(Exception):
-    '''An argument is a tensor of another kind, or something that cannot be compared.'''
+    '''Raised where an argument is a tensor of another kind or cannot be compared.'''
 
 
 def described_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
-    '''Equal for calls that return tensors of equal shapes, strides and types; None where that cannot be said.
+    '''Describe a call, equally for calls that return tensors of equal shapes, strides and types; else return None.
 
     The tensors among the arguments are added to ``tensors``.
     '''
@@ -187,7 +194,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    '''What the result of an operation depends on; the tensors among the arguments are added to ``tensors``.'''
+    '''Describe what a result depends on, and add the tensors among the arguments to ``tensors``.'''
     parts: list[Any] = []
     for value in arguments:
         kind = type(value)
@@ -210,9 +217,10 @@ def described(arguments: Iterable[Any], tensors: list[torch.Tensor]) -> tuple[An
 
 
 def is_regular(func: Any, in_place: bool, constant: bool = False) -> bool:
-    '''Whether an operation returns new tensors, or (``in_place``) just writes into its first argument.
+    '''Return whether an operation returns new tensors, or with ``in_place`` only writes into its first argument.
 
-    One that is given no tensor may make one on any device, and (``constant``) does nothing else.
+    An operation without tensors among its arguments may make a tensor on any device; with ``constant`` it does nothing
+    else, and is regular.
     '''
     schema = func._schema
     if not constant and not any('Tensor' in str(argument.type) for argument in schema.arguments):

@@ -41,10 +41,10 @@ SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4,
 
 
 class Axis(NamedTuple):
-    '''The labels ``start`` to ``start + size - 1`` stand for the indices of one dimension of a parameter or buffer.
+    '''One dimension of a parameter or buffer, whose indices bear the labels ``start`` to ``start + size - 1``.
 
-    With several ``blocks``, they stand for the indices of the dimension in the first block of dimension 0, then for
-    those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
+    With several ``blocks``, the labels stand for the indices of the dimension in the first block of dimension 0, then
+    for those in the second, and so on: the input channels of a grouped convolution, the outputs of a transposed one.
     '''
 
     parameter: str
@@ -55,7 +55,7 @@ class Axis(NamedTuple):
 
     @property
     def length(self) -> int:
-        '''The size of the dimension.'''
+        '''The size of the dimension, which is smaller than ``size`` where there are several blocks.'''
         return self.size // self.blocks
 
 
@@ -69,11 +69,24 @@ class TensorSize(NamedTuple):
 
 @dataclass
 class Run:
-    '''What one pass through a network showed.
+    '''The record of one pass through a network.
 
-    Its operations; see :meth:`Tracer.keep_group_size`; the fields of every tensor that a call of a module returned; and
-    in evaluation mode, where each value enters and leaves modules, and the torch functions called from Python. In
-    training mode, whether ``forward`` drew random numbers, of which values were known.
+    Attributes
+    ----------
+    operations: list of Operation
+        The recorded operations, in the order in which they ran.
+    group_sizes: dict of str to int
+        Weights whose module has one group for so many of their channels, see :meth:`Tracer.keep_group_size`.
+    places: dict of int to list of Place
+        Where each value enters and leaves modules and torch functions; empty in training mode.
+    outputs: dict of (str, int) to list of list of Field
+        The fields of every tensor that a call of a module returned, by the module's name and the number of the call.
+    functions: list of FunctionCall
+        The calls of torch functions with activations; empty in training mode.
+    claims: list of Claim
+        The attributes of modules that state sizes.
+    draws: bool
+        Whether ``forward`` drew random numbers.
     '''
 
     operations: list[Operation]
@@ -85,7 +98,7 @@ class Run:
     draws: bool = False
 
     def is_like(self, other: Run) -> bool:
-        '''Whether two passes did the same to labels.'''
+        '''Return whether two passes did the same to labels.'''
         return (self._signature() == other._signature()
                 and len(distinct([*other.operations, *self.operations])) == len(distinct(other.operations)))
 
@@ -103,20 +116,29 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
 
     Parameters
     ----------
-    network, example, training:
-        What is run, with what, and in which mode.
+    network: torch.nn.Module
+        The structural copy, which is used up.
+    example: Example
+        Its arguments.
+    training: bool
+        Whether it is run in training mode.
     tracer_type: callable
-        Makes the tracer.
+        A class of tracer, or a function that makes one.
     fields: mapping of str to list of Field
         The labels of parameters and buffers by name.
     shapes: Shapes, optional
-        What other runs found out about operations.
+        The results of operations on meta tensors that other runs worked out.
     guard: type
-        What is noted of the calls of modules and torch functions.
+        The class that watches the calls of modules and torch functions.
     outcomes: dict, optional
-        What operations did to labels in the other mode of the same network; those of this run are added.
+        The effects of operations on labels in the other mode of the network; those of this run are added.
     originals: mapping of int to str, optional
         The names of tensors of the network that this is a copy of, by ``id``; they may not be used.
+
+    Returns
+    -------
+    Run
+        The record of the pass.
     '''
     found = tensors_by_module(network)
     counter = guard(network)
@@ -163,26 +185,26 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
 
 @dataclass
 class Recording:
-    '''A traced network.
+    '''The trace of a network.
 
     Attributes
     ----------
     example: Example
-        What it was run with.
+        The arguments that it was run with.
     axes: list of Axis
         Every labelled dimension, in the order of the labels.
     fields: dict of str to list of Field
-        The same, as the label fields of each floating-point parameter and buffer.
+        The label fields of each floating-point parameter and buffer.
     sizes: dict of str to TensorSize
         The size of each parameter and buffer, once.
     runs: dict of str to Run
-        What each pass showed: ``'eval'``, and ``'train'`` where that differs.
+        The record of each pass: ``'eval'``, and ``'train'`` where that differs.
     notes: list of str
-        What the user should know about the trace.
+        Remarks about the trace that the user should know.
     shapes: Shapes
-        What operations return, for further runs.
+        The results of operations on meta tensors, for further runs.
     untraced: str
-        Why the network could not be run in training mode, if so.
+        Why the network could not be run in training mode, or an empty string.
     '''
 
     example: Example
@@ -196,11 +218,11 @@ class Recording:
 
     @property
     def size(self) -> int:
-        '''The number of labels, 0 included.'''
+        '''The number of labels, label 0 included.'''
         return self.axes[-1].start + self.axes[-1].size if self.axes else 1
 
     def warn_if_untraced(self) -> None:
-        '''Say that what comes is proven for evaluation only.'''
+        '''Warn that the network is proven for evaluation only.'''
         if self.untraced:
             warnings.warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
                           'trained is not proven. Run it once in training mode before you rely on it.',
@@ -208,12 +230,28 @@ class Recording:
 
     @cached_property
     def operations(self) -> list[Operation]:
-        '''The operations of all passes, without those that did the same in an earlier one; and what trials added.'''
+        '''The operations of all passes, without repetitions of earlier ones; trials add to them.'''
         return distinct(operation for run in self.runs.values() for operation in run.operations)
 
 
 def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
-    '''Trace ``model`` in evaluation and in training mode; see :class:`Example` for ``layernorm`` and ``whole``.
+    '''Trace a network in evaluation and in training mode.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network, which is not touched.
+    example: torch.Tensor, tuple, dict or Example
+        The arguments to run it with.
+    layernorm: str
+        Whether channels that LayerNorm runs over are locked, as in :func:`zennit_prune.trace`.
+    whole: iterable of Site
+        The products of stacks of matrices that lose whole matrices instead of rows and columns.
+
+    Returns
+    -------
+    Recording
+        The trace.
 
     Raises
     ------
@@ -274,7 +312,7 @@ def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
 
 def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run],
                    first: ForwardError) -> Run:
-    '''Try again with the batch that was given, then with real values.'''
+    '''Run the network with the batch that was given, then with real values, after its first run failed.'''
     last = first
     example.resize = False
     for example.device in ('meta', 'real'):
@@ -291,7 +329,7 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
 
 
 def _run_on_values(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run]) -> tuple[Run, Run]:
-    '''Run evaluation and training mode with real values, for a network of which only training needs them.'''
+    '''Run both modes with real values, for a network that needs values in training mode only.'''
     example.device = 'real'
     try:
         training = run(_marked_copy(model, 'real'), True)

@@ -1,8 +1,8 @@
-'''Carry label fields along while a network runs.
+'''Carry label fields along while a network runs, and record its operations.
 
-What a tracer knows of operations and of storages.
-
-Networks that a trace cannot follow, or of which it would prove one path only.
+A :class:`Tracer` sees every ATen operation, asks its rule for the fields of the results, and records the call. It looks
+the properties of an operation up once (:class:`Known`) and keeps a few facts about every storage. Networks that cannot
+be followed, or of which a trace would prove one path only, are refused with an error that names the module.
 '''
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ACTIVE, UNIFORM, VANISHING, OWN = 1, 2, 4, 8  # what is known of a storage
 
 
 class Known(NamedTuple):
-    '''What is known of an operation, looked up once a run.'''
+    '''The properties of an operation that a tracer needs at each call, looked up once a run.'''
 
     name: str
     traits: Traits
@@ -70,14 +70,14 @@ class Known(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    '''What an operation did to labels, and whether its result is zero in a channel once its weights are.'''
+    '''The record of an operation, and whether a channel of its result is zero once its weights are.'''
 
     operation: Operation
     vanishes: bool
 
 
 def fixed_numbers(known: Known, args: Any, kwargs: Any, fields: Sequence[Field]) -> list[float]:
-    '''The numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
+    '''Return the numbers of a call that pruning may not change: all but the sizes of labelled dimensions.'''
     name, traits = known.name, known.traits
     if traits.sized:
         return [value for value in (*args, *kwargs.values()) if isinstance(value, float)
@@ -95,7 +95,7 @@ def fixed_numbers(known: Known, args: Any, kwargs: Any, fields: Sequence[Field])
 
 
 def vanishes(operation: Operation, zero: str, facts: Sequence[int]) -> bool:
-    '''Whether a result is zero in a channel once all weights that bring it forth are.'''
+    '''Return whether a channel of the result is zero once all weights that produce it are.'''
     vanishing = [bool(fact & VANISHING) for fact in facts]
     if zero == 'all' or zero == 'any':
         labelled = [vanish for vanish, fields in zip(vanishing, operation.inputs) if fields]
@@ -123,7 +123,7 @@ def refuse_values(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> 
 
 
 def running_hook() -> str | None:
-    '''The hook of a module that is running now, if one is, rather than its ``forward``.'''
+    '''Describe the hook of a module that is running now, or return None where ``forward`` itself is.'''
     called, frame = sys._getframe(), sys._getframe().f_back
     while frame is not None and frame.f_code.co_filename != nn.Module.__call__.__code__.co_filename:
         called, frame = frame, frame.f_back
@@ -146,7 +146,7 @@ def refuse_counts(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> 
 
 
 class OriginalUsed(PruneError):
-    '''A copy of a network uses a parameter of the network itself.'''
+    '''Raised where a copy of a network uses a parameter of the network itself.'''
 
 
 def refuse_original(name: str) -> None:
@@ -159,7 +159,7 @@ def refuse_original(name: str) -> None:
 
 
 class ForwardError(Exception):
-    '''``forward`` raised.'''
+    '''Raised where ``forward`` raised an error; it names the module that did.'''
 
     def __init__(self, module: str, index: int, error: Exception):
         super().__init__(f'{type(error).__name__}: {_said(str(error))}')
@@ -167,7 +167,7 @@ class ForwardError(Exception):
 
 
 def _said(text: str) -> str:
-    '''The first line of an error; of one from compiled code, in which function it was and the last line, too.'''
+    '''Shorten the text of an error to its first line, and for compiled code the function and the last line.'''
     first, *others = text.strip().splitlines() or ['']
     if TORCHSCRIPT not in text:
         return first
@@ -224,15 +224,15 @@ class Tracer(TorchDispatchMode):
         return bool(self._facts.get(storage_key(tensor), 0) & ACTIVE)
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
-        '''Whether no position of a tensor differs from another: constants and independent noise, of any size.'''
+        '''Return whether no position of a tensor differs from another, as in constants and independent noise.'''
         return bool(self._facts.get(storage_key(tensor), 0) & UNIFORM)
 
     def vanishes(self, tensor: torch.Tensor) -> bool:
-        '''Whether a channel of a tensor is zero once the weights that bring it forth are.'''
+        '''Return whether a channel of a tensor is zero once the weights that produce it are.'''
         return bool(self._facts.get(storage_key(tensor), 0) & VANISHING)
 
     def constant(self, numbers: Sequence[float]) -> None:
-        '''A tensor is made from numbers: pruning may not change them.'''
+        '''Record that a tensor is made from numbers, which pruning may not change.'''
         operation = self.begin('constant')
         operation.scalars = list(numbers)
         self.record(operation)
@@ -241,15 +241,15 @@ class Tracer(TorchDispatchMode):
         return id(tensor) in self.parameters
 
     def is_view_of_parameter(self, tensor: torch.Tensor) -> bool:
-        '''Whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
+        '''Return whether a tensor is a parameter or buffer, perhaps transposed or reshaped.'''
         return bool(self._facts.get(storage_key(tensor), 0) & OWN)
 
     def keep_group_size(self, weight: torch.Tensor, size: int) -> None:
-        '''The module that owns ``weight`` has as many groups as its first dimension holds blocks of ``size``.'''
+        '''Record that the module of ``weight`` has one group for each block of ``size`` along its first dimension.'''
         self.group_sizes[self.parameters[id(weight)]] = size
 
     def value_of(self, tensor: torch.Tensor) -> int:
-        '''The number of the value a tensor holds now; an in-place operation gives it a new one.'''
+        '''Return the number of the value that a tensor holds now; an in-place operation gives it a new one.'''
         if id(tensor) not in self._values:
             self._numbered.append(tensor)
             self.renew(tensor)
@@ -260,24 +260,24 @@ class Tracer(TorchDispatchMode):
         self._values[id(tensor)] = self._count
 
     def place(self, tensor: torch.Tensor, fields: list[Field]) -> None:
-        '''Give a parameter its labels.'''
+        '''Give a parameter or buffer its labels.'''
         storage = storage_key(tensor)
         self._alive[id(tensor)] = self._owners[storage] = tensor
         self._fields[id(tensor)] = fields
         self._facts[storage] = self._facts.get(storage, 0) | OWN | VANISHING
 
     def activate(self, tensors: Sequence[torch.Tensor]) -> None:
-        '''Mark the network's inputs: what depends on them is an activation.'''
+        '''Mark the network's inputs, so that tensors which depend on them count as activations.'''
         self._alive.update((id(tensor), tensor) for tensor in tensors)
         self._mark(map(storage_key, tensors), ACTIVE, True)
 
     def take_silent_flops(self) -> int:
-        '''What was computed silently since this was last asked.'''
+        '''Return the FLOPs of silent operations since the last call, and set their number to 0.'''
         flops, self._silent_flops = self._silent_flops, 0
         return flops
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
-        '''The network's outputs keep their shape: record them as one last operation that locks them.'''
+        '''Record the network's outputs as one last operation, which locks their channels.'''
         if not outputs:
             raise PruneError('the network returns no tensor that was found: it must return tensors, or nested tuples, '
                              'lists, dicts or objects that hold them as attributes.')
@@ -372,7 +372,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _run_silently(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
-        '''Run a step of what computes a weight.'''
+        '''Run an operation of a parametrization without recording it.'''
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         self._alive.update((id(tensor), tensor) for tensor in outputs)
@@ -383,7 +383,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _make(self, known: Known, args: Any, kwargs: Any, outputs: Sequence[torch.Tensor]) -> None:
-        '''Record a constant or independent noise, as large as asked for, if numbers say what it holds.'''
+        '''Record the making of a constant or of independent noise, where numbers say what it holds.'''
         operation = self.begin(known.name)
         self._alive.update((id(tensor), tensor) for tensor in outputs)
         self._mark([storage_key(tensor) for tensor in outputs], UNIFORM, True)
@@ -397,7 +397,7 @@ class Tracer(TorchDispatchMode):
 
     def _settle_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
                       written: Sequence[int], in_place: bool) -> list[int]:
-        '''Note whether what an operation wrote is active and uniform; returned is what was known of its inputs.'''
+        '''Note whether the results of an operation are active and uniform; return the facts about its inputs.'''
         facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
         some, every = 0, ~0
         for fact in facts:
@@ -418,18 +418,18 @@ class Tracer(TorchDispatchMode):
             self._facts[storage] = facts | fact if holds else facts & ~fact
 
     def _renewed(self, outputs: Sequence[torch.Tensor]) -> list[int]:
-        '''Number what an operation wrote.'''
+        '''Give new numbers to the values that an operation wrote, and return them.'''
         for tensor in outputs:
             self.renew(tensor)
         return [self._values[id(tensor)] for tensor in outputs]
 
     def context(self, name: str) -> Any:
-        '''What the outcome of an operation that comes next depends on, beside its arguments and where it is.'''
+        '''Return what the outcome of the next operation depends on beside its arguments and its site.'''
         return None
 
     def _repeat(self, outcome: Outcome, reads: list[int], outputs: Sequence[torch.Tensor],
                 written: Sequence[int]) -> None:
-        '''Record an operation that another run has met, on tensors of which the same is known.'''
+        '''Record an operation by the outcome that another run found for equal arguments.'''
         for tensor, fields, storage in zip(outputs, outcome.operation.outputs, written):
             self._fields[id(tensor)] = fields
             if fields:
@@ -438,7 +438,7 @@ class Tracer(TorchDispatchMode):
         self.operations.append(outcome.operation.repeated(reads, self._renewed(outputs)))
 
     def _refuse(self, known: Known, args: Any, inputs: list[torch.Tensor]) -> None:
-        '''Refuse what cannot be traced.'''
+        '''Refuse an operation whose result depends on values of the network's input.'''
         if known.traits.needs_value:
             refuse_values(self, known.name, inputs)
         masks = [at for at in args[1] if at is not None and at.dtype == torch.bool] if known.name == 'index' else []
@@ -446,7 +446,7 @@ class Tracer(TorchDispatchMode):
             refuse_counts(self, known.name, masks or inputs)
 
     def _meet(self, tensor: torch.Tensor) -> list[Field]:
-        '''Know a tensor that no operation made, an alias or a constant; returned are fields that an alias misses.'''
+        '''Register a tensor that no operation made, an alias or a constant; return the fields that an alias misses.'''
         if id(tensor) in self.originals and not self.is_parameter(tensor):
             refuse_original(self.originals[id(tensor)])
         self._alive[id(tensor)] = tensor
@@ -499,7 +499,7 @@ class Tracer(TorchDispatchMode):
                 self._owners[storage_key(tensor)] = tensor
 
     def dims_of(self, option: Field | Labels, operation: Operation, output: int, rank: int) -> tuple[int, ...] | None:
-        '''The dimensions along which a candidate varies, or None where it bears no label.'''
+        '''Return the dimensions along which a candidate varies, or None where it bears no label.'''
         if isinstance(option, Field):
             return option.dims
         dims = varying_dims(option)

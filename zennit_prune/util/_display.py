@@ -1,8 +1,6 @@
-'''A bar for what takes long on large networks alone: it counts modules, and is not shown in the first seconds.
+'''Show results and progress: plain text tables, the same tables as HTML for notebooks, and a progress bar.
 
-Plain text tables and lists.
-
-How results look in a notebook: the tables that are printed, as HTML that suits light and dark pages.
+The HTML suits light and dark pages. The bar counts modules and appears only where a call takes more than some seconds.
 '''
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-'''Collecting on several processes of ``torch.distributed``: in step, so that what ends one ends all.'''
+'''Collect on several processes of ``torch.distributed`` in step, so that an error in one ends all.'''
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-'''Files of tensors and JSON: they appear when they are complete, and are checked when they are read.'''
+'''Write files of tensors and JSON, which appear only when complete, and check them when they are read.'''
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-'''Short digests by which a network, rules, a function or a batch is known again in another process.'''
+'''Compute short digests that identify a network, rules, a function or a batch across processes.'''
 from __future__ import annotations
 
 import hashlib

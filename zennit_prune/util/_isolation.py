@@ -1,6 +1,7 @@
-'''Run copies of a network so that nothing around them matters, and nothing of it stays.
+'''Run copies of a network so that random states, caches and compilation do not matter and nothing stays behind.
 
-Random numbers that depend on a seed only.
+Random states are set from a seed for a block and restored after it. Tensors that ``forward`` or a hook keeps in
+classes, globals and caches during the block are removed at its end.
 '''
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-'''Loaders that are read many times, and a share of them held out.
-
-Batches from whatever yields them.
-'''
+'''Read batches from anything that yields them, several times over, and hold out a share of the samples.'''
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

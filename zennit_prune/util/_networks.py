@@ -1,4 +1,8 @@
-'''Small helpers on whole networks and on nested arguments.'''
+'''Small helpers on whole networks and on nested arguments.
+
+They name modules and tensors, copy a network without its data, slice tensors, and find tensors in tuples, lists and
+dicts.
+'''
 from __future__ import annotations
 
 import copy

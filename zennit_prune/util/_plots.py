@@ -1,4 +1,4 @@
-'''Figures of matplotlib that look alike, and the optional libraries that only some functions need.'''
+'''Draw figures of matplotlib in one style, and import the optional libraries that only some functions need.'''
 from __future__ import annotations
 
 import os
