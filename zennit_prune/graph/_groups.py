@@ -79,8 +79,8 @@ class ChannelGroup:
         '''How many channels go at once, one of each block; 1 where any channel may go.'''
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
-    def in_turn(self, scores: npt.ArrayLike) -> Labels:
-        '''The positions by ascending score, one of each block in turn: the first ``n * step`` can go.'''
+    def order_by_block(self, scores: npt.ArrayLike) -> Labels:
+        '''Return the positions by ascending score, one of each block after the other: the first ``n * step`` can go.'''
         order = np.argsort(np.asarray(scores, float), kind='stable')
         if self.blocks is None:
             return order

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
-from ..planning._cost import CostModel
+from ..planning._cost import cost_model
 from ..planning._plan import Plan
 from ..planning._storage import load, save
 from ..relevance._relevance import Relevance, Reliability
@@ -96,7 +96,7 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
     PruneError
         If ``evaluation`` is no mapping of names to pairs.
     '''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     found = []
     for unit, name in UNITS.items():
@@ -118,7 +118,7 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
 
 def layer_costs(plan: Plan) -> Costs:
     '''Widths of the groups; FLOPs and parameters of the layers that compute, in execution order.'''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     found = {unit: (costs.by_layer(unit, 0 * counts), costs.by_layer(unit, counts)) for unit in ('flops', 'params')}
     names = list(found['flops'][0])

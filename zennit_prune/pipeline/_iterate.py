@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import PruneError, PruneWarning
 from ..graph._graph import ChannelGraph
-from ..planning._carry import carried_back, carried_on
-from ..planning._cost import UNITS, Budget, CostModel
+from ..planning._carry import scores_for_original, values_for_plan
+from ..planning._cost import UNITS, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._references import KEPT, References, warn_of_missing_classes
@@ -126,7 +126,7 @@ class Loop:
         plan = self._planned(state.plan, budget, pruner.graph, relevance)
         with seeded(self.seed + number, self.device):  # anew: whoever resumes in the middle of collecting draws less
             proven = plan.apply(self.model, self.verify, self.progress)
-            network = filled(proven, carried_on(state.plan, plan, state.network))
+            network = filled(proven, values_for_plan(state.plan, plan, state.network))
             if self.repair != 'none':
                 inputs = references.inputs(self.device)
                 if number == 1 and self.repair == 'refit' and references.classes is None:
@@ -143,7 +143,7 @@ class Loop:
         if not earlier.removed:
             plan = self.pruner.plan(relevance, self.budget, **self.planning)  # what is out of reach is said at once
             return plan if budget is self.budget else self.pruner.plan(relevance, budget, **self.planning)
-        scores = carried_back(earlier, graph, relevance)
+        scores = scores_for_original(earlier, graph, relevance)
         plan = self.pruner.plan(scores, budget, **self.planning)
         for name, positions in earlier.removed.items():
             plan = plan.remove(name, positions)
@@ -205,7 +205,7 @@ class Loop:
 
 def costs_left(plan: Plan) -> dict[str, float]:
     '''What a plan leaves, by unit.'''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     removed = costs.counts(plan.removed)
     return {unit: costs(unit, removed) for unit in UNITS}
 

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PruneError
-from ..planning._cost import UNIT_NAMES, Budget, CostModel
+from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._repair import METHODS, repaired
@@ -391,7 +391,7 @@ def _left(plan: Plan, budget: Budget) -> float:
     '''What a plan leaves of the network, as a share.'''
     if plan.timing is not None:
         return plan.timing.left
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     return costs(budget.unit, counts) / costs(budget.unit, 0 * counts)
 

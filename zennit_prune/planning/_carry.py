@@ -1,7 +1,8 @@
-'''Between a network and what a plan left of it: scores one way, values the other.
+'''Map scores of a pruned network to the original's groups, and its values to a later plan.
 
-A pruned network traced anew may show other groups (a grouped convolution with one channel a group is a depthwise one):
-all plans of a run are made for the original. What relates the two is where channels sit in parameters.
+All plans of an iterative run are made for the original network, but a pruned network that is traced anew may show other
+groups: a grouped convolution with one channel per group is a depthwise one. Channels of the two are matched by their
+places in parameters.
 '''
 from __future__ import annotations
 
@@ -17,20 +18,21 @@ from ..tracing._parametrized import restore
 from ..util._networks import unique_tensors
 from ._plan import Plan
 
-NEVER = 1e30  # and its negative: first of all
+NEVER = 1e30  # the score of channels that are removed last; its negative, of those that are removed first
 
 
-def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relevance:
-    '''Scores of a pruned network for the groups of the original.
+def scores_for_original(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relevance:
+    '''Return the scores of a pruned network for the groups of the original.
 
     Parameters
     ----------
     plan: Plan
-        How the network was pruned. What it removed goes first; what has no score goes last.
+        The plan by which the network was pruned. The channels that it removed get the lowest scores, channels without
+        a score the highest.
     graph: ChannelGraph
-        The pruned network's.
+        The graph of the pruned network.
     relevance: Relevance
-        Its scores. The score of a channel that became several is their mean.
+        The scores of the pruned network. The score of a channel that became several is their mean.
     '''
     before, after = plan.graph, graph
     scores = np.full(len(after._solution.group) + 1, np.nan)
@@ -60,8 +62,18 @@ def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relev
     return Relevance(found, info=relevance.info)
 
 
-def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torch.Tensor]:
-    '''The values of ``network``, pruned by ``earlier``, that are left by ``later``, which removes that and more.'''
+def values_for_plan(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torch.Tensor]:
+    '''Return the parameters and buffers of a pruned network that a later plan keeps.
+
+    Parameters
+    ----------
+    earlier: Plan
+        The plan by which ``network`` was pruned.
+    later: Plan
+        A plan for the original that removes the same channels and more.
+    network: torch.nn.Module
+        The pruned network.
+    '''
     had, has = (plan.graph._kept(plan.removed) for plan in (earlier, later))
     index = {name: {dim: _within(had[name][dim], kept) if dim in had.get(name, {}) else kept
                     for dim, kept in dims.items()} for name, dims in has.items()}
@@ -71,7 +83,7 @@ def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torc
 
 
 def _within(had: Labels, has: Labels) -> Labels:
-    '''Where the indices ``has`` are among ``had``, both ascending, block by block.'''
+    '''Return the positions of the indices ``has`` within ``had``, both ascending, block by block.'''
     if had.ndim == 1:
         return np.searchsorted(had, has)
     return np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1)

@@ -200,12 +200,11 @@ class LatencyModel(CostModel):
             return super().__call__(unit, removed)
         return self._rest + self.latencies.scale * self._total(self.latencies.grids, removed)
 
-    def savings(self, unit: str) -> npt.NDArray[np.float64]:
-        '''What a channel of each group saves: the first, but in seconds, which fall in steps, on average over all.'''
+    def _saved(self, unit: str) -> npt.NDArray[np.float64]:
         if unit != 'latency':
-            return super().savings(unit)
+            return super()._saved(unit)
         gone = np.maximum(self.sizes - 1, 1)
-        whole = self(unit, np.zeros(len(gone)))
+        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is taken
         return np.array([whole - self(unit, row) for row in np.diag(self.sizes - 1)]) / gone
 
     def _measured(self, model: nn.Module, seconds: float, progress: bool) -> LatencyTable:
@@ -219,7 +218,7 @@ class LatencyModel(CostModel):
         gone = [nothing, *(np.array([size - _odd(size * share) for size in self.sizes / together]) * together
                            for share in NARROWED)]
         networks = [model, *(self.graph._narrowed(model, {
-            group.name: group.in_turn(range(group.size))[:int(count)].tolist()
+            group.name: group.order_by_block(range(group.size))[:int(count)].tolist()
             for group, count in zip(self.graph.groups, counts) if count}) for counts in gone[1:])]
         with running(networks, self.graph._recording.example.fitted(model)) as runs:
             found = medians([*(partial(kinds[key].prepared, widths, device) for key, widths in points), *runs],
