@@ -15,7 +15,6 @@ from .pipeline._sweep import Sweep, sweep
 from .planning._cost import Budget, Cost, cost
 from .planning._latency import LatencyTable, latency
 from .planning._plan import Plan, verify
-from .planning._risk import Risk, class_losses, risky
 from .planning._storage import load, save
 from .relevance._canonize import GraphCanonizer
 from .relevance._collect import Collector
@@ -28,7 +27,7 @@ __version__ = '0.1.0'
 
 __all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Choice', 'Collector', 'Cost', 'Exemplars',
            'GraphCanonizer', 'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance',
-           'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
-           'choose', 'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
-           'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
+           'Reliability', 'Result', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
+           'choose', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
+           'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'save', 'sweep', 'trace',
            'verify']

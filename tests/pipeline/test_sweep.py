@@ -104,7 +104,7 @@ def test_relevance_that_is_there_and_options(pruner: zp.Pruner) -> None:
 def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def repair(small: nn.Module, model: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool) -> nn.Module:
+    def repair(model: nn.Module, small: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool) -> nn.Module:
         given.append((method, data is LOADER, model is pruner.model, plan.apply(model) is not small))
         repaired = chain()
         return repaired
@@ -117,7 +117,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
 
 
 def test_evaluate_may_do_what_it_likes_to_its_network(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda small, *_, **__: small)
+    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda model, small, *_, **__: small)
     before = snapshot(pruner.model)
 
     def spoil(model: nn.Module) -> float:

@@ -110,6 +110,23 @@ def assert_nearest(error: zp.PruneError, pruner: zp.Pruner, scores: zp.Relevance
         pruner.plan(scores, zp.Budget(**{unit: amount - 1}), **options)
 
 
+@pytest.mark.parametrize('unit', UNITS)
+@pytest.mark.parametrize(('factor', 'inner_first'), [(1.2, True), (0.8, False)])
+def test_savings_are_divided_among_the_layers_that_produce_a_channel(unit: str, factor: float,
+                                                                           inner_first: bool) -> None:
+    '''The score of a stream is a mean over the layers that add to it, and so is what its channels save.'''
+    pruner, costs = traced('residual')
+    names = ['stem', 'block1.conv1']
+    producers = [len(pruner.graph.group(name).layers('producer')) for name in names]
+    assert producers[0] >= 2 and producers[1] == 1
+    whole, (stream, inner) = costs(unit, 0 * costs.sizes), (costs(unit, costs.counts({name: [0]})) for name in names)
+    scores = {'stem': factor * (whole - stream) / producers[0], 'block1.conv1': whole - inner}
+    relevance = zp.Relevance({name: torch.full((pruner.graph.group(name).size,), score, dtype=torch.float64)
+                              for name, score in scores.items()})
+    plan = pruner.plan(relevance, zp.Budget(**{unit: stream / whole}))  # what one channel of the stream saves
+    assert ('block1.conv1' in plan.removed) == inner_first
+
+
 def test_what_was_removed_first_is_put_back_too() -> None:
     '''The cheap group goes first, whole; the last channel of the dear one leaves room for some of it.'''
     pruner, costs = traced('fat')

@@ -14,7 +14,7 @@ from torch.utils.data import RandomSampler
 
 from ..errors import PruneError
 from ..planning._plan import Plan
-from ..planning._risk import Risk, class_losses, risky
+from ..planning._risk import Risk
 from ..relevance._relevance import Relevance
 from ..util._loaders import batch_size, batches
 from ..util._networks import device_of
@@ -133,7 +133,8 @@ def class_losses_of(plan: Plan, relevance: Relevance | None, images: Images) -> 
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or not exemplars.classes:
         return None
-    losses = class_losses(plan, relevance)
+    losses = plan.at_risk(relevance).classes
+    assert losses is not None
     means = losses.mean(1)
     order = means.argsort(descending=True).tolist()[:CLASSES]
     names = [images.class_name(number) for number in exemplars.classes]
@@ -205,7 +206,7 @@ def risky_channels(pruner: Subject, plan: Plan, relevance: Relevance | None, ref
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or references is None or not plan.removed:
         return None
-    risks = risky(plan, relevance, PAIRS)
+    risks = plan.at_risk(relevance, PAIRS).channels
     survivors = {risk.group: _survivor(plan, relevance, risk.group) for risk in risks}
     wanted = {(risk.group, risk.channel) for risk in risks}
     wanted |= {(group, channel) for group, channel in survivors.items() if channel is not None}

@@ -16,7 +16,7 @@ from ..planning._cost import UNITS, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._references import KEPT, References, warn_of_missing_classes
-from ..repairs._repair import METHODS, repaired
+from ..repairs._repair import checked_method, repaired
 from ..util._distributed import gathered, rank_and_world
 from ..util._fingerprint import described, fingerprint, named
 from ..util._isolation import seeded
@@ -58,8 +58,7 @@ class Loop:
             raise PruneError(f'a Budget is needed, not {self.budget!r}: e.g. Budget(flops=0.5).')
         if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not 0 < self.step <= 1:
             raise PruneError(f"step={self.step!r}: a step takes a share of the original's cost, between 0 and 1.")
-        if self.repair not in METHODS:
-            raise PruneError(f'repair={self.repair!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
+        checked_method(self.repair, 'repair')
         if self.floor is not None and self.evaluate is None:
             raise PruneError(f'floor={self.floor!r} needs evaluate=, a function from a network to the number that must '
                              'not fall below it.')
@@ -131,7 +130,7 @@ class Loop:
                 inputs = references.inputs(self.device)
                 if number == 1 and self.repair == 'refit' and references.classes is None:
                     warn_of_missing_classes(self.model, inputs, stacklevel=5)
-                network = repaired(network, self.model, plan, inputs, self.repair, self.progress)
+                network = repaired(self.model, network, plan, inputs, self.repair, self.progress)
             values = unique_tensors(self._tuned(network))
             network = filled(plan.graph._narrowed(self.model, plan.removed), values)
             stability = relevance.reliability().network if relevance.has_halves else None

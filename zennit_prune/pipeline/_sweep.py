@@ -21,12 +21,13 @@ from ..errors import PruneError
 from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
-from ..repairs._repair import METHODS, repaired
+from ..repairs._repair import checked_method, repaired
 from ..util._display import table
 from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
+from ..util._options import unknown
 from ..util._plots import needed
 from ._pruner import NAMED, Criterion, Pruner
 from ._result import evaluated
@@ -285,10 +286,11 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         criteria = dict(zip(names, criteria))
     _several('criteria', criteria)
     _several('repairs', repairs)
-    for what, one, known in [('criteria', each, NAMED) for each in criteria.values()] + \
-            [('repairs', each, METHODS) for each in repairs]:
-        if not (callable(one) or isinstance(one, Relevance)) and one not in known:
-            raise PruneError(f'{what}: {one!r} is unknown, use some of {", ".join(map(repr, known))}.')
+    for one in criteria.values():
+        if not (callable(one) or isinstance(one, Relevance)) and one not in NAMED:
+            raise unknown('criteria', one, NAMED)
+    for method in repairs:
+        checked_method(method, 'repairs')
     _several('seeds', seeds)
     _several('budgets', budgets)
     seeds = list(map(int, seeds))
@@ -363,7 +365,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         if method == 'none':
             return copied(network)  # evaluate may train it on
         with seeded(seed, device_of(pruner.model)):
-            return repaired(network, pruner.model, chosen, data, method, False)
+            return repaired(pruner.model, network, chosen, data, method, False)
 
     for seed in seeds:
         data = loader

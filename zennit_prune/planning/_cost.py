@@ -214,7 +214,8 @@ class CostModel:
     '''The cost of a pruned network as a function of how many channels each group loses; nothing is built.
 
     Use :func:`cost_model`, which makes one for each graph. A parameter's size is the product of its dimensions, an
-    operation's FLOPs are proportional to the dimensions it runs over; each dimension shrinks by a known number for every channel of a group.
+    operation's FLOPs are proportional to the dimensions it runs over; each dimension shrinks by a known number for
+    every channel of a group.
 
     Parameters
     ----------

@@ -15,8 +15,8 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup
-from ..relevance._relevance import Reliability
+from ..relevance._relevance import Relevance, Reliability
 from ..surgery._masking import masked_copy, warn_of_changed_statistics
 from ..surgery._surgery import transplant
 from ..surgery._verify import compare
@@ -35,8 +35,9 @@ from ..util._files import write_text
 from ..util._isolation import isolated
 from ..util._networks import tensors_by_module, unwrapped, without_garbage_collection
 from ..util._plots import BEFORE, KEPT, finished, new_figure, without_mathematics
-from ._cost import CostModel
+from ._cost import cost_model
 from ._latency import Timing
+from ._risk import AtRisk, at_risk
 
 
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
@@ -246,22 +247,80 @@ class Plan:
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
-    @torch.inference_mode(False)
-    def masked(self, model: nn.Module) -> _Masked:
-        '''A separate network of the original shapes that computes what the pruned network will compute.
+    def at_risk(self, relevance: Relevance, count: int = 10) -> AtRisk:
+        '''Find channels to be removed that a single sample needs, and classes that lose more relevance than others.
 
-        It is built by zeroing what reads the removed channels, attributions included. It can be used in a ``with``
-        statement; ``model`` is never touched. A rule that ignores weights (``Flat``, ``WSquare``) inside the network
-        still spreads relevance over silent channels: use the pruned network for such composites.
+        The score of a channel is a mean over samples, so that a channel on which a single image depends may be removed.
+        Its share in the relevance of all channels of its group for this image can be compared across layers, since
+        relevance is conserved from layer to layer. The share of a class is never larger than that of its samples.
+
+        Parameters
+        ----------
+        relevance: Relevance
+            Relevance collected with ``exemplars=``.
+        count: int
+            The largest number of channels to return.
+
+        Returns
+        -------
+        AtRisk
+            ``.channels``, a list of :class:`~zennit_prune.planning.Risk`, and ``.classes``, a tensor of shape (classes,
+            groups), None where the samples had no classes. It prints as tables.
+
+        Raises
+        ------
+        PruneError
+            If relevance was collected without exemplars, or from another network.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> pruner = zp.Pruner(model, None, torch.ones(2, 3))
+        >>> relevance = pruner.collect((torch.randn(8, 3), torch.arange(8) % 2), exemplars=2, progress=False)
+        >>> found = zp.Plan(pruner.graph).remove('0', [1, 2]).at_risk(relevance)
+        >>> len(found.channels), found.classes.shape
+        (2, torch.Size([2, 1]))
+        '''
+        return at_risk(self.graph, self.removed, relevance, count)
+
+    @torch.inference_mode(False)
+    def masked(self, model: nn.Module) -> nn.Module:
+        '''Return a copy of the original in which the removed channels are silent.
+
+        It has the original's shapes and computes what the pruned network will compute. The slices of weights that read
+        a removed channel are zero, so that attributions are those of the pruned network, too. A rule that ignores
+        weights (``Flat``, ``WSquare``) inside the network still spreads relevance over silent channels: use the pruned
+        network for such composites.
 
         Parameters
         ----------
         model: torch.nn.Module
-            The traced network.
+            The traced network; it is left as it is.
+
+        Returns
+        -------
+        torch.nn.Module
+            An ordinary module of the same class, with the same training flags; it can be copied and pickled.
+
+        Raises
+        ------
+        PruneError
+            If ``model`` is not the network that was traced.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3))).remove('0', [1, 2])
+        >>> masked = plan.masked(model)
+        >>> masked[2].weight.shape, masked[2].weight[:, 1:3].abs().sum().item()
+        (torch.Size([2, 4]), 0.0)
         '''
-        masked = masked_copy(self.graph, self._checked_model(model), self.removed)
-        masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
-        return cast(_Masked, masked)
+        return masked_copy(self.graph, self._checked_model(model), self.removed)
 
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels: an ordinary, smaller network of the same class.
@@ -346,6 +405,18 @@ class Plan:
                                  f'{axis.length} indices along dimension {axis.dim}. Trace it again.')
         return model
 
+    def _misfit(self, network: nn.Module, pruned: bool = True) -> str:
+        '''Return how a network differs in shape from the pruned one, or from the original; '' if it does not.'''
+        found = dict(tensors_by_module(network))
+        kept = self.graph._kept(self.removed) if pruned else {}
+        for name, size in self.graph._recording.sizes.items():
+            stay = kept.get(name, {})
+            shape = tuple(len(stay[dim]) if dim in stay else length for dim, length in enumerate(size.shape))
+            if name not in found or tuple(found[name].shape) != shape:
+                has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
+                return f'{name!r} {has}, but {shape} stays by the plan' if pruned else f'{name!r} {has}, not {shape}'
+        return ''
+
     # files
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write the plan as JSON.'''
@@ -409,18 +480,18 @@ class Plan:
     def _tables(self) -> tuple[Table, list[str]]:
         '''The groups, and lines on the whole network.'''
         rows: list[tuple[Any, ...]] = []
-        stability = {} if self.reliability is None else self.reliability.groups
+        reliability = {} if self.reliability is None else self.reliability.groups
         for group in self.graph.groups:
             gone = len(self.removed.get(group.name, ()))
-            agreement = [f'{stability[group.name]:.2f}' if group.name in stability else ''] if stability else []
-            rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *agreement))
-        costs = CostModel(self.graph)
+            halves = [f'{reliability[group.name]:.2f}' if group.name in reliability else ''] if reliability else []
+            rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *halves))
+        costs = cost_model(self.graph)
         counts = costs.counts(self.removed)
         totals = []
         for unit in ('flops', 'params', 'channels'):
             before, after = costs(unit, 0 * counts), costs(unit, counts)
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
-        header = ('group', 'channels', 'left', 'share', *['stability'] * bool(stability))
+        header = ('group', 'channels', 'left', 'share', *['reliability'] * bool(reliability))
         notes = [str(note) for note in (self.timing, self.reliability) if note is not None]
         return (header, rows), [*totals, *notes]
 
@@ -459,24 +530,24 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
         If that exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16); it names the first wrong
         layer.
     '''
-    return compare(plan.graph, plan._checked_model(model), unwrapped(small), plan.removed, example)
+    model, small = checked_pair('verify(model, small, plan, example)', model, small, plan)
+    return compare(plan.graph, plan._checked_model(model), small, plan.removed, example)
 
 
-if TYPE_CHECKING:
-    _Network = nn.Module
-else:
-    _Network = object  # the class of the network is joined to it at run time
+def checked_pair(call: str, model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    '''Return the networks inside two modules; refuse arguments in another order than that of ``call``.'''
+    checked_plan(call, plan)
+    model, small = unwrapped(model), unwrapped(small)
+    if plan.removed and not plan._misfit(model) and not plan._misfit(small, pruned=False):
+        raise PruneError('the networks are given in the other order: the first one has the shapes of the pruned '
+                         f'network, the second one those of the original. The order is {call}: the original first.')
+    return model, small
 
 
-class _Masked(_Network):
-    '''Lets a masked network be used in a ``with`` statement.'''
-
-    def __enter__(self) -> _Masked:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        return None
+def checked_plan(call: str, plan: Plan) -> None:
+    '''Refuse anything but a plan in the place of the plan.'''
+    if not isinstance(plan, Plan):
+        raise PruneError(f'a Plan is needed, not a {type(plan).__name__}: the order of arguments is {call}.')
 
 
 def _plotted(plan: Plan, path: str | os.PathLike[str] | None = None) -> Any:

@@ -14,7 +14,7 @@ from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, keeps
 from ..util._files import read_tensors, write_tensors
 from ..util._networks import modules_by_name, unique_tensors, unwrapped
-from ._plan import Plan
+from ._plan import Plan, checked_plan
 
 FORMAT = 'zennit_prune network'
 
@@ -37,21 +37,26 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
         If ``small`` is not what ``plan`` makes of the original, or the extra state of a module is not made of numbers,
         texts, lists and dicts.
     '''
+    checked_plan('save(small, plan, path)', plan)
     small = unwrapped(small)
+    _check_path(path, 'save(small, plan, path)')
     tensors = unique_tensors(small)
-    kept = plan.graph._kept(plan.removed)
     shapes = {name: list(size.shape) for name, size in plan.graph._recording.sizes.items()}
-    for name, shape in shapes.items():
-        expected = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape)]
-        if name not in tensors or list(tensors[name].shape) != expected:
-            has = list(tensors[name].shape) if name in tensors else 'missing'
-            raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
-                             f'{expected}.')
+    tied = (f'{name!r} is shared with another module' for name in shapes if name not in tensors)
+    misfit = plan._misfit(small) or next(tied, '')
+    if misfit:
+        raise PruneError(f'this network was not made by this plan: {misfit}. Give what plan.apply(model) returned.')
     metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
                 'group_sizes': json.dumps(plan.graph._group_sizes),
                 'attributes': json.dumps([[*item] for item in plan.graph._attributes(plan.removed).items()]),
                 'extra_states': json.dumps(_extra_states(small))}
     write_tensors(path, tensors, metadata, FORMAT)
+
+
+def _check_path(path: Any, call: str) -> None:
+    '''Refuse anything but a path in the place of the path.'''
+    if not isinstance(path, (str, os.PathLike)):
+        raise PruneError(f'a path is needed, not a {type(path).__name__}: the order of arguments is {call}.')
 
 
 def _keeps_extra_state(module: nn.Module) -> bool:
@@ -96,6 +101,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     PruneError
         If the file is something else, or was saved from a network of another architecture.
     '''
+    _check_path(path, 'load(model, path)')
     model = unwrapped(model)
     data, metadata = read_tensors(path, FORMAT)
     try:

@@ -41,7 +41,7 @@ class Left(BaseException):
     '''Raised in a network that nobody waits for any more.'''
 
 
-class Walk(CallCounter):
+class Lockstep(CallCounter):
     '''One forward pass, from stop to stop.
 
     Parameters
@@ -65,7 +65,7 @@ class Walk(CallCounter):
         self._error: BaseException | None = None
         self._left = False
         self._go, self._there = Semaphore(0), Semaphore(0)
-        self._thread_of_walk = Thread(target=self._run, args=(network, inputs), daemon=True)
+        self._thread_of_run = Thread(target=self._run, args=(network, inputs), daemon=True)
         self._started = False
 
     def _run(self, network: nn.Module, inputs: Any) -> None:
@@ -101,7 +101,7 @@ class Walk(CallCounter):
             self._go.release()
         else:
             self._started = True
-            self._thread_of_walk.start()
+            self._thread_of_run.start()
         self._there.acquire()
         if self._error is not None:
             raise self._error
@@ -112,4 +112,4 @@ class Walk(CallCounter):
         self._left = True
         self._go.release()
         if self._started:
-            self._thread_of_walk.join()
+            self._thread_of_run.join()

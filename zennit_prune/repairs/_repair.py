@@ -21,19 +21,19 @@ from tqdm.auto import tqdm
 from zennit.types import BatchNorm
 
 from ..errors import PruneError, PruneWarning
-from ..planning._plan import Plan
+from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
-from ..surgery._surgery import Kept
 from ..tracing._parametrized import copy_values, plain
 from ..util._loaders import batch_size
-from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
+from ..util._networks import copied, device_of, map_tensors, tensors_in
+from ..util._options import unknown
 from ._chunks import Chunk, Inputs, wide
-from ._lockstep import Walk
+from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes
 from ._regression import RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
-from ._trial import objection
+from ._trial import holdout_check
 
 FEW = 16  # inputs: fewer do not tell statistics alone
 DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
@@ -66,7 +66,7 @@ def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
             norm.running_var.copy_(variance)
 
 
-def settle(network: nn.Module, chunks: Sequence[Any]) -> None:
+def update_batchnorm_statistics(network: nn.Module, chunks: Sequence[Any]) -> None:
     '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.
 
     From few inputs, those it has keep a share: a refitted layer returns much what it did before.
@@ -105,52 +105,84 @@ LARGEST = 1536  # features that are solved for at once; a layer with more is ref
 PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
 
 
-def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str = 'refit',
+def checked_method(method: Any, option: str = 'method') -> str:
+    '''Return the name of a method of repair; refuse any other, with the nearest one.'''
+    if method not in METHODS:
+        raise unknown(option, method, METHODS)
+    return method
+
+
+def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str = 'refit',
            progress: bool = True) -> nn.Module:
     '''Repair a pruned network with a few unlabelled inputs.
 
     Parameters
     ----------
+    model: torch.nn.Module
+        The original network; it is left as it is.
     small: torch.nn.Module
         The pruned network; it is left as it is.
-    model: torch.nn.Module
-        The original.
     plan: Plan
-        What was removed from it.
-    data: torch.Tensor or iterable
-        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice; equal ones
-        count once. Pictures are also mirrored and moved. Activations of one layer are held for all of them, so that of
-        large inputs as many are used as fit into 4 GiB, about.
+        The plan by which ``small`` was pruned.
+    data: torch.Tensor, dict or iterable
+        Inputs, or a loader of batches; labels are ignored. At most 1,024 inputs are used, a uniform subset beyond that;
+        duplicates are dropped. Images are also mirrored and shifted. The activations of one layer are held for all
+        inputs, so that fewer inputs are used where these would take more than about 4 GiB.
     method: str
-        ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
-        inputs that were held out keeps its weights. ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the
-        statistics of BatchNorm are estimated anew. ``'none'``: a copy.
-        Where the inputs do not show clearly that it helps, a repair is tried with three quarters of them (of fewer than
-        32, with others each time): if it brings the outputs for the rest further from the original's, the network is
-        left as it is, with a warning.
+        ``'refit'``: every layer is refitted by ridge regression, with the ridge chosen by cross-validation over inputs;
+        a layer that a refit does not improve on held-out inputs keeps its weights. ``'bias'``: biases compensate for
+        the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew. ``'none'``: a copy.
     progress: bool
         Show a progress bar on standard error.
 
     Returns
     -------
     torch.nn.Module
-        A new network. Refitted, it is good at what the inputs show: a warning says if they show few of the classes.
+        A new network of the same class and shapes as ``small``.
 
     Raises
     ------
     PruneError
-        If the networks do not fit the plan or the inputs, or there is no input.
+        If the networks do not fit the plan or the inputs, are given in the other order, or there is no input; for an
+        unknown method.
+
+    Warns
+    -----
+    PruneWarning
+        If the inputs show fewer than half of the classes that the network tells apart; if nothing could be repaired;
+        if the repair brings the outputs for held-out inputs further from the original's, in which case it is left out.
+
+    Notes
+    -----
+    Unless the inputs show clearly that it helps, a repair is tried with three quarters of them and judged by the rest;
+    with fewer than 32 inputs, every quarter judges once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(64, 3)
+    >>> plan = zp.Plan(zp.trace(model, x)).remove('0', [0, 1, 2])
+    >>> small = plan.apply(model)
+    >>> better = zp.repair(model, small, plan, x, progress=False)
+    >>> bool((better(x) - model(x)).square().mean() < (small(x) - model(x)).square().mean())
+    True
     '''
-    return repaired(small, model, plan, data, method, progress, True)
+    return repaired(model, small, plan, data, method, progress, True)
 
 
-def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
+def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
              classes_matter: bool = False) -> nn.Module:
-    '''The same; whether it warns of classes that the inputs do not show is up to the caller.'''
-    if method not in METHODS:
-        raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
-    small, model = unwrapped(small), plan._checked_model(model)
-    _check_made_by(plan.graph._kept(plan.removed), small, model)
+    '''Repair a pruned network as :func:`repair` does; warn of classes that the inputs lack only if they matter.'''
+    checked_method(method)
+    model, small = checked_pair('repair(model, small, plan, data)', model, small, plan)
+    model = plan._checked_model(model)
+    misfit = plan._misfit(small)
+    if misfit:
+        raise PruneError(f'the pruned network is not what the plan makes of the original: {misfit}. Give what '
+                         'plan.apply(model) returned.')
     device = device_of(small)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         result = copied(small)
@@ -163,7 +195,7 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
 
         def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
             network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
-            fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
+            fitted = method != 'batchnorm' and _refit(_widened(model), network, targets, plan, chunks, method, progress)
             if not fitted:
                 reestimate(network, [chunk.inputs for chunk in chunks])
             return network.eval(), fitted
@@ -178,7 +210,7 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
                 return result
             if lacking:
                 warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=3)
-        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: fitted_to(chosen)[0])
+        problem = holdout_check(_widened(model), _widened(small), network, inputs, lambda chosen: fitted_to(chosen)[0])
         if problem:
             warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
             return result
@@ -189,29 +221,18 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
     return result
 
 
-def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
-    found = dict(tensors_by_module(small))
-    for name, tensor in unique_tensors(model).items():
-        stay = kept.get(name, {})
-        shape = tuple(len(stay[dim]) if dim in stay else size for dim, size in enumerate(tensor.shape))
-        if name not in found or found[name].shape != shape:
-            has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
-            raise PruneError(f'the pruned network is not what the plan makes of the original: {name!r} {has}, but '
-                             f'{shape} stays by the plan. Give what plan.apply(model) returned.')
-
-
 def _widened(network: nn.Module) -> nn.Module:
     return plain(copied(network), freely=True)._apply(wide).eval()
 
 
 def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
     '''The bytes that are held for an input in the middle of a refit, about: in both networks, three times.'''
-    walk = Walk(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
+    run = Lockstep(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
                 {layer.site for target in targets for layer in target.layers})
     most = 1
     try:
         for target in targets:
-            stop = walk.next()
+            stop = run.next()
             if stop is None:
                 break
             held = [stop.value, *(call.input for call in stop.calls.values())]
@@ -219,24 +240,24 @@ def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) ->
             for layer in target.layers:
                 stop.calls.pop(layer.site, None)
     finally:
-        walk.leave()
+        run.leave()
     return 6 * most
 
 
-def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
+def _refit(model: nn.Module, small: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
            method: str, progress: bool) -> bool:
     '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
     deletion = Deletion(plan.graph._removed_labels(plan.removed))
     parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
-    walks: list[tuple[Walk, Walk]] = []
+    runs: list[tuple[Lockstep, Lockstep]] = []
     found, changed, ridge = False, False, 0.1
     try:
         for chunk in chunks:
-            walks.append((Walk(model, chunk.inputs, sites), Walk(small, chunk.inputs, sites, wanted)))
+            runs.append((Lockstep(model, chunk.inputs, sites), Lockstep(small, chunk.inputs, sites, wanted)))
         for target in tqdm(targets, method, disable=not progress, leave=False):
-            views = [View(target, pair, chunk.folds) for pair, chunk in zip(walks, chunks)]
+            views = [View(target, pair, chunk.folds) for pair, chunk in zip(runs, chunks)]
             layers = [Layer(small, layer, [view.calls[number] for view in views], parameters)
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
@@ -252,19 +273,19 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
                     _apply(change, pieces, views)
                     changed, ridge = True, change.ridge
     finally:
-        for pair in walks:
-            for walk in pair:
-                walk.leave()
+        for pair in runs:
+            for run in pair:
+                run.leave()
     if changed:
-        settle(small, [chunk.inputs for chunk in chunks if not chunk.varied])
+        update_batchnorm_statistics(small, [chunk.inputs for chunk in chunks if not chunk.varied])
     return found
 
 
 class View:
     '''A target and its layers as one chunk of inputs shows them.'''
 
-    def __init__(self, target: Target, walks: tuple[Walk, Walk], folds: torch.Tensor):
-        before, after = (walk.next() for walk in walks)
+    def __init__(self, target: Target, runs: tuple[Lockstep, Lockstep], folds: torch.Tensor):
+        before, after = (run.next() for run in runs)
         if before is None or after is None or not before.site == after.site == target.site \
                 or any(layer.site not in after.calls for layer in target.layers):
             raise PruneError(f'the network does not run as it was traced: {target.site.function!r} in '

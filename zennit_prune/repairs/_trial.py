@@ -74,8 +74,8 @@ MANY = 32  # inputs: a fit to so many that leaves less than half of their error 
 PARTS = 4  # one of them is held out at a time
 
 
-def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: Inputs,
-              repaired: Callable[[torch.Tensor], nn.Module]) -> str:
+def holdout_check(model: nn.Module, small: nn.Module, network: nn.Module, inputs: Inputs,
+                  repaired: Callable[[torch.Tensor], nn.Module]) -> str:
     '''What speaks against a repair, nothing if it helps.
 
     Where the answer is not clear from the inputs that the network was repaired with, or they are few, the repair is
@@ -84,8 +84,8 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
 
     Parameters
     ----------
-    network, small, model: torch.nn.Module
-        The repaired network, the one without repair and the original, all of the same type.
+    model, small, network: torch.nn.Module
+        The original, the pruned network and the repaired one, all of the same type.
     inputs: Inputs
         What it was repaired with.
     repaired: callable

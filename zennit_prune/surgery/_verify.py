@@ -1,10 +1,12 @@
 '''Hold a pruned network against the masked original, on numbers.'''
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -77,21 +79,27 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
         raise VerificationError('the masked original returns values that are not finite on Gaussian noise, so nothing '
                                 'can be compared. Check the weights, or pass verify=False: the structural proof is '
                                 'made all the same.')
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, outputs))
-    error = difference / (max(float(tensor.abs().max()) for tensor in expected) or 1.0)
+    error = _difference(expected, outputs) / (max(float(tensor.abs().max()) for tensor in expected) or 1.0)
     dtype = expected[0].dtype
     allowed = TOLERANCE.get(dtype, 1e-4)
     if not error <= allowed:
         with torch.no_grad(), evaluating(masked):
             again = _values(masked, args, kwargs)
-        if max(float((a - b).abs().max()) for a, b in zip(expected, again)) > 0:
+        if _difference(expected, again) > 0:
             raise VerificationError('the network returns other values at each call (it draws random numbers in '
                                     'evaluation mode), so numbers cannot be compared: pass verify=False, the '
                                     'structural proof is made all the same.')
         where = _first_wrong(graph, masked, small, removed, args, kwargs, allowed)
-        raise VerificationError(f'the pruned network differs from the masked original by {error:.3g} of the largest '
-                                f'output ({dtype}, allowed {allowed:g}); the first layer that differs is {where}.')
+        how = f'differs from the masked original by {error:.3g} of the largest output ({dtype}, allowed {allowed:g})'
+        if not math.isfinite(error):
+            how = 'returns values that are not finite, which the masked original does not'
+        raise VerificationError(f'the pruned network {how}; the first layer that differs is {where}.')
     return error
+
+
+def _difference(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
+    '''Return the largest absolute difference of any tensors, NaN where any value is NaN.'''
+    return float(np.max([float((a - b).abs().max()) for a, b in zip(expected, outputs)]))
 
 
 def _values(network: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
