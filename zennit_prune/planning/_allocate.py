@@ -87,8 +87,8 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     counts = _put_back(costs, budget.unit, limit, removed(high), owner[:high], step[:high])
     finest = min(savings[number] * math.lcm(round_to or 1, graph.groups[number].step) for number in orders)
     if limit - costs(budget.unit, counts) >= finest:
-        closer, taken = _closer(costs, budget.unit, limit, removed(low), owner, step, low)
-        counts = _put_back(costs, budget.unit, limit, closer, owner[taken], step[taken])
+        closer, added = _closer(costs, budget.unit, limit, removed(low), owner, step, low)
+        counts = _put_back(costs, budget.unit, limit, closer, owner[added], step[added])
     return {graph.groups[number].name: sorted(orders[number][:int(counts[number])].tolist())
             for number in np.flatnonzero(counts).tolist()}
 
@@ -101,11 +101,11 @@ def _put_back(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.
     removal only adds to the cost.
     '''
     full: set[int] = set()
-    for number, taken in zip(owner[::-1].tolist(), step[::-1].tolist()):
+    for number, lost in zip(owner[::-1].tolist(), step[::-1].tolist()):
         if number not in full:
-            counts[number] -= taken
+            counts[number] -= lost
             if costs(unit, counts) > limit:
-                counts[number] += taken
+                counts[number] += lost
                 full.add(number)
     return counts
 
@@ -114,21 +114,21 @@ def _closer(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.fl
             step: npt.NDArray[np.float64], first: int) -> tuple[npt.NDArray[np.float64], list[int]]:
     '''Approach the limit from above with the steps after ``first``, then cross it with the step that saves the least.
 
-    Of the further steps, in order, those are taken that leave the cost above the limit.
+    Further steps are added in order as long as they leave the cost above the limit.
 
     Returns
     -------
     (numpy.ndarray, list of int)
-        How many channels each group loses, and the numbers of the steps that were taken.
+        How many channels each group loses, and the numbers of all steps that were added.
     '''
-    taken = list(range(first))
+    added = list(range(first))
     too_much: dict[int, int] = {}  # for each group, the first step that saves too much
     for place in range(first, len(owner)):
         number = int(owner[place])
         if number not in too_much:
             counts[number] += step[place]
             if costs(unit, counts) > limit:
-                taken.append(place)
+                added.append(place)
             else:
                 counts[number] -= step[place]
                 too_much[number] = place
@@ -138,7 +138,7 @@ def _closer(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.fl
 
     last = max((number for number in too_much if left(number) <= limit), key=left)
     counts[last] += step[too_much[last]]
-    return counts, [*taken, too_much[last]]
+    return counts, [*added, too_much[last]]
 
 
 def check_reachable(graph: ChannelGraph, budget: Budget, min_channels: int | None = None, min_share: float = 0.0,

@@ -1,4 +1,4 @@
-'''What a network costs: parameters, floating-point operations, bytes; and budgets.'''
+'''The cost of a network (parameters, floating-point operations, bytes, channels), and budgets.'''
 from __future__ import annotations
 
 import math
@@ -163,7 +163,7 @@ class Budget:
         amounts = (flops, params, bytes, channels, latency, latency_fraction)
         given = {name: value for name, value in zip(BUDGETS, amounts) if value is not None}
         if len(given) != 1:
-            raise PruneError(f'{ONE_UNIT} (given: {given or "nothing, all are None"}).')
+            raise PruneError(f'{ONE_UNIT} (given: {given or ", ".join(f"{name}=None" for name in BUDGETS)}).')
         (self.name, value), = given.items()
         self.unit = self.name.removesuffix('_fraction')
         self.value = _checked_amount(self.name, value)

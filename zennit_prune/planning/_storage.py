@@ -1,4 +1,4 @@
-'''One file for a pruned network: tensors, and the plan as JSON; no code.'''
+'''Save and load a pruned network: one file with tensors and the plan as JSON, and no code.'''
 from __future__ import annotations
 
 import json
@@ -20,22 +20,34 @@ FORMAT = 'zennit_prune network'
 
 
 def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
-    '''Write a pruned network.
+    '''Write a pruned network to a file.
 
     Parameters
     ----------
     small: torch.nn.Module
-        What ``plan.apply`` returned, trained further or not.
+        The network that ``plan.apply`` returned, trained further or not.
     plan: Plan
-        The plan it was pruned by.
+        The plan by which it was pruned.
     path: path-like
-        A safetensors file. It appears when it is complete.
+        A safetensors file; it appears when it is complete.
 
     Raises
     ------
     PruneError
         If ``small`` is not what ``plan`` makes of the original, or the extra state of a module is not made of numbers,
         texts, lists and dicts.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     zp.save(plan.apply(model), plan, f'{folder}/small.safetensors')
+    ...     os.listdir(folder)
+    ['small.safetensors']
     '''
     checked_plan('save(small, plan, path)', plan)
     small = unwrapped(small)
@@ -60,11 +72,12 @@ def _check_path(path: Any, call: str) -> None:
 
 
 def _keeps_extra_state(module: nn.Module) -> bool:
+    '''Return whether a module has an extra state.'''
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _extra_states(small: nn.Module) -> dict[str, Any]:
-    '''What ``get_extra_state`` of modules returns, by their names.'''
+    '''Return the extra states of modules (``get_extra_state``) by their names, after a check that JSON holds them.'''
     found: dict[str, Any] = {}
     for name, module in modules_by_name(small):
         if _keeps_extra_state(module):
@@ -82,24 +95,40 @@ def _extra_states(small: nn.Module) -> dict[str, Any]:
 
 @torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    '''Narrow a copy of a freshly built original and fill it with what :func:`save` wrote.
+    '''Read a pruned network that :func:`save` wrote.
 
     Parameters
     ----------
     model: torch.nn.Module
-        The unpruned network, built anew; its values do not matter. It is not changed.
+        The unpruned network, built anew; its values do not matter. It is left as it is: a copy is narrowed and filled.
     path: path-like
         The file.
 
     Returns
     -------
     torch.nn.Module
-        The pruned network, on the device of ``model``, with the types of the file.
+        The pruned network, on the device of ``model``, with the floating-point types of the file.
 
     Raises
     ------
     PruneError
         If the file is something else, or was saved from a network of another architecture.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> def build():
+    ...     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> model, x = build(), torch.ones(2, 3)
+    >>> plan = zp.Plan(zp.trace(model, x), {'0': [1, 2]})
+    >>> small = plan.apply(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     zp.save(small, plan, f'{folder}/small.safetensors')
+    ...     loaded = zp.load(build(), f'{folder}/small.safetensors')
+    >>> torch.equal(loaded(x), small(x))
+    True
     '''
     _check_path(path, 'load(model, path)')
     model = unwrapped(model)

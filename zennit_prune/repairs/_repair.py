@@ -1,11 +1,9 @@
 '''Keep the accuracy of a pruned network without labels, gradients or epochs.
 
-Layer by layer, in the order of the forward pass, least squares refits the weights so that each target (see
-``targets.py``) is what it was in the original network, on reference inputs, fed with what the repaired layers before
-give. The solution is written into the layer and its BatchNorm, whose statistics become those of the new weights, so
-that training can go on.
-
-The statistics of BatchNorm, from inputs.
+Layer by layer, in the order of the forward pass, the weights are refitted by least squares on reference inputs, so that
+each target (see ``_targets.py``) gets the value that it has in the original network. Each layer reads what the repaired
+layers before it return. The solution is written into the layer and its BatchNorm, whose statistics become those of the
+new weights, so that training can go on.
 '''
 from __future__ import annotations
 
@@ -35,18 +33,18 @@ from ._regression import RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
 from ._trial import holdout_check
 
-FEW = 16  # inputs: fewer do not tell statistics alone
-DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
+FEW = 16  # with fewer inputs, the old statistics keep a share
+DEAD = 1e-4  # a channel is left as it is where its BatchNorm scales it by less than this share of the largest factor
 
 
 def norms_of(network: nn.Module) -> list[Any]:
-    '''Every BatchNorm that holds statistics.'''
+    '''Return every BatchNorm that holds statistics.'''
     return [module for module in network.modules() if isinstance(module, BatchNorm)
             and module.running_mean is not None]  # type: ignore[union-attr]
 
 
 def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
-    '''Estimate all statistics of BatchNorm anew.'''
+    '''Estimate all statistics of BatchNorm from inputs anew.'''
     norms = norms_of(network)
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     for norm in norms:
@@ -67,9 +65,9 @@ def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
 
 
 def update_batchnorm_statistics(network: nn.Module, chunks: Sequence[Any]) -> None:
-    '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.
+    '''Set the statistics of every BatchNorm to those of its inputs, and its weight and bias so that its outputs stay.
 
-    From few inputs, those it has keep a share: a refitted layer returns much what it did before.
+    With few inputs, the old statistics keep a share: a refitted layer returns nearly the values that it did before.
     '''
     sums: dict[Any, list[Any]] = {}
 
@@ -99,10 +97,10 @@ def update_batchnorm_statistics(network: nn.Module, chunks: Sequence[Any]) -> No
         norm.bias.copy_(shift + scale * norm.running_mean)
 
 
-MEMORY = 4 * 2 ** 30  # bytes for activations; of inputs that would take more, some are used
+MEMORY = 4 * 2 ** 30  # bytes for activations: fewer inputs are used where these would take more
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
-LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
-PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
+LARGEST = 1536  # the most features that are solved for at once; a layer with more is refitted block by block
+PER_FEATURE, ENOUGH = 64, 16384  # positions are thinned out as long as so many samples remain
 
 
 def checked_method(method: Any, option: str = 'method') -> str:
@@ -226,7 +224,7 @@ def _widened(network: nn.Module) -> nn.Module:
 
 
 def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
-    '''The bytes that are held for an input in the middle of a refit, about: in both networks, three times.'''
+    '''Estimate the bytes that a refit holds for one input: three copies of activations in both networks.'''
     run = Lockstep(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
                 {layer.site for target in targets for layer in target.layers})
     most = 1
@@ -246,7 +244,7 @@ def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) ->
 
 def _refit(model: nn.Module, small: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
            method: str, progress: bool) -> bool:
-    '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
+    '''Refit all layers in the order of the forward pass; return whether there was any that can be refitted.'''
     deletion = Deletion(plan.graph._removed_labels(plan.removed))
     parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
@@ -282,7 +280,17 @@ def _refit(model: nn.Module, small: nn.Module, targets: Sequence[Target], plan: 
 
 
 class View:
-    '''A target and its layers as one chunk of inputs shows them.'''
+    '''The values of a target and the calls of its layers, for one chunk of inputs.
+
+    Attributes
+    ----------
+    value, wanted: torch.Tensor
+        The target in the pruned network and in the original.
+    folds: torch.Tensor
+        The fold of each input.
+    calls: list of LayerCall
+        The calls of the layers, in the pruned network.
+    '''
 
     def __init__(self, target: Target, runs: tuple[Lockstep, Lockstep], folds: torch.Tensor):
         before, after = (run.next() for run in runs)
@@ -295,7 +303,7 @@ class View:
         self.calls = [after.calls.pop(layer.site) for layer in target.layers]
 
     def narrow(self, kept: Mapping[int, Any]) -> None:
-        '''Leave only the channels that stay in what is wanted; given is whether each does, by dimension.'''
+        '''Remove channels from the wanted value; ``kept`` says which stay, by dimension.'''
         for dim, mask in kept.items():
             if self.wanted.shape[dim] == len(mask):
                 stay = torch.from_numpy(mask.nonzero()[0]).to(self.wanted.device)
@@ -330,22 +338,23 @@ class Layer:
         return self.calls[0].channel_dim
 
     def add(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        '''Change what the layer contributes to its target.'''
+        '''Add to the weights and the bias of the layer, in units of its target.'''
         scale = torch.where(self.alive, self.scale, 1).view(-1, *[1] * (weight.dim() - 1))
         self.weight += (weight / scale).to(self.weight)
         if bias is not None:
             self.bias += bias.to(self.bias)
 
 
-Piece = tuple[Layer, slice]  # some input channels of each group of a layer
+Piece = tuple[Layer, slice]  # a layer, and some input channels of each of its groups
 
 
 def _samples(call: LayerCall) -> int:
+    '''Return the number of positions of a layer's output, over all inputs.'''
     return call.shape.numel() // call.shape[call.channel_dim]
 
 
 def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int) -> tuple[slice, ...]:
-    '''The positions to take in each direction of space: neighbours show much the same.
+    '''Return the positions to use in each direction of space: neighbours show nearly the same.
 
     Each chunk starts elsewhere, so that all alignments with the strides of layers are seen.
     '''
@@ -362,7 +371,7 @@ def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int
 
 
 def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
-    '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
+    '''Yield the layers that are solved for at once: all of a target, or parts of one where these are too large.'''
     features = [layer.weight[0].numel() for layer in layers]
     groups = max(layer.groups for layer in layers)
     if (all(layer.groups in (1, groups) for layer in layers)
@@ -377,6 +386,7 @@ def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
 
 
 def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...], guess: float) -> Change | None:
+    '''Solve for the change of some layers that brings a target closest to the wanted value; None if none helps.'''
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
     samples = sum(map(_samples, pieces[0][0].calls))
@@ -388,14 +398,14 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
 
     basis: torch.Tensor | None = None
-    if samples < width:  # what no sample shows cannot be learnt
+    if samples < width:  # directions that no sample shows cannot be learnt
         every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
         basis = torch.linalg.qr(torch.cat(every, 2))[0]
     moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
     for position, view in enumerate(views):
         call = pieces[0][0].calls[position]
         errors = view.wanted - view.value
-        for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
+        for layer, _ in pieces if ridges else ():  # weights that BatchNorm scales to nothing are not to grow
             errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
         errors = call.outputs(errors, groups, thinned[position])
         read = features(position) if ridges else errors[:, :, :0]
@@ -413,7 +423,7 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
 
 
 def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> None:
-    '''Write a change into the layers and into the targets of all chunks.'''
+    '''Write a change into the layers, and its effect into the targets of all chunks.'''
     start = 0
     bias: torch.Tensor | None = change.bias.flatten()
     for layer, channels in pieces:

@@ -57,7 +57,7 @@ def warn_of_changed_statistics(operations: Iterable[Operation], gone: npt.NDArra
                           for site in kept_by_norms(operations, gone))
     if norms:
         warnings.warn(f'LayerNorm runs over channels that are removed (in {some(norms)}): its mean and variance are '
-                      'those of the surviving channels now, so the network changes by more than the removal. It is '
+                      'those of the remaining channels now, so the network changes by more than the removal. It is '
                       'exact against the original with these statistics. Measure it, and repair or train it.',
                       PruneWarning, stacklevel=3)
 

@@ -1,4 +1,4 @@
-'''Hold a pruned network against the masked original, on numbers.'''
+'''Compare the outputs of a pruned network with those of the masked original.'''
 from __future__ import annotations
 
 import math
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    '''Evaluation mode inside, every module's own training flag restored after.'''
+    '''Put a network into evaluation mode inside the context; every module's own training flag is restored after.'''
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -40,15 +40,17 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
 
     Parameters
     ----------
-    graph, removed:
-        The channels that were removed.
+    graph: Channels
+        The removable channels of the original.
+    removed: mapping of str to sequence of int
+        The removed positions by the name of the group.
     model, small: torch.nn.Module
-        The original and the pruned network; neither is changed.
+        The original and the pruned network; both are left as they are.
     example: torch.Tensor, tuple, dict or Example
         Floating-point tensors in it are replaced by seeded Gaussian noise of their shape; others are used as they are.
         The global random state is not touched.
     seed: int
-        For the noise.
+        The seed of the noise.
 
     Returns
     -------
@@ -103,14 +105,14 @@ def _difference(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor
 
 
 def _values(network: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    '''The floating-point tensors a network returns, empty ones left out.'''
+    '''Return the floating-point tensors that a network returns, without empty ones.'''
     advance()
     tensors = output_tensors(network(*args, **kwargs))
     return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
 
 def noise(example: Example, seed: int) -> tuple[Any, Any]:
-    '''The example's arguments with Gaussian noise for every floating-point tensor.'''
+    '''Return the example's arguments with Gaussian noise in place of every floating-point tensor.'''
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,7 +125,7 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
 
 def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
-    '''The first module, in execution order, whose surviving output channels differ.'''
+    '''Name the first module, in execution order, whose remaining output channels differ.'''
     deletion = Deletion(graph._removed_labels(removed))
     seen = [_module_outputs(network, args, kwargs) for network in (masked, small)]
     for key, tensors in graph._recording.runs['eval'].outputs.items():
@@ -139,6 +141,7 @@ def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: 
 
 
 def _module_outputs(network: nn.Module, args: Any, kwargs: Any) -> dict[tuple[str, int], list[torch.Tensor]]:
+    '''Return the output tensors of every call of every module, by the module's name and the number of the call.'''
     outputs: dict[tuple[str, int], list[torch.Tensor]] = {}
     names = {module: name for name, module in network.named_modules()}
     calls = dict.fromkeys(names.values(), 0)
