@@ -228,7 +228,7 @@ def test_files_that_are_no_sweeps(pruner: zp.Pruner, text: str, tmp_path: Path) 
     ({'budgets': [zp.Budget(flops=0.5), zp.Budget(params=0.5)]}, 'one unit.*flops, params'),
     ({'budgets': [0.5]}, r'one unit.*0\.5'),
     ({'checkpoint': '/nowhere/sweep.json'}, 'there is no folder'),
-    ({'repairs': ['none', 'refitt']}, "repairs: 'refitt' is unknown, use some of 'refit'"),
+    ({'repairs': ['none', 'refitt']}, "repairs='refitt' is unknown: use one of 'refit'"),
     ({'criteria': ['l1', 'luck']}, "criteria: 'luck' is unknown, use some of 'relevance'"),
 ])
 def test_calls_that_make_no_sense(pruner: zp.Pruner, changes: dict[str, Any], message: str) -> None:

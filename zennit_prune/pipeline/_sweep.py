@@ -27,7 +27,6 @@ from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ..util._options import unknown
 from ..util._plots import needed
 from ._pruner import NAMED, Criterion, Pruner
 from ._result import evaluated
@@ -288,7 +287,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     _several('repairs', repairs)
     for one in criteria.values():
         if not (callable(one) or isinstance(one, Relevance)) and one not in NAMED:
-            raise unknown('criteria', one, NAMED)
+            raise PruneError(f'criteria: {one!r} is unknown, use some of {", ".join(map(repr, NAMED))}.')
     for method in repairs:
         checked_method(method, 'repairs')
     _several('seeds', seeds)
