@@ -183,7 +183,7 @@ def measure(case: Case) -> dict[str, Any]:
             reasons = Counter(reason for reason in graph.locked.values())
             return {**row, 'refusal': f'nothing is in reach: {reasons.most_common(1)[0][0]}'}
         generator = np.random.default_rng(0)
-        plan = zp.Plan(graph, {group.name: group.in_turn(generator.random(group.size))[
+        plan = zp.Plan(graph, {group.name: group.order_by_block(generator.random(group.size))[
             :group.size // group.step // 2 * group.step].tolist() for group in graph.groups})
         small = plan.apply(model, verify=False)
         row['seconds'] = time.process_time() - start

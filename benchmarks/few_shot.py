@@ -129,7 +129,7 @@ def measured(cases: Sequence[Case]) -> Iterator[tuple[Case, dict[str, float]]]:
     small = plan.apply(network)
     for each in cases:
         start = time.process_time()
-        repaired = zp.repair(small, network, plan, images, each.repair, progress=False)
+        repaired = zp.repair(network, small, plan, images, each.repair, progress=False)
         passed = time.process_time() - start
         yield each, {'accuracy': accuracy(repaired), 'scores': seconds, 'repair': passed,
                      'memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}

@@ -263,4 +263,4 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def drawn_of(group: zp.ChannelGroup, random: np.random.Generator, count: int) -> list[int]:
     '''Random channels of a group, at most ``count``, equally many of each of its blocks.'''
-    return group.in_turn(random.random(group.size))[: count // group.step * group.step].tolist()
+    return group.order_by_block(random.random(group.size))[: count // group.step * group.step].tolist()

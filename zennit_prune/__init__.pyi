@@ -34,7 +34,6 @@ from .planning import Budget as Budget
 from .planning import Cost as Cost
 from .planning import LatencyTable as LatencyTable
 from .planning import Plan as Plan
-from .planning import Risk as Risk
 from .planning import cost as cost
 from .planning import latency as latency
 from .planning import load as load

@@ -84,7 +84,7 @@ def test_run_does_what_the_library_does(here: Path) -> None:
     batch = torch.stack([every[number][0] for number in drawn]), torch.tensor([every[number][1] for number in drawn])
     relevance = pruner.collect(batch, progress=False)
     assert dict(pruner.plan(relevance, zp.Budget(flops=0.5)).removed) == dict(plan.removed)
-    expected = zp.repair(plan.apply(network), network, plan, batch[0], 'refit', progress=False)
+    expected = zp.repair(network, plan.apply(network), plan, batch[0], 'refit', progress=False)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], value)
     with torch.no_grad():

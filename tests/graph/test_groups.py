@@ -16,7 +16,7 @@ from zennit.composites import EpsilonPlus
 
 import zennit_prune as zp
 from zennit_prune.pipeline._checkpoint import filled
-from zennit_prune.planning._carry import carried_back, carried_on
+from zennit_prune.planning._carry import scores_for_original, values_for_plan
 from zennit_prune.planning._cost import CostModel
 from zennit_prune.planning._latency import LatencyModel
 
@@ -155,12 +155,12 @@ def test_values_and_scores_are_carried_block_by_block() -> None:
     earlier = zp.Plan(graph, {'into': [0, 5, 11], 'mix': [1, 11, 12]})
     later = earlier.remove('into', [1, 4, 8])
     small = earlier.apply(model)
-    smaller = filled(graph._narrowed(model, later.removed), carried_on(earlier, later, small))
+    smaller = filled(graph._narrowed(model, later.removed), values_for_plan(earlier, later, small))
     expected = later.apply(model).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in smaller.state_dict().items())
     narrow = zp.trace(small, x())
     scores = zp.Relevance({group.name: torch.arange(group.size).double() for group in narrow.groups})
-    found = carried_back(earlier, narrow, scores)['into']
+    found = scores_for_original(earlier, narrow, scores)['into']
     kept = [position for position in range(12) if position not in (0, 5, 11)]
     assert found[kept].tolist() == list(range(9)) and (found[[0, 5, 11]] < -1e29).all()
 
@@ -228,7 +228,8 @@ def test_groups_of_transposed_convolutions(name: str, dim: int) -> None:
         assert 'one output channel a group' in graph.locked['up.bias']
         return
     again = zp.trace(small, x)
-    later = zp.Plan(again, {group.name: group.in_turn(rng.random(group.size))[:group.step] for group in again.groups})
+    later = zp.Plan(again, {group.name: group.order_by_block(rng.random(group.size))[:group.step]
+                            for group in again.groups})
     both = plan.compose(later)
     assert apart(both.apply(model)(x), later.apply(small)(x)) <= 1e-12
 

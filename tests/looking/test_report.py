@@ -296,12 +296,12 @@ def test_channels_at_risk(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, coll
     zp.report(pruner, plan, collected, path=tmp_path / 'report.html', references=(images(8), labels(8)),
               class_names=['ant', 'bee', 'cow', 'dog'], progress=False)
     page = Page(tmp_path / 'report.html')
-    for risk in zp.risky(plan, collected, 3):
+    for risk in plan.at_risk(collected, 3).channels:
         name = ['ant', 'bee', 'cow', 'dog'][risk.class_]
         assert f'{risk.group}, channel {risk.channel}' in page.text
         assert f"{risk.value:.0%} of the group's relevance for reference {risk.sample} ({name})" in page.text
     assert page.text.count('removed Relevance') == min(5, sum(map(len, plan.removed.values())))
-    assert any(f'loses most: {value:.0%}' in page.text for value in zp.class_losses(plan, collected).mean(1).tolist())
+    assert any(f'loses most: {value:.0%}' in page.text for value in plan.at_risk(collected).classes.mean(1).tolist())
 
 
 @pytest.mark.parametrize('order', ['reversed', 'shuffled', 'fewer', 'vectors'])

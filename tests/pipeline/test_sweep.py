@@ -104,7 +104,7 @@ def test_relevance_that_is_there_and_options(pruner: zp.Pruner) -> None:
 def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def repair(small: nn.Module, model: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool) -> nn.Module:
+    def repair(model: nn.Module, small: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool) -> nn.Module:
         given.append((method, data is LOADER, model is pruner.model, plan.apply(model) is not small))
         repaired = chain()
         return repaired
@@ -117,7 +117,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
 
 
 def test_evaluate_may_do_what_it_likes_to_its_network(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda small, *_, **__: small)
+    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda model, small, *_, **__: small)
     before = snapshot(pruner.model)
 
     def spoil(model: nn.Module) -> float:
@@ -228,7 +228,7 @@ def test_files_that_are_no_sweeps(pruner: zp.Pruner, text: str, tmp_path: Path) 
     ({'budgets': [zp.Budget(flops=0.5), zp.Budget(params=0.5)]}, 'one unit.*flops, params'),
     ({'budgets': [0.5]}, r'one unit.*0\.5'),
     ({'checkpoint': '/nowhere/sweep.json'}, 'there is no folder'),
-    ({'repairs': ['none', 'refitt']}, "repairs: 'refitt' is unknown, use some of 'refit'"),
+    ({'repairs': ['none', 'refitt']}, "repairs='refitt' is unknown: use one of 'refit'"),
     ({'criteria': ['l1', 'luck']}, "criteria: 'luck' is unknown, use some of 'relevance'"),
 ])
 def test_calls_that_make_no_sense(pruner: zp.Pruner, changes: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from zennit_prune.planning._cost import CostModel
 
 OPTIONS = st.fixed_dictionaries({
     'min_channels': st.integers(1, 4),
-    'floor': st.sampled_from([0.0, 0.1, 0.34, 0.5]),
+    'min_share': st.sampled_from([0.0, 0.1, 0.34, 0.5]),
     'round_to': st.sampled_from([None, 1, 2, 3, 4]),
     'per_cost': st.booleans(),
 })
@@ -47,7 +47,7 @@ def skewed(pruner: zp.Pruner, seed: int) -> zp.Relevance:
 
 def ladder(group: zp.ChannelGroup, blocks: int, options: dict[str, Any]) -> list[int]:
     '''How many channels may be left of a group, descending; equally many of each block.'''
-    least = max(options['min_channels'], math.ceil(options['floor'] * group.size - 1e-9))
+    least = max(options['min_channels'], math.ceil(options['min_share'] * group.size - 1e-9))
     step = options['round_to'] or 1
     return [group.size, *(left for left in range(group.size - 1, 0, -1)
                           if left >= least and left % step == 0 and left % blocks == 0)]
@@ -110,12 +110,29 @@ def assert_nearest(error: zp.PruneError, pruner: zp.Pruner, scores: zp.Relevance
         pruner.plan(scores, zp.Budget(**{unit: amount - 1}), **options)
 
 
+@pytest.mark.parametrize('unit', UNITS)
+@pytest.mark.parametrize(('factor', 'inner_first'), [(1.2, True), (0.8, False)])
+def test_savings_are_divided_among_the_layers_that_produce_a_channel(unit: str, factor: float,
+                                                                           inner_first: bool) -> None:
+    '''The score of a stream is a mean over the layers that add to it, and so is what its channels save.'''
+    pruner, costs = traced('residual')
+    names = ['stem', 'block1.conv1']
+    producers = [len(pruner.graph.group(name).layers('producer')) for name in names]
+    assert producers[0] >= 2 and producers[1] == 1
+    whole, (stream, inner) = costs(unit, 0 * costs.sizes), (costs(unit, costs.counts({name: [0]})) for name in names)
+    scores = {'stem': factor * (whole - stream) / producers[0], 'block1.conv1': whole - inner}
+    relevance = zp.Relevance({name: torch.full((pruner.graph.group(name).size,), score, dtype=torch.float64)
+                              for name, score in scores.items()})
+    plan = pruner.plan(relevance, zp.Budget(**{unit: stream / whole}))  # what one channel of the stream saves
+    assert ('block1.conv1' in plan.removed) == inner_first
+
+
 def test_what_was_removed_first_is_put_back_too() -> None:
     '''The cheap group goes first, whole; the last channel of the dear one leaves room for some of it.'''
     pruner, costs = traced('fat')
     scores = zp.Relevance({'0': torch.arange(1, 41).double(), '2': torch.arange(1, 61) / 1e6})
     for share in np.linspace(0.1, 0.5, 25).tolist():
-        plan = pruner.plan(scores, zp.Budget(params=share), floor=0.05, per_cost=False)
+        plan = pruner.plan(scores, zp.Budget(params=share), min_share=0.05, per_cost=False)
         removed = np.array([len(plan.removed.get(group.name, ())) for group in pruner.graph.groups])
         whole = costs('params', 0 * removed)
         assert removed[0]

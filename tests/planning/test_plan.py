@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
+import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import zennit_prune as zp
-from zennit_prune.planning._cost import CostModel
+from zennit_prune.planning._allocate import check_reachable
+from zennit_prune.planning._cost import cost_model
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
 
@@ -104,13 +108,43 @@ def test_budgets_of_no_or_several_or_unknown_units(amount: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(
     ('value', 'limit'),
-    [(0.5, 50), (0.999, 99.9), (np.float32(0.5), 50), (np.float64(0.25), 25), (2, 2), (70, 70), (np.int64(70), 70)],
+    [(0.5, 500), (0.999, 999), (np.float32(0.5), 500), (np.float64(0.25), 250), (200, 200), (np.int64(700), 700),
+     (2e2, 200), (np.float32(700), 700)],
 )
 def test_budgets_of_fractions_and_amounts(value: Any, limit: float) -> None:
     for unit in UNITS:
         budget = zp.Budget(**{unit: value})
         assert budget.unit == unit
-        assert budget.limit(100) == pytest.approx(limit)
+        assert budget.limit(1000) == pytest.approx(limit)
+
+
+@pytest.mark.parametrize('value', [2, 70, np.int64(70), 70.0])
+def test_budgets_of_few_channels_or_parameters(value: Any) -> None:
+    for budget in (zp.Budget(channels=value), zp.Budget(params=value)):
+        assert budget.limit(1000) == value and not budget.is_fraction
+
+
+@pytest.mark.parametrize('value', [70, 70.0, np.int64(70), np.float64(70)])
+@pytest.mark.parametrize('unit', ['flops', 'bytes', 'latency_fraction'])
+def test_budgets_in_per_cent_are_refused(unit: str, value: Any) -> None:
+    with pytest.raises(zp.PruneError, match=rf'Budget\({unit}=.*70.*did you mean 0\.7\?'):
+        zp.Budget(**{unit: value})
+
+
+def test_channels_and_parameters_in_per_cent_are_refused_where_they_cannot_be_meant() -> None:
+    pruner = zp.Pruner(chain(), None, images())
+    with pytest.raises(zp.PruneError, match=r'leaves the network as it is.*did you mean 0\.7\?'):
+        pruner.plan(scores(pruner.graph), zp.Budget(channels=70))
+    with pytest.raises(zp.PruneError, match=r'out of reach.*did you mean 0\.4\?'):
+        pruner.plan(scores(pruner.graph), zp.Budget(params=40))
+
+
+@pytest.mark.parametrize(('name', 'nearest'), [('flop', 'flops'), ('param', 'params'), ('latency_part', 'latency')])
+def test_unknown_units_name_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(zp.PruneError, match=f"'{name}' is unknown.*did you mean '{nearest}"):
+        zp.Budget(**{name: 0.5})
+    with pytest.raises(TypeError):
+        zp.Budget(0.5)  # type: ignore[misc]
 
 
 def scores(graph: zp.ChannelGraph, seed: int = 0) -> zp.Relevance:
@@ -148,14 +182,14 @@ def cost_of(
 ) -> float:
     if unit == 'channels':
         return sum(group.size for group in (graph or plan.graph).groups) - (counts(plan).sum() if plan else 0)
-    return CostModel(plan.graph)(unit, counts(plan)) if predicted else getattr(zp.cost(model, x), unit)
+    return cost_model(plan.graph)(unit, counts(plan)) if predicted else getattr(zp.cost(model, x), unit)
 
 
 @pytest.mark.parametrize('net', NETS)
 def test_predicted_cost_is_the_cost_of_the_pruned_network(net: str) -> None:
     model, x = NETS[net](), images()
     graph = zp.trace(model, x)
-    costs = CostModel(graph)
+    costs = cost_model(graph)
     for seed in range(8):
         plan = drawn(graph, seed)
         small = zp.cost(plan.apply(model, verify=False), x)
@@ -200,10 +234,10 @@ def test_limits_are_kept(net: str) -> None:
     budget = zp.Budget(flops=0.8)
     for options in (
         {'min_channels': 3},
-        {'floor': 0.5},
+        {'min_share': 0.5},
         {'round_to': 2},
         {'round_to': 3, 'min_channels': 2},
-        {'floor': 0.34, 'round_to': 2},
+        {'min_share': 0.34, 'round_to': 2},
         {'per_cost': False},
     ):
         plan = pruner.plan(relevance, budget, **options)
@@ -211,7 +245,7 @@ def test_limits_are_kept(net: str) -> None:
             gone = len(plan.removed.get(group.name, ()))
             left = group.size - gone
             assert left >= min(options.get('min_channels', 1), group.size)
-            assert left >= math.ceil(options.get('floor', 0) * group.size - 1e-9)
+            assert left >= math.ceil(options.get('min_share', 0) * group.size - 1e-9)
             assert not gone or left % options.get('round_to', 1) == 0
         assert zp.cost(plan.apply(model, verify=False), x).flops <= 0.8 * zp.cost(model, x).flops
 
@@ -222,9 +256,9 @@ def test_limits_are_kept(net: str) -> None:
         ({'min_channels': 0}, 'min_channels=0'),
         ({'min_channels': True}, 'min_channels=True'),
         ({'min_channels': 1.5}, 'min_channels=1.5'),
-        ({'floor': -0.1}, 'floor=-0.1'),
-        ({'floor': 1.1}, 'floor=1.1'),
-        ({'floor': float('nan')}, 'floor=nan'),
+        ({'min_share': -0.1}, 'min_share=-0.1'),
+        ({'min_share': 1.1}, 'min_share=1.1'),
+        ({'min_share': float('nan')}, 'min_share=nan'),
         ({'round_to': 0}, 'round_to=0'),
         ({'round_to': 1.5}, 'round_to=1.5'),
     ],
@@ -246,12 +280,50 @@ def test_lowest_scores_go_first() -> None:
 def test_budget_out_of_reach_names_the_nearest() -> None:
     pruner = zp.Pruner(chain(), None, images())
     relevance = scores(pruner.graph)
-    for options in ({}, {'min_channels': 4}, {'floor': 0.7}):
+    for options in ({}, {'min_channels': 4}, {'min_share': 0.7}):
         with pytest.raises(zp.PruneError, match='out of reach') as error:
             pruner.plan(relevance, zp.Budget(params=0.001), **options)
         nearest = int(str(error.value).split('original (')[1].split(' of ')[0].replace(',', ''))
         plan = pruner.plan(relevance, zp.Budget(params=nearest), **options)
         assert zp.cost(plan.apply(pruner.model), images()).params == nearest
+
+
+@pytest.mark.parametrize('options', [{}, {'min_channels': 4}, {'min_share': 0.7}, {'round_to': 4}])
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('unit', UNITS)
+def test_what_is_out_of_reach_is_known_from_the_graph(net: str, unit: str, options: dict[str, Any]) -> None:
+    '''It is refused with the same words without scores, and nothing that can be planned is refused.'''
+    pruner = zp.Pruner(NETS[net](), None, images())
+    for share in (0.02, 0.5, 0.9):
+        budget = zp.Budget(**{unit: share})
+        said = []
+        for act in (lambda budget=budget: pruner.plan(scores(pruner.graph), budget, **options),
+                    lambda budget=budget: check_reachable(pruner.graph, budget, **options)):
+            try:
+                act()
+                said.append('')
+            except zp.PruneError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+        assert not said[0] or ('out of reach' in said[0] and f'min_share={options.get("min_share", 0.0)}' in said[0])
+
+
+def test_a_budget_for_groups_without_scores_is_out_of_reach() -> None:
+    pruner = zp.Pruner(chain(), None, images())
+    check_reachable(pruner.graph, zp.Budget(params=0.3))
+    for act in (lambda: check_reachable(pruner.graph, zp.Budget(params=0.3), names=['2']),
+                lambda: pruner.plan(zp.Relevance({'2': torch.rand(5)}), zp.Budget(params=0.3))):
+        with pytest.raises(zp.PruneError, match='out of reach'):
+            act()
+
+
+def test_the_cost_model_of_a_graph_is_made_once() -> None:
+    first, second = (zp.trace(chain(), images()) for _ in range(2))
+    assert cost_model(first) is cost_model(first) is not cost_model(second)
+    graph = weakref.ref(first)
+    del first
+    gc.collect()
+    assert graph() is None
 
 
 def test_budget_that_holds_already_is_an_error() -> None:
@@ -567,13 +639,12 @@ def test_masked_networks_are_separate_networks_of_the_class() -> None:
     assert not {id(tensor) for tensor in masked.state_dict(keep_vars=True).values()} & {
         id(tensor) for tensor in model.state_dict(keep_vars=True).values()
     }
-    with plan.masked(model) as inside:
-        assert torch.equal(inside(images()), masked(images()))
-    with pytest.raises(ZeroDivisionError), plan.masked(model):
-        raise ZeroDivisionError
-    twin = copy.deepcopy(masked)
-    twin.load_state_dict(masked.state_dict())
-    assert torch.equal(twin(images()), masked(images()))
+    assert type(masked) is Residual and not hasattr(masked, '__enter__')
+    for twin in (copy.deepcopy(masked), pickle.loads(pickle.dumps(masked))):
+        assert type(twin) is Residual
+        assert torch.equal(twin(images()), masked(images()))
+        twin.load_state_dict(masked.state_dict())
+        assert torch.equal(twin(images()), masked(images()))
     assert [m.training for m in plan.masked(model.train()).modules()] == [m.training for m in model.modules()]
     assert torch.equal(zp.Plan(plan.graph).masked(model.eval())(images()), model(images()))
 

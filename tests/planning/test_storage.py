@@ -278,6 +278,26 @@ def test_a_network_that_the_plan_does_not_make_is_not_saved(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parameters_that_were_tied_after_pruning_are_not_saved(tmp_path: Path) -> None:
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [0], '2': [0]})
+    small = plan.apply(model)
+    small[2].bias = small[0].bias
+    with pytest.raises(zp.PruneError, match=r"not made by this plan: '2\.bias' is shared"):
+        zp.save(small, plan, tmp_path / 'small.safetensors')
+
+
+def test_arguments_in_another_order_are_refused(tmp_path: Path) -> None:
+    small, plan = pruned('chain')
+    path = tmp_path / 'small.safetensors'
+    for act in (lambda: zp.save(small, path, plan), lambda: zp.save(path, small, plan)):  # type: ignore[arg-type]
+        with pytest.raises(zp.PruneError, match=r'is needed, not a .*save\(small, plan, path\)'):
+            act()
+    with pytest.raises(zp.PruneError, match=r'a path is needed, not a Sequential.*load\(model, path\)'):
+        zp.load(path, chain())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left_behind_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, plan = pruned('chain')
     target = tmp_path / 'small.safetensors'

@@ -459,6 +459,40 @@ def test_weights_that_are_not_finite_do_not_verify() -> None:
     assert isinstance(plan.apply(model, verify=False), nn.Sequential)
 
 
+class TwoHeads(nn.Module):
+    '''One stem, two outputs.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 3), nn.Conv2d(6, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.stem(x).relu()
+        return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('layer', ['first', 'second'])
+def test_a_pruned_network_that_is_not_finite_does_not_verify(layer: str, value: float) -> None:
+    '''In whichever of several outputs: no comparison with a NaN is true.'''
+    model = seeded(TwoHeads())
+    plan = zp.Plan(zp.trace(model, images())).remove('stem', [0, 4])
+    small = plan.apply(model)
+    with torch.no_grad():
+        small.get_submodule(layer).bias[0] = value
+    with pytest.raises(zp.VerificationError, match=f"not finite.*the first layer that differs is '{layer}'"):
+        zp.verify(model, small, plan, images())
+
+
+def test_the_other_order_does_not_verify() -> None:
+    model, plan = planned('residual')
+    small = plan.apply(model)
+    with pytest.raises(zp.PruneError, match=r'other order.*verify\(model, small, plan, example\): the original first'):
+        zp.verify(small, model, plan, images())
+    with pytest.raises(zp.PruneError, match=r'a Plan is needed, not a Tensor.*verify\(model, small, plan, example\)'):
+        zp.verify(model, small, images(), plan)  # type: ignore[arg-type]
+
+
 def test_verify_is_repeatable_and_quiet() -> None:
     model, plan = planned('residual')
     small = plan.apply(model)

@@ -129,8 +129,9 @@ def test_classes_are_bounded_and_optional(monkeypatch: pytest.MonkeyPatch) -> No
     relevance = pruner().collect(data(), exemplars=2, initial=torch.sigmoid, progress=False)
     assert relevance.exemplars is not None and relevance.exemplars.classes == []
     plan = zp.Plan(pruner().graph, {'stem': [0]})
-    with pytest.raises(zp.PruneError, match='no classes'):
-        zp.class_losses(plan, relevance)
+    found = plan.at_risk(relevance)
+    assert found.classes is None and found.rows == () and len(found.channels) == 1
+    assert 'class' in str(found).splitlines()[0] and 'lost on average' not in str(found)
 
 
 @pytest.mark.parametrize('criterion', ['taylor', 'gradient', 'activation'])
@@ -159,26 +160,33 @@ def test_images_of_other_sizes_are_refused() -> None:
 
 
 # --- what a plan puts at risk
-def test_risky_channels_and_losses_by_class() -> None:
+def test_channels_and_classes_at_risk() -> None:
     relevance = collected()
     assert relevance.exemplars is not None
     plan = zp.Plan(pruner().graph, {'stem': [0, 3], 'block2.conv1': [1, 2, 5]})
-    found = zp.risky(plan, relevance, 3)
+    both = plan.at_risk(relevance, 3)
+    found, losses = both.channels, both.classes
     everything = {(name, channel): float(relevance.exemplars.shares[name][channel])
                   for name, channels in plan.removed.items() for channel in channels}
     assert [(risk.group, risk.channel) for risk in found] == sorted(everything, key=lambda key: -everything[key])[:3]
     assert [risk.value for risk in found] == sorted(everything.values(), reverse=True)[:3]
-    losses = zp.class_losses(plan, relevance)
-    assert losses.shape == (3, 3)
+    assert losses is not None and losses.shape == (3, 3)
+    assert both.rows == tuple(relevance.exemplars.classes) and both.columns == tuple(relevance.exemplars.by_class)
+    shown = str(both)
+    assert f'{found[0].group}  ' in shown and f'{found[0].value:.0%}' in shown
+    assert f'{losses.mean(1).max():.0%}' in shown and f'{losses.max():.0%}' in shown
+    assert 'lost on average' in both._repr_html_()
     for row in range(3):
         for column, name in enumerate(relevance.exemplars.by_class):
             means = relevance.exemplars.by_class[name][row]
             assert float(losses[row, column]) == pytest.approx(
                 float(means[list(plan.removed.get(name, ()))].sum() / means.sum()))
     with pytest.raises(zp.PruneError, match='without exemplars'):
-        zp.risky(plan, pruner().collect(data(), progress=False))
+        plan.at_risk(pruner().collect(data(), progress=False))
     with pytest.raises(zp.PruneError, match='another network'):
-        zp.risky(zp.Plan(zp.trace(chain(), images()), {'0': [0]}), relevance)
+        zp.Plan(zp.trace(chain(), images()), {'0': [0]}).at_risk(relevance)
+    with pytest.raises(zp.PruneError, match='a Relevance is needed'):
+        plan.at_risk(relevance.exemplars)  # type: ignore[arg-type]
 
 
 # --- receptive fields

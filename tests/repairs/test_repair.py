@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import TMonitor
 
 import zennit_prune as zp
-from zennit_prune.repairs import _lockstep as walk
+from zennit_prune.repairs import _lockstep as lockstep
 from zennit_prune.repairs._chunks import Inputs
-from zennit_prune.repairs._repair import ENOUGH, METHODS, _thinning, repair, settle
+from zennit_prune.repairs._repair import ENOUGH, METHODS, _thinning, repair, update_batchnorm_statistics
 from zennit_prune.repairs._targets import LayerCall
 
 Build = Callable[[], nn.Module]
@@ -227,7 +227,7 @@ def test_recoverable(name: str) -> None:
     model = seeded(build().double())
     plan = duplicated(model, zp.trace(model, draw(2, 0)), group, removed)
     small = plan.apply(model)
-    repaired = repair(small, model, plan, draw(200, 1), progress=False)
+    repaired = repair(model, small, plan, draw(200, 1), progress=False)
     unseen = draw(50, 2)
     assert apart(small(unseen), model(unseen)) > 1e-3
     assert apart(repaired(unseen), model(unseen)) <= 1e-6
@@ -242,7 +242,7 @@ def test_projections_of_attention_are_refitted(module: bool) -> None:
     weight = (lambda network: network.attend.in_proj_weight) if module else (lambda network: network.qkv)
     with torch.no_grad():
         weight(small).mul_(0.9)
-    repaired = repair(small, model, plan, tokens(200, 1), progress=False)
+    repaired = repair(model, small, plan, tokens(200, 1), progress=False)
     assert apart(weight(repaired), weight(model)) < 1e-6
 
 
@@ -262,7 +262,7 @@ def test_networks_and_data_are_left_as_they_are(method: str) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.3
     before, kept = (snapshot(model), snapshot(small)), x.clone()
-    result = repair(small, model, plan, x, method, progress=False)
+    result = repair(model, small, plan, x, method, progress=False)
     assert same(before[0], snapshot(model)) and same(before[1], snapshot(small)) and torch.equal(x, kept)
     assert type(result) is type(small)
     assert not {id(tensor) for tensor in small.parameters()} & {id(tensor) for tensor in result.parameters()}
@@ -302,14 +302,14 @@ def test_error_in_the_middle_of_a_network(who: str, calls: int, method: str) -> 
     if who == 'model' and method == 'batchnorm':
         return
     with pytest.raises(zp.PruneError, match=r'inputs of shape \[\(\d+, 3, 8, 8\)\].*the fuse blew'):
-        repair(small, model, plan, images(120), method, progress=False)
+        repair(model, small, plan, images(120), method, progress=False)
     assert same(before[0], snapshot(model)) and same(before[1], snapshot(small))
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan, small, x = setting()
     before = snapshot(model), snapshot(small)
-    ordinary, calls = walk.Walk.next, []
+    ordinary, calls = lockstep.Lockstep.next, []
 
     def interrupted(self: Any) -> Any:
         calls.append(self)
@@ -317,15 +317,15 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return ordinary(self)
 
-    monkeypatch.setattr(walk.Walk, 'next', interrupted)
+    monkeypatch.setattr(lockstep.Lockstep, 'next', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        repair(small, model, plan, x, progress=False)
+        repair(model, small, plan, x, progress=False)
     assert same(before[0], snapshot(model)) and same(before[1], snapshot(small))
 
 
-def test_interrupted_while_the_walks_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_the_networks_start(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan, small, x = setting()
-    ordinary, calls = walk.Walk.__init__, []
+    ordinary, calls = lockstep.Lockstep.__init__, []
 
     def interrupted(self: Any, *args: Any) -> None:
         calls.append(self)
@@ -333,9 +333,9 @@ def test_interrupted_while_the_walks_start(monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
         ordinary(self, *args)
 
-    monkeypatch.setattr(walk.Walk, '__init__', interrupted)
+    monkeypatch.setattr(lockstep.Lockstep, '__init__', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        repair(small, model, plan, torch.cat([x] * 4), progress=False)
+        repair(model, small, plan, torch.cat([x] * 4), progress=False)
 
 
 def test_network_that_catches_everything_is_left_too() -> None:
@@ -349,7 +349,7 @@ def test_network_that_catches_everything_is_left_too() -> None:
     model = seeded(Net(run, first=nn.Conv2d(3, 6, 3), second=nn.Conv2d(6, 5, 3), fc=nn.Linear(80, 4)))
     plan = zp.Plan(zp.trace(model, images()), {'first': [1]})
     with pytest.raises(zp.PruneError):
-        repair(plan.apply(model), model, plan, [images(4), images(4, 9)], progress=False)
+        repair(model, plan.apply(model), plan, [images(4), images(4, 9)], progress=False)
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -359,7 +359,7 @@ def test_equal_inputs_give_equal_results(method: str) -> None:
     for mode in (torch.no_grad(), torch.enable_grad(), torch.inference_mode(),
                  torch.autocast('cpu', torch.bfloat16)):
         with mode:
-            results.append(repair(small, model, plan, x, method, progress=False))
+            results.append(repair(model, small, plan, x, method, progress=False))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result.state_dict().values(), results[0].state_dict().values()))
     for result in results:
@@ -369,8 +369,8 @@ def test_equal_inputs_give_equal_results(method: str) -> None:
 @pytest.mark.parametrize('dtype,tolerance', [(torch.float16, 2e-2), (torch.bfloat16, 1e-1), (torch.float32, 1e-4)])
 def test_type_is_kept_and_hardly_matters(dtype: torch.dtype, tolerance: float) -> None:
     model, plan, small, x = setting()
-    wanted = repair(small.double(), model.double(), plan, x.double(), progress=False)
-    found = repair(small.to(dtype), model.to(dtype), plan, x.to(dtype), progress=False)
+    wanted = repair(model.double(), small.double(), plan, x.double(), progress=False)
+    found = repair(model.to(dtype), small.to(dtype), plan, x.to(dtype), progress=False)
     assert [tensor.dtype for tensor in found.parameters()] == [dtype] * len(list(found.parameters()))
     assert found.bn.running_var.dtype == dtype and found.bn.num_batches_tracked.dtype == torch.int64
     assert apart(found(x.to(dtype)).double(), wanted(x.double())) < tolerance
@@ -383,7 +383,7 @@ def test_batch_norm_states_what_it_reads(build: Build) -> None:
     model, x = seeded(build()), images(60)
     plan = half_removed(zp.trace(model, images()))
     small = plan.apply(model)
-    repaired = repair(small, model, plan, x, progress=False)
+    repaired = repair(model, small, plan, x, progress=False)
     read: dict[str, torch.Tensor] = {}
     handles = [module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].detach()}))
                for name, module in repaired.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -415,7 +415,7 @@ def test_statistics_do_not_change_what_is_returned() -> None:
     _, _, small, x = setting()
     with torch.no_grad():
         before = small(x)
-        settle(small.double(), [x.double()])
+        update_batchnorm_statistics(small.double(), [x.double()])
         assert apart(small(x.double()), before) < 1e-5
 
 
@@ -424,7 +424,7 @@ def test_batch_norm_that_hardly_scales_stays_quiet() -> None:
     with torch.no_grad():
         small.block1.bn2.weight[1] = model.block1.bn2.weight[plan.graph._kept(plan.removed)['block1.bn2.weight'][0][1]
                                                              ] = 1e-9
-    repaired = repair(small, model, plan, x, progress=False)
+    repaired = repair(model, small, plan, x, progress=False)
     assert float(repaired.block1.conv2.weight.detach().abs().max()) < 100
     assert error(repaired, model, images(40, seed=2)) < error(small, model, images(40, seed=2))
 
@@ -436,7 +436,7 @@ def test_batch_norm_without_factors() -> None:
     plan = duplicated(model, zp.trace(model, images(dtype=torch.float64)), '0', [2])
     small = plan.apply(model)
     x = images(300, dtype=torch.float64)
-    assert apart(repair(small, model, plan, x, progress=False)(x), model(x)) < 1e-6
+    assert apart(repair(model, small, plan, x, progress=False)(x), model(x)) < 1e-6
 
 
 # 5: data
@@ -451,14 +451,14 @@ def batched(x: torch.Tensor) -> dict[str, Any]:
 def test_batches_do_not_matter(method: str, kind: str) -> None:
     model, plan, small, _ = setting()
     model, small, x = model.double(), small.double(), images(23, dtype=torch.float64)
-    wanted = repair(small, model, plan, x, method, progress=False)
-    found = repair(small, model, plan, batched(x)[kind], method, progress=False)
+    wanted = repair(model, small, plan, x, method, progress=False)
+    found = repair(model, small, plan, batched(x)[kind], method, progress=False)
     assert apart(found(x), wanted(x)) < 1e-6
 
 
 def test_labels_are_ignored() -> None:
     model, plan, small, x = setting()
-    a, b = (repair(small, model, plan, (x, torch.full((len(x),), label)), progress=False) for label in (0.0, 3.0))
+    a, b = (repair(model, small, plan, (x, torch.full((len(x),), label)), progress=False) for label in (0.0, 3.0))
     assert all(torch.equal(*pair) for pair in zip(a.state_dict().values(), b.state_dict().values()))
 
 
@@ -476,9 +476,9 @@ def test_several_inputs(wrap: Callable[[torch.Tensor], Any]) -> None:
     small = plan.apply(model)
     if pair:  # a batch of two tensors is inputs and labels
         with pytest.raises(zp.PruneError, match='does not run with inputs of shape'):
-            repair(small, model, plan, wrap(x), progress=False)
+            repair(model, small, plan, wrap(x), progress=False)
         return
-    repaired = repair(small, model, plan, wrap(x), progress=False)
+    repaired = repair(model, small, plan, wrap(x), progress=False)
     with torch.no_grad():
         y, z = images(40, seed=1), images(40, seed=2)
         wanted, found, before = (network(y, z) for network in (model, repaired, small))
@@ -494,9 +494,9 @@ def test_any_number_of_inputs(count: int, method: str) -> None:
     small = plan.apply(model)
     if count == 1 and method == 'batchnorm':
         with pytest.raises(zp.PruneError, match='more than 1 value'):
-            repair(small, model, plan, images(count), method, progress=False)
+            repair(model, small, plan, images(count), method, progress=False)
         return
-    repaired = repair(small, model, plan, images(count), method, progress=False)
+    repaired = repair(model, small, plan, images(count), method, progress=False)
     assert all(torch.isfinite(tensor).all() for tensor in repaired.state_dict().values())
     if method == 'refit':
         assert error(repaired, model, images(50, seed=5)) < 1.5 * error(small, model, images(50, seed=5))
@@ -511,13 +511,24 @@ def test_any_number_of_inputs(count: int, method: str) -> None:
 def test_data_that_cannot_be_used(data: Any, text: str, method: str) -> None:
     model, plan, small, _ = setting()
     with pytest.raises(zp.PruneError, match=text):
-        repair(small, model, plan, data, method, progress=False)
+        repair(model, small, plan, data, method, progress=False)
 
 
 def test_unknown_method() -> None:
     model, plan, small, x = setting()
     with pytest.raises(zp.PruneError, match="method='lsq' is unknown: use one of 'refit', 'bias', 'batchnorm', 'none'"):
-        repair(small, model, plan, x, 'lsq')
+        repair(model, small, plan, x, 'lsq')
+    with pytest.raises(zp.PruneError, match=r"did you mean 'refit'\?"):
+        repair(model, small, plan, x, 'refitt')
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_the_other_order_is_refused(method: str) -> None:
+    model, plan, small, x = setting()
+    with pytest.raises(zp.PruneError, match=r'other order.*repair\(model, small, plan, data\): the original first'):
+        repair(small, model, plan, x, method, progress=False)
+    with pytest.raises(zp.PruneError, match=r'a Plan is needed, not a Tensor.*repair\(model, small, plan, data\)'):
+        repair(model, small, x, plan, method, progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -525,16 +536,16 @@ def test_networks_that_do_not_fit_the_plan(method: str) -> None:
     model, plan, small, x = setting()
     other = chain()
     with pytest.raises(zp.PruneError, match='not the network that was traced'):
-        repair(small, other, plan, x, method)
+        repair(other, small, plan, x, method)
     with pytest.raises(zp.PruneError, match='not the network that was traced'):
         repair(small, small, plan, x, method)
     with pytest.raises(zp.PruneError, match="not what the plan makes of the original: 'stem.weight' has shape "
                                             r'\(6, 3, 3, 3\), but \(3, 3, 3, 3\) stays by the plan'):
         repair(model, model, plan, x, method)
     with pytest.raises(zp.PruneError, match=r"'stem\.weight' is missing"):
-        repair(other, model, plan, x, method)
+        repair(model, other, plan, x, method)
     with pytest.raises(zp.PruneError, match=r'a torch\.nn\.Module is needed, not a str'):
-        repair('small', model, plan, x, method)  # type: ignore[arg-type]
+        repair(model, 'small', plan, x, method)  # type: ignore[arg-type]
 
 
 def test_path_that_depends_on_the_data_is_refused() -> None:
@@ -545,13 +556,13 @@ def test_path_that_depends_on_the_data_is_refused() -> None:
     model = seeded(Net(run, conv=nn.Conv2d(3, 6, 3), more=nn.Conv2d(6, 6, 3), fc=nn.Linear(6, 4)))
     plan = half_removed(zp.trace(model, images()))
     with pytest.raises(zp.PruneError, match="'conv2d' in 'more' was expected"):
-        repair(plan.apply(model), model, plan, images(4, 9), progress=False)
+        repair(model, plan.apply(model), plan, images(4, 9), progress=False)
 
 
 def test_wrapped_networks() -> None:
     model, plan, small, x = setting()
-    wanted = repair(small, model, plan, x, progress=False)
-    found = repair(nn.DataParallel(small), nn.DataParallel(model), plan, x, progress=False)
+    wanted = repair(model, small, plan, x, progress=False)
+    found = repair(nn.DataParallel(model), nn.DataParallel(small), plan, x, progress=False)
     assert type(found) is Residual and apart(found(x), wanted(x)) == 0
 
 
@@ -582,7 +593,7 @@ def test_weights_that_others_read_are_left_alone(run: Any, same_layer: nn.Module
     model = seeded(Net(run, stem=nn.Conv2d(3, 6, 3), same=same_layer, fc=nn.Linear(6, 4)))
     plan = half_removed(zp.trace(model, images()))
     small = plan.apply(model)
-    repaired = repair(small, model, plan, images(60), progress=False)
+    repaired = repair(model, small, plan, images(60), progress=False)
     assert torch.equal(repaired.same.weight, small.same.weight)
     assert not torch.equal(repaired.fc.weight, small.fc.weight)
     assert error(repaired, model, images(40, seed=2)) < error(small, model, images(40, seed=2))
@@ -596,7 +607,7 @@ def test_tied_embedding_is_left_alone() -> None:
     model = seeded(Net(run, embed=nn.Embedding(20, 8), up=nn.Linear(8, 12), down=nn.Linear(12, 8)))
     plan = zp.Plan(zp.trace(model, tokens(2, 0)), {'up': [0, 3, 5, 7]})
     small = plan.apply(model)
-    repaired = repair(small, model, plan, tokens(60, 1), progress=False)
+    repaired = repair(model, small, plan, tokens(60, 1), progress=False)
     assert torch.equal(repaired.embed.weight, model.embed.weight)
     assert not torch.equal(repaired.down.weight, small.down.weight)
 
@@ -611,7 +622,7 @@ def test_batch_norm_used_twice_is_left_alone() -> None:
     x = images(200, dtype=torch.float64)
     plan = duplicated(model, zp.trace(model, x[:2]), 'stem', [2])
     small = plan.apply(model)
-    assert apart(repair(small, model, plan, x, progress=False)(x), model(x)) < 1e-6
+    assert apart(repair(model, small, plan, x, progress=False)(x), model(x)) < 1e-6
 
 
 @pytest.mark.parametrize('normed', [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.spectral_norm])
@@ -624,7 +635,7 @@ def test_computed_weights_are_left_alone(normed: Any) -> None:
     graph = zp.trace(model, images())
     plan = zp.Plan(graph, {'stem': [0, 1]})
     small = plan.apply(model, verify=False)
-    repaired = repair(small, model, plan, images(60), progress=False)
+    repaired = repair(model, small, plan, images(60), progress=False)
     before = dict(small.computed.named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in repaired.computed.named_parameters())
     assert not torch.equal(repaired.plain.weight, small.plain.weight)
@@ -639,7 +650,7 @@ def test_computed_bias_is_left_alone() -> None:
     model = seeded(Net(run, stem=nn.Conv2d(3, 6, 3), next=nn.Conv2d(6, 6, 3), fc=nn.Linear(6, 4)).double())
     x = images(200, dtype=torch.float64)
     plan = duplicated(model, zp.trace(model, x[:2]), 'stem', [2])
-    repaired = repair(plan.apply(model), model, plan, x, progress=False)
+    repaired = repair(model, plan.apply(model), plan, x, progress=False)
     assert torch.equal(repaired.next.bias, model.next.bias)
     assert apart(repaired(x), model(x)) < 1e-6
 
@@ -653,7 +664,7 @@ def test_fixed_filters_are_left_alone() -> None:
     model.register_buffer('blur', torch.ones(6, 1, 2, 2))
     plan = half_removed(zp.trace(seeded(model), images()))
     small = plan.apply(model)
-    assert torch.equal(repair(small, model, plan, images(40), progress=False).blur, small.blur)
+    assert torch.equal(repair(model, small, plan, images(40), progress=False).blur, small.blur)
 
 
 @pytest.mark.parametrize('norm', [True, False])
@@ -670,7 +681,7 @@ def test_network_without_a_layer_that_can_be_refitted(norm: bool) -> None:
     if norm:
         small[1].running_mean += 3
     with pytest.warns(zp.PruneWarning, match='no layer that can be refitted') as caught:
-        result = repair(small, model, plan, x, progress=False)
+        result = repair(model, small, plan, x, progress=False)
     assert len(caught) == 1 and ('estimated anew' if norm else 'nothing was repaired') in str(caught[0].message)
     assert caught[0].filename == __file__
     if norm:
@@ -684,7 +695,7 @@ def test_statistics_that_mislead_are_left_out() -> None:
     model, plan, small, x = setting()
     few = x[:7] * 10.0 ** torch.arange(-3, 4).view(-1, 1, 1, 1)
     with pytest.warns(zp.PruneWarning, match='the repair is left out'):
-        assert equal(repair(small, model, plan, few, 'batchnorm', progress=False), small)
+        assert equal(repair(model, small, plan, few, 'batchnorm', progress=False), small)
 
 
 def test_batch_norm_of_a_single_value() -> None:
@@ -692,15 +703,15 @@ def test_batch_norm_of_a_single_value() -> None:
     plan = zp.Plan(zp.trace(model, torch.randn(2, 20)), {'0': [1]})
     small = plan.apply(model)
     with pytest.raises(zp.PruneError, match=r'cannot be estimated anew: .* give more inputs'):
-        repair(small, model, plan, torch.randn(1, 20), 'batchnorm', progress=False)
+        repair(model, small, plan, torch.randn(1, 20), 'batchnorm', progress=False)
     with pytest.warns(zp.PruneWarning, match='cannot be tried with 1 of the 2 inputs'):
-        assert equal(repair(small, model, plan, torch.randn(2, 20), 'batchnorm', progress=False), small)
+        assert equal(repair(model, small, plan, torch.randn(2, 20), 'batchnorm', progress=False), small)
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])
 def test_statistics_from_few_inputs_can_be_trained_with(count: int) -> None:
     model, plan, small, x = setting()
-    repaired = repair(small, model, plan, x[:count], progress=False)
+    repaired = repair(model, small, plan, x[:count], progress=False)
     for norm, before in zip(*([module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
                               for network in (repaired, small))):
         assert (norm.running_var > 0.5 * before.running_var).all()
@@ -710,7 +721,7 @@ def test_no_batch_norm_to_estimate() -> None:
     model = chain()
     plan = half_removed(zp.trace(model, images()))
     with pytest.warns(zp.PruneWarning, match='no BatchNorm with statistics: nothing was repaired'):
-        repair(plan.apply(model), model, plan, images(4), 'batchnorm')
+        repair(model, plan.apply(model), plan, images(4), 'batchnorm')
 
 
 @pytest.mark.parametrize('count', [8, 20, 100])
@@ -724,10 +735,10 @@ def test_a_refit_that_misleads_is_left_out(count: int, classes: int) -> None:
     plan = zp.Plan(zp.trace(model, x[:2]), {'0': [1]})
     small = plan.apply(model)
     before, left = snapshot(small), error(small, model, x)
-    assert error(repair(small, model, plan, x, progress=False), model, x) < 0.01 * left  # one feature tells the other
+    assert error(repair(model, small, plan, x, progress=False), model, x) < 0.01 * left  # one feature tells the other
     x[Inputs(x, torch.device('cpu')).order[:count // 4], 1] *= -10
     with pytest.warns(zp.PruneWarning, match='further from those of the original') as caught:
-        repaired = repair(small, model, plan, x, progress=False)
+        repaired = repair(model, small, plan, x, progress=False)
     assert equal(repaired, small) and same(before, snapshot(small)) and caught[0].filename == __file__
 
 
@@ -747,7 +758,7 @@ def test_few_inputs_judge_in_turn(count: int) -> None:
     small = plan.apply(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        repaired = repair(small, model, plan, x, progress=False)
+        repaired = repair(model, small, plan, x, progress=False)
     assert equal(repaired, small)
     if count == 5:  # else no layer is changed
         assert 'tried without some of the inputs' in str(caught[0].message)
@@ -761,16 +772,16 @@ def test_inputs_of_few_classes_are_warned_of() -> None:
     plan = zp.Plan(zp.trace(model, x[:2]), {'1': [1, 2]})
     small = plan.apply(model)
     with pytest.warns(zp.PruneWarning, match='show 1 of the 12 classes') as caught:
-        repair(small, model, plan, shown, progress=False)
+        repair(model, small, plan, shown, progress=False)
     assert caught[-1].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        repair(small, model, plan, shown, 'bias', progress=False)
+        repair(model, small, plan, shown, 'bias', progress=False)
 
 
 def test_equal_inputs_count_once() -> None:
     model, plan, small, x = setting()
-    once, often = (repair(small, model, plan, data, progress=False) for data in (x[:5], x[:5].repeat(8, 1, 1, 1)))
+    once, often = (repair(model, small, plan, data, progress=False) for data in (x[:5], x[:5].repeat(8, 1, 1, 1)))
     assert equal(once, often)
     inputs = Inputs([(x[:3], x[:3]), (x[:3], x[1:4]), (x[1:3], x[1:3])], torch.device('cpu'))
     assert len(inputs) == 3  # labels do not count
@@ -785,7 +796,7 @@ def test_pictures_of_several_sizes(sizes: tuple[tuple[int, int, int], ...]) -> N
     plan = zp.Plan(zp.trace(model, images()), {'0': [1, 2, 3], '2': [4]})
     small = plan.apply(model)
     data = [torch.randn(count, 3, height, width) for count, height, width in sizes]
-    repaired = repair(small, model, plan, data, progress=False)
+    repaired = repair(model, small, plan, data, progress=False)
     assert all(error(repaired, model, x) < error(small, model, x) for x in data)
 
 
@@ -796,7 +807,7 @@ def test_bias_makes_up_for_the_mean_in_network_order() -> None:
     x = images(70, dtype=torch.float64)
     plan = zp.Plan(zp.trace(model, x[:2]), {'0': [1, 4], '2': [0]})
     small = plan.apply(model)
-    repaired = repair(small, model, plan, x, 'bias', progress=False)
+    repaired = repair(model, small, plan, x, 'bias', progress=False)
     with torch.no_grad():
         wanted, found = model[:4](x)[:, 1:], small[:4](x)
         found = torch.tanh(found + (wanted - found).mean((0, 2, 3)).view(1, -1, 1, 1)).flatten(1)
@@ -810,7 +821,7 @@ def test_bias_makes_up_for_the_mean_in_network_order() -> None:
 def test_batch_norm_equals_cumulative_statistics() -> None:
     model, plan, small, _ = setting()
     parts = list(images(120).split(40))
-    result = repair(small, model, plan, parts, 'batchnorm', progress=False)
+    result = repair(model, small, plan, parts, 'batchnorm', progress=False)
     for module in small.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -833,7 +844,7 @@ def test_heads_that_run_in_training_only_keep_their_statistics() -> None:
     plan = half_removed(zp.trace(model, images()))
     small = plan.apply(model)
     for method in METHODS:
-        repaired = repair(small, model, plan, images(40), method, progress=False)
+        repaired = repair(model, small, plan, images(40), method, progress=False)
         assert torch.equal(repaired.other.running_mean, small.other.running_mean)
         assert torch.equal(repaired.other.running_var, small.other.running_var)
 
@@ -865,7 +876,7 @@ def test_what_networks_do(run: Any) -> None:
     small = plan.apply(model, verify=False) if plan.removed else model
     x = images(200, dtype=torch.float64)
     kept = x.clone()
-    repaired = repair(small.train(), model.train(), plan, x, progress=False).eval()
+    repaired = repair(model.train(), small.train(), plan, x, progress=False).eval()
     assert torch.equal(x, kept)
     with torch.no_grad():
         outputs = [network(images(40, seed=1, dtype=torch.float64)) for network in (repaired, model.eval())]
@@ -884,7 +895,7 @@ def test_value_that_is_also_an_output() -> None:
                        fc=nn.Linear(4, 3)))
     plan = zp.Plan(zp.trace(model, images()), {'first': [0, 1, 2, 3]})
     small = plan.apply(model)
-    repaired = repair(small, model, plan, images(100), progress=False)
+    repaired = repair(model, small, plan, images(100), progress=False)
     x = images(40, seed=1)
     with torch.no_grad():
         wanted, found, before = model(x), repaired(x), small(x)
@@ -900,7 +911,7 @@ def test_batch_norm_over_other_channels_than_the_layers() -> None:
     x = torch.randn(60, 3, 9, generator=torch.Generator().manual_seed(0))
     plan = half_removed(zp.trace(model, x))
     small = plan.apply(model)
-    assert error(repair(small, model, plan, x, progress=False), model, x) < error(small, model, x)
+    assert error(repair(model, small, plan, x, progress=False), model, x) < error(small, model, x)
 
 
 def test_sum_of_layers_with_channels_in_different_places() -> None:
@@ -913,7 +924,7 @@ def test_sum_of_layers_with_channels_in_different_places() -> None:
     x = torch.randn(60, 3, 9, generator=torch.Generator().manual_seed(0))
     plan = zp.Plan(zp.trace(model, x), {'first': [1, 2]})
     small = plan.apply(model)
-    assert error(repair(small, model, plan, x, progress=False), model, x) < error(small, model, x)
+    assert error(repair(model, small, plan, x, progress=False), model, x) < error(small, model, x)
 
 
 @pytest.mark.parametrize('scaled', [lambda a, b: torch.add(a, b, alpha=0.5), lambda a, b: a.add_(b, alpha=2),
@@ -927,7 +938,7 @@ def test_sums_that_are_not_plain(scaled: Any) -> None:
                        fc=nn.Linear(6, 4)).double())
     x = images(200, dtype=torch.float64)
     plan = duplicated(model, zp.trace(model, x[:2]), 'stem', [2])
-    assert apart(repair(plan.apply(model), model, plan, x, progress=False)(x), model(x)) < 1e-6
+    assert apart(repair(model, plan.apply(model), plan, x, progress=False)(x), model(x)) < 1e-6
 
 
 def test_more_features_than_samples() -> None:
@@ -936,7 +947,7 @@ def test_more_features_than_samples() -> None:
     x = images(60, 30)
     plan = zp.Plan(zp.trace(model, x[:2]), {'0': [0, 2, 4]})
     small = plan.apply(model)
-    repaired = repair(small, model, plan, x[:20], progress=False)
+    repaired = repair(model, small, plan, x[:20], progress=False)
     assert error(repaired, model, x[:20]) < 0.5 * error(small, model, x[:20])
     assert error(repaired, model, x[20:]) < error(small, model, x[20:])
 
@@ -950,7 +961,7 @@ def test_rows_that_are_not_inputs() -> None:
     model = seeded(Net(run, stem=nn.Conv2d(3, 8, 3), some=nn.Linear(8, 6), mean=nn.Linear(8, 6), fc=nn.Linear(6, 4)))
     plan = zp.Plan(zp.trace(model, images()), {'stem': [1, 2, 3]})
     small = plan.apply(model)
-    assert error(repair(small, model, plan, images(70), progress=False), model, images(70)) < error(
+    assert error(repair(model, small, plan, images(70), progress=False), model, images(70)) < error(
         small, model, images(70))
 
 
@@ -968,7 +979,7 @@ def test_pattern(name: str) -> None:
         data = [(example, None)] if isinstance(example, tuple) else [example]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            result = repair(small, model, plan, data, progress=False)
+            result = repair(model, small, plan, data, progress=False)
         wanted, before, after = (outputs_of(test_patterns.called(network, example))
                                  for network in (model, small, result))
         assert [tensor.shape for tensor in after] == [tensor.shape for tensor in wanted]
@@ -1022,7 +1033,7 @@ def test_architecture(name: str) -> None:
     plan = half_removed(zp.trace(model, smooth(1, 0)))
     small = plan.apply(model, verify=False)
     count = 120 if name == 'efficientnet_b0' else 40  # its outputs hardly vary, so that their mean must be known
-    repaired = repair(small, model, plan, smooth(count, 1), progress=False)
+    repaired = repair(model, small, plan, smooth(count, 1), progress=False)
     unseen = smooth(40, 100)
     before, after = error(small, model, unseen), error(repaired, model, unseen)
     print(f'{name}: {before:.3g} -> {after:.3g}')
@@ -1043,7 +1054,7 @@ def test_pretrained(loaders: Any) -> None:  # noqa: F811
     pruner = zp.Pruner(model, None, x[:1])
     plan = pruner.plan(pruner.collect((x, labels), progress=False), zp.Budget(flops=0.5))
     small = plan.apply(model)
-    results = {method: accuracy(repair(small, model, plan, x, method, progress=False)) for method in METHODS}
+    results = {method: accuracy(repair(model, small, plan, x, method, progress=False)) for method in METHODS}
     print(results)
     assert results['none'] == accuracy(small) < 0.4
     assert results['refit'] >= 0.82 and results['refit'] > max(results['bias'], results['batchnorm'])
@@ -1087,10 +1098,10 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return bool(refit(*args))
 
     monkeypatch.setattr(module, '_refit', counted)
-    repair(small, model, plan, images(60), progress=False)
+    repair(model, small, plan, images(60), progress=False)
     for bytes_ in (2 ** 18, 1):
         monkeypatch.setattr(module, 'MEMORY', bytes_)
-        repaired = repair(small, model, plan, images(60), progress=False)
+        repaired = repair(model, small, plan, images(60), progress=False)
         assert error(repaired, model, images(60, seed=5)) < error(small, model, images(60, seed=5))
     assert seen[0] == 60 and 16 < seen[1] < 60 and 16 in seen and min(seen) >= 12
-    repair(small, model, plan, iter(images(2000).split(100)), 'bias', progress=False)
+    repair(model, small, plan, iter(images(2000).split(100)), 'bias', progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,11 +136,13 @@ def test_masked_networks_explain_copy_and_train_as_pruned_ones_do(net: str) -> N
     with quiet():
         small = plan.apply(model)
     masked = plan.masked(model)
-    assert isinstance(masked, type(model))
+    assert type(masked) is type(model)
     assert apart(zp.heatmap(masked, None, x, labels()), zp.heatmap(small, None, x, labels())) <= 1e-6
-    twin = copy.deepcopy(masked)
+    twin, other = copy.deepcopy(masked), pickle.loads(pickle.dumps(masked))
     masked.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in masked.state_dict().items()})
-    assert apart(twin(x), small(x)) <= 1e-12
+    for network in (twin, other):
+        assert type(network) is type(model) and apart(network(x), small(x)) <= 1e-12
+        assert len(zp.trace(network, x).groups)
     assert masked(x).abs().max() == 0
 
 

@@ -176,7 +176,7 @@ def _planned(job: Job, relevance: Relevance, budget: Budget | None) -> Plan:
 
 def _repaired(job: Job, small: nn.Module, plan: Plan, references: References) -> nn.Module:
     job.say(f'repairing: {job.options.repair}')
-    return repair(small, job.network, plan, references.inputs(job.device), job.options.repair, job.options.progress)
+    return repair(job.network, small, plan, references.inputs(job.device), job.options.repair, job.options.progress)
 
 
 def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:

@@ -118,10 +118,10 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
     print(plan)
 
     shown, targets = test_data[:SHOWN], test_truth[:SHOWN]
-    with plan.masked(network) as masked:
-        maps = {'as it is': pruner.heatmap(shown, targets),
-                'as it would be': heatmap(masked, composite, shown, targets)}
-        would_be = accuracy(masked, test_data, test_truth)
+    masked = plan.masked(network)
+    maps = {'as it is': pruner.heatmap(shown, targets),
+            'as it would be': heatmap(masked, composite, shown, targets)}
+    would_be = accuracy(masked, test_data, test_truth)
     heatmap_image(shown, maps, folder / 'heatmaps.png', [f'digit {label}' for label in targets.tolist()])
     print(f'\nNothing is removed yet: look at {folder / "heatmaps.png"}. It would recognise {would_be:.1%} of the test '
           'images.')
@@ -134,7 +134,7 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
         raise PruneError('the saved network does not compute what was saved.')
     print(f'Removed, verified and saved: an ordinary {type(small).__name__}, so it can be trained on.\n')
 
-    repaired = repair(small, network, plan, data[chosen])
+    repaired = repair(network, small, plan, data[chosen])
     trained = train(copy.deepcopy(small), data, truth, FURTHER)
     print(_summary(folder, test_data, test_truth, network, {
         '': small, '... repaired without labels': repaired, f'... or trained on for {FURTHER} epochs': trained}))

@@ -139,6 +139,7 @@ class ChannelGraph:
     '''
 
     def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
+        self._costs: Any = None  # the cost model, once it was asked for
         self._find(model, record(model, example, layernorm), ignore)
         whole = self._stuck_stacks()
         if whole:
@@ -234,7 +235,7 @@ class ChannelGraph:
         '''Choose some positions of all groups that can lose any, as many of each block, equally at every call.'''
         groups = [group for group in self.groups if group.size > group.step]
         counts = [1] * len(groups) if one_each else trial_counts(groups)
-        orders = (group.in_turn(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
+        orders = (group.order_by_block(np.argsort(np.random.default_rng(group.size).permutation(group.size)))
                   for group in groups)
         return {group.name: order[:count * group.step].tolist() for group, order, count in zip(groups, orders, counts)}
 

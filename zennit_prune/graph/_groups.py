@@ -99,7 +99,7 @@ class ChannelGroup:
 
     >>> group.blocks, group.step
     (array([0, 0, 1, 1]), 2)
-    >>> group.in_turn([0.3, 0.1, 0.4, 0.2])
+    >>> group.order_by_block([0.3, 0.1, 0.4, 0.2])
     array([1, 3, 0, 2])
     '''
 
@@ -114,7 +114,7 @@ class ChannelGroup:
         '''The number of channels that are removed at once, one of each block; 1 where any channel may be removed.'''
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
-    def in_turn(self, scores: npt.ArrayLike) -> Labels:
+    def order_by_block(self, scores: npt.ArrayLike) -> Labels:
         '''Order positions by ascending score, with one position of each block in turn.
 
         Parameters

@@ -17,7 +17,7 @@ from zennit.core import Composite
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
-from ..planning._cost import CostModel
+from ..planning._cost import cost_model
 from ..planning._plan import Plan
 from ..planning._storage import load, save
 from ..relevance._preflight import Preflight
@@ -122,7 +122,7 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
     PruneError
         If ``evaluation`` is no mapping of names to pairs.
     '''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     found = []
     for unit, name in UNITS.items():
@@ -144,7 +144,7 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
 
 def layer_costs(plan: Plan) -> Costs:
     '''Widths of the groups; FLOPs and parameters of the layers that compute, in execution order.'''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     found = {unit: (costs.by_layer(unit, 0 * counts), costs.by_layer(unit, counts)) for unit in ('flops', 'params')}
     names = list(found['flops'][0])

@@ -11,7 +11,7 @@ from torch.utils.data import RandomSampler
 
 from ..errors import PruneError
 from ..planning._plan import Plan
-from ..planning._risk import Risk, class_losses, risky
+from ..planning._risk import Risk
 from ..relevance._relevance import Relevance
 from ..util._loaders import batch_size, batches
 from ..util._networks import device_of
@@ -139,7 +139,8 @@ def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> Cl
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or not exemplars.classes:
         return None
-    losses = class_losses(plan, relevance)
+    losses = plan.at_risk(relevance).classes
+    assert losses is not None
     means = losses.mean(1)
     order = means.argsort(descending=True).tolist()[:CLASSES]
     names = [images.class_name(number) for number in exemplars.classes]
@@ -203,7 +204,7 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
     exemplars = getattr(relevance, 'exemplars', None)
     if relevance is None or exemplars is None or references is None or not plan.removed:
         return None
-    risks = risky(plan, relevance, PAIRS)
+    risks = plan.at_risk(relevance, PAIRS).channels
     kept = {risk.group: _least_kept(plan, relevance, risk.group) for risk in risks}
     wanted = {(risk.group, risk.channel) for risk in risks}
     wanted |= {(group, channel) for group, channel in kept.items() if channel is not None}

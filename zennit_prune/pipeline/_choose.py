@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import PruneError
 from ..planning._cost import Budget
 from ..repairs._references import KEPT, References
-from ..repairs._repair import METHODS, repaired
+from ..repairs._repair import checked_method, repaired
 from ..repairs._trial import Divergence, divergence, outputs
 from ..util._display import table
 from ..util._fingerprint import named
@@ -86,8 +86,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
     '''
     if isinstance(criteria, str) or not criteria:
         raise PruneError(f'criteria={criteria!r}: give a list of at least one.')
-    if method not in METHODS:
-        raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
+    checked_method(method)
     with seeded(seed, device_of(pruner.model)):
         fitted, held = _split(loader, seed)
     model = copied(pruner.model).eval()
@@ -100,7 +99,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
             relevance = pruner.collect(fitted, criterion, **{'seed': seed, 'progress': False, **(collect or {})})
             chosen = pruner.plan(relevance, budget, **{'progress': False, **(plan or {})})
             small = chosen.apply(pruner.model, verify=False, progress=False)
-            small = repaired(small, pruner.model, chosen, fitted, method, False)
+            small = repaired(pruner.model, small, chosen, fitted, method, False)
             with torch.no_grad():
                 found[named(criterion)] = divergence(outputs(small.eval(), held), wanted)
         except PruneError as error:

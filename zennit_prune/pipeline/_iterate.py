@@ -11,12 +11,12 @@ from torch import nn
 
 from ..errors import PruneError, PruneWarning
 from ..graph._graph import ChannelGraph
-from ..planning._carry import carried_back, carried_on
-from ..planning._cost import UNITS, Budget, CostModel
+from ..planning._carry import scores_for_original, values_for_plan
+from ..planning._cost import UNITS, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._references import KEPT, References, warn_of_missing_classes
-from ..repairs._repair import METHODS, repaired
+from ..repairs._repair import checked_method, repaired
 from ..util._distributed import gathered, rank_and_world
 from ..util._fingerprint import described, fingerprint, named
 from ..util._isolation import seeded
@@ -58,8 +58,7 @@ class Loop:
             raise PruneError(f'a Budget is needed, not {self.budget!r}: e.g. Budget(flops=0.5).')
         if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not 0 < self.step <= 1:
             raise PruneError(f"step={self.step!r}: a step takes a share of the original's cost, between 0 and 1.")
-        if self.repair not in METHODS:
-            raise PruneError(f'repair={self.repair!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
+        checked_method(self.repair, 'repair')
         if self.floor is not None and self.evaluate is None:
             raise PruneError(f'floor={self.floor!r} needs evaluate=, a function from a network to the number that must '
                              'not fall below it.')
@@ -126,12 +125,12 @@ class Loop:
         plan = self._planned(state.plan, budget, pruner.graph, relevance)
         with seeded(self.seed + number, self.device):  # anew: whoever resumes in the middle of collecting draws less
             proven = plan.apply(self.model, self.verify, self.progress)
-            network = filled(proven, carried_on(state.plan, plan, state.network))
+            network = filled(proven, values_for_plan(state.plan, plan, state.network))
             if self.repair != 'none':
                 inputs = references.inputs(self.device)
                 if number == 1 and self.repair == 'refit' and references.classes is None:
                     warn_of_missing_classes(self.model, inputs, stacklevel=5)
-                network = repaired(network, self.model, plan, inputs, self.repair, self.progress)
+                network = repaired(self.model, network, plan, inputs, self.repair, self.progress)
             values = unique_tensors(self._tuned(network))
             network = filled(plan.graph._narrowed(self.model, plan.removed), values)
             stability = relevance.reliability().network if relevance.has_halves else None
@@ -143,7 +142,7 @@ class Loop:
         if not earlier.removed:
             plan = self.pruner.plan(relevance, self.budget, **self.planning)  # what is out of reach is said at once
             return plan if budget is self.budget else self.pruner.plan(relevance, budget, **self.planning)
-        scores = carried_back(earlier, graph, relevance)
+        scores = scores_for_original(earlier, graph, relevance)
         plan = self.pruner.plan(scores, budget, **self.planning)
         for name, positions in earlier.removed.items():
             plan = plan.remove(name, positions)
@@ -205,7 +204,7 @@ class Loop:
 
 def costs_left(plan: Plan) -> dict[str, float]:
     '''What a plan leaves, by unit.'''
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     removed = costs.counts(plan.removed)
     return {unit: costs(unit, removed) for unit in UNITS}
 

@@ -17,7 +17,7 @@ from ..errors import PruneError
 from ..graph._graph import ChannelGraph, trace
 from ..looking._heatmap import Channel, heatmap
 from ..planning._allocate import allocate
-from ..planning._cost import Budget, CostModel
+from ..planning._cost import Budget, cost_model
 from ..planning._latency import LatencyModel, LatencyTable, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
@@ -165,9 +165,9 @@ class Pruner:
                                    nonfinite=nonfinite, seed=seed, exemplars=exemplars)
         return collect(collector, loader, target, progress, checkpoint)
 
-    def plan(self, relevance: Relevance, budget: Budget, min_channels: int = 1, floor: float = 0.0,
-             round_to: int | None = None, per_cost: bool = True, latencies: LatencyTable | None = None,
-             progress: bool = True) -> Plan:
+    def plan(self, relevance: Relevance, budget: Budget, min_channels: int | None = None,
+             min_share: float = 0.0, round_to: int | None = None, per_cost: bool = True,
+             latencies: LatencyTable | None = None, progress: bool = True) -> Plan:
         '''Choose the channels to remove: lowest relevance per cost saved first, until the budget holds.
 
         Parameters
@@ -177,7 +177,7 @@ class Pruner:
         budget: Budget
             What is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
             networks are measured side by side, and the plan says so (``plan.timing``).
-        min_channels, floor, round_to, per_cost:
+        min_channels, min_share, round_to, per_cost:
             See :func:`zennit_prune.allocate.allocate`.
         latencies: LatencyTable, optional
             For latency budgets, e.g. loaded from a file, of this device or another; else that of :meth:`latencies`.
@@ -198,10 +198,10 @@ class Pruner:
                 raise PruneError(f'there are {len(values)} scores for group {group.name!r}, which has {group.size} '
                                  'channels.')
             scores[group.name] = values.numpy()
-        costs = CostModel(self.graph)
+        costs = cost_model(self.graph)
         if budget.unit == 'latency':
             costs = LatencyModel(self.graph, self.model, latencies or self.latencies(progress=progress))
-        removed = allocate(self.graph, costs, scores, budget, min_channels, floor, round_to, per_cost)
+        removed = allocate(self.graph, costs, scores, budget, min_channels, min_share, round_to, per_cost)
         timing = None
         if isinstance(costs, LatencyModel):
             timing = timed(costs, self.model, removed, budget.limit(costs.latencies.original))
@@ -297,7 +297,7 @@ class Pruner:
         seed: int
             For whatever is drawn.
         **options:
-            Further ones of :meth:`collect` and :meth:`plan`; of the latter, all but ``floor``.
+            Further ones of :meth:`collect` and :meth:`plan`.
 
         Returns
         -------

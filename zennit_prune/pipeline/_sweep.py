@@ -18,10 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PruneError
-from ..planning._cost import UNIT_NAMES, Budget, CostModel
+from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
-from ..repairs._repair import METHODS, repaired
+from ..repairs._repair import checked_method, repaired
 from ..util._display import table
 from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
@@ -285,10 +285,11 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         criteria = dict(zip(names, criteria))
     _several('criteria', criteria)
     _several('repairs', repairs)
-    for what, one, known in [('criteria', each, NAMED) for each in criteria.values()] + \
-            [('repairs', each, METHODS) for each in repairs]:
-        if not (callable(one) or isinstance(one, Relevance)) and one not in known:
-            raise PruneError(f'{what}: {one!r} is unknown, use some of {", ".join(map(repr, known))}.')
+    for one in criteria.values():
+        if not (callable(one) or isinstance(one, Relevance)) and one not in NAMED:
+            raise PruneError(f'criteria: {one!r} is unknown, use some of {", ".join(map(repr, NAMED))}.')
+    for method in repairs:
+        checked_method(method, 'repairs')
     _several('seeds', seeds)
     _several('budgets', budgets)
     seeds = list(map(int, seeds))
@@ -363,7 +364,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         if method == 'none':
             return copied(network)  # evaluate may train it on
         with seeded(seed, device_of(pruner.model)):
-            return repaired(network, pruner.model, chosen, data, method, False)
+            return repaired(pruner.model, network, chosen, data, method, False)
 
     for seed in seeds:
         data = loader
@@ -391,7 +392,7 @@ def _left(plan: Plan, budget: Budget) -> float:
     '''What a plan leaves of the network, as a share.'''
     if plan.timing is not None:
         return plan.timing.left
-    costs = CostModel(plan.graph)
+    costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     return costs(budget.unit, counts) / costs(budget.unit, 0 * counts)
 

@@ -7,7 +7,8 @@ Start with ``_plan.py``, then ``_cost.py`` and ``_allocate.py``.
 from ._cost import Budget, Cost, cost
 from ._latency import LatencyTable, Timing, latency
 from ._plan import Plan, verify
-from ._risk import Risk
+from ._risk import AtRisk, Risk
 from ._storage import load, save
 
-__all__ = ['Budget', 'Cost', 'LatencyTable', 'Plan', 'Risk', 'Timing', 'cost', 'latency', 'load', 'save', 'verify']
+__all__ = ['AtRisk', 'Budget', 'Cost', 'LatencyTable', 'Plan', 'Risk', 'Timing', 'cost', 'latency', 'load', 'save',
+           'verify']

@@ -1,11 +1,11 @@
-'''Measured time: of a network, and of its pruned versions from a table of what its operations take when narrower.
+'''The latency of a network, measured, and that of its pruned versions, predicted from a table of measured operations.
 
 FLOPs say little about seconds: a narrow convolution takes as long as a wider one, activations and launches count, too.
-So every operation that shrinks with channels is timed on the device at hand, at a ladder of widths of what it reads and
-of what it brings forth. Between those, times are interpolated, below the least they stay what they are there, and an
-operation never gains from being wider. The sum over the network is calibrated against the measured time of the network
-as it is and with a half and a quarter of its channels: one factor for what operations take in a network rather than
-alone, and a rest that pruning leaves.
+So every operation that shrinks with channels is timed on the device at hand, at several widths of its inputs and
+outputs. Times are interpolated between these widths, constant below the smallest one, and never fall as an operation
+becomes wider. The sum over the network is calibrated against the measured latency of the network as it is and with
+three quarters, a half and a quarter of its channels: by one factor between operations in a network and alone, and by a
+constant that pruning leaves.
 '''
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORMAT = 'zennit_prune latencies'
 LADDER = (0.125, 0.25, 0.5, 0.75)
 NARROWED = (0.75, 0.5, 0.25)
 ROUNDS = 30
-TOLERANCE = 1.05  # what noise may add to a measured time
+TOLERANCE = 1.05  # a measured time may exceed the budget by so much, which is noise
 
 
 def latency(model: nn.Module, example: Any, device: torch.device | str | None = None, repeats: int = 20) -> float:
@@ -50,16 +50,28 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
     model: torch.nn.Module
         Any network; its training flag, device and gradients are left as they are.
     example: torch.Tensor, tuple or dict
-        The input to time with; its batch size counts.
+        An input, a tuple of arguments, or a dict of keyword arguments; the time is that of its whole batch.
     device: torch.device or str, optional
-        Where to measure, if not where the network is: a copy is moved there.
+        The device to measure on, by default that of the network; a copy is moved there.
     repeats: int
-        How often to measure.
+        The number of measurements.
 
     Returns
     -------
     float
         Seconds.
+
+    Raises
+    ------
+    PruneError
+        If ``repeats`` is below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> 0 < zp.latency(torch.nn.Linear(3, 4), torch.ones(2, 3)) < 1
+    True
     '''
     model = unwrapped(model)
     if repeats < 1:
@@ -72,13 +84,21 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    '''The seconds of one operation where so much is left of each of its axes, shares ascending.'''
+    '''The seconds of one operation by the share that is left of each of its axes.
+
+    Attributes
+    ----------
+    shares: tuple of numpy.ndarray
+        For each axis, the measured shares, ascending.
+    seconds: numpy.ndarray
+        The times, with one dimension for each axis.
+    '''
 
     shares: tuple[npt.NDArray[np.float64], ...]
     seconds: npt.NDArray[np.float64]
 
     def __call__(self, left: Sequence[float] | npt.NDArray[np.float64]) -> float:
-        '''Interpolated, and constant outside.'''
+        '''Return the time, interpolated between the measured shares and constant outside.'''
         seconds = self.seconds
         for shares, share in zip(self.shares, left):
             above = min(max(int(np.searchsorted(shares, share)), 1), len(shares) - 1)
@@ -90,25 +110,53 @@ class Grid:
 
 
 class LatencyTable:
-    '''What the operations of a network take on a device, at a ladder of widths; printed, saved, and read again.
+    '''The measured seconds of the operations of a network on a device, at several widths each.
+
+    ``pruner.latencies()`` measures a table. With a saved one, equal scores and latency budgets give equal plans, also
+    for a device that is not at hand.
 
     Parameters
     ----------
     device: str
-        Where it was measured.
+        The name of the device.
     original: float
         The seconds of the whole network.
     scale: float
-        What operations take in the network over what they take alone.
+        The time of operations in the network, divided by their time alone.
     grids: mapping of str to Grid
-        For each kind of operation.
+        The times of each kind of operation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> latencies = zp.Pruner(model, None, torch.ones(2, 3)).latencies(seconds=0.1, progress=False)
+    >>> latencies.original > 0, len(latencies.grids)
+    (True, 3)
     '''
 
     def __init__(self, device: str, original: float, scale: float, grids: Mapping[str, Grid]):
         self.device, self.original, self.scale, self.grids = device, original, scale, dict(grids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write the table as JSON: with it, equal scores and budgets give equal plans.'''
+        '''Write the table as JSON.
+
+        Parameters
+        ----------
+        path: path-like
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from zennit_prune.planning import LatencyTable
+        >>> latencies = LatencyTable('cpu, 1 thread', 0.001, 1.0, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     latencies.save(f'{folder}/latencies.json')
+        ...     LatencyTable.load(f'{folder}/latencies.json')
+        LatencyTable(0 operations on cpu, 1 thread, the network 1.000 ms)
+        '''
         grids = {key: {'shares': [shares.tolist() for shares in grid.shares], 'seconds': grid.seconds.tolist()}
                  for key, grid in self.grids.items()}
         write_text(path, json.dumps({'format': FORMAT, 'version': 1, 'device': self.device, 'original': self.original,
@@ -116,7 +164,16 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        '''Read what :meth:`save` wrote, here or on the device that counts.
+        '''Read a table that :meth:`save` wrote, on this device or another.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+
+        Returns
+        -------
+        LatencyTable
 
         Raises
         ------
@@ -150,16 +207,16 @@ class LatencyTable:
 
 
 class LatencyModel(CostModel):
-    '''A :class:`CostModel` that also knows seconds, in the unit ``'latency'``.
+    '''A :class:`CostModel` with one more unit, ``'latency'``, in seconds.
 
     Parameters
     ----------
     graph, model:
         The network, traced.
     latencies: LatencyTable, optional
-        What its operations take; measured here and now unless given.
+        The table of its operations, measured here and now unless given.
     seconds: float
-        About how long to measure.
+        The approximate duration of the measurement.
     progress: bool
         Show a progress bar on standard error.
 
@@ -186,7 +243,7 @@ class LatencyModel(CostModel):
         self._rest = latencies.original - latencies.scale * self._total(latencies.grids, nothing)
 
     def _shrinking(self, labels: Labels, dim: int) -> int:
-        '''The number of a dimension; the same for all that shrink by the same share, whatever is removed.'''
+        '''Return the number of an axis; it is the same for all that shrink by the same share, whatever is removed.'''
         axis = self._axis(labels, dim)
         share = np.round(self._multiplicity[axis] / self._lengths[axis], 9)
         return self._first.setdefault(share.tobytes(), axis) if axis else 0
@@ -200,12 +257,11 @@ class LatencyModel(CostModel):
             return super().__call__(unit, removed)
         return self._rest + self.latencies.scale * self._total(self.latencies.grids, removed)
 
-    def savings(self, unit: str) -> npt.NDArray[np.float64]:
-        '''What a channel of each group saves: the first, but in seconds, which fall in steps, on average over all.'''
+    def _saved(self, unit: str) -> npt.NDArray[np.float64]:
         if unit != 'latency':
-            return super().savings(unit)
+            return super()._saved(unit)
         gone = np.maximum(self.sizes - 1, 1)
-        whole = self(unit, np.zeros(len(gone)))
+        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is taken
         return np.array([whole - self(unit, row) for row in np.diag(self.sizes - 1)]) / gone
 
     def _measured(self, model: nn.Module, seconds: float, progress: bool) -> LatencyTable:
@@ -219,7 +275,7 @@ class LatencyModel(CostModel):
         gone = [nothing, *(np.array([size - _odd(size * share) for size in self.sizes / together]) * together
                            for share in NARROWED)]
         networks = [model, *(self.graph._narrowed(model, {
-            group.name: group.in_turn(range(group.size))[:int(count)].tolist()
+            group.name: group.order_by_block(range(group.size))[:int(count)].tolist()
             for group, count in zip(self.graph.groups, counts) if count}) for counts in gone[1:])]
         with running(networks, self.graph._recording.example.fitted(model)) as runs:
             found = medians([*(partial(kinds[key].prepared, widths, device) for key, widths in points), *runs],
@@ -245,12 +301,12 @@ class LatencyModel(CostModel):
 
 
 def _odd(width: float) -> int:
-    '''A width as plans have it: kernels are at their best at multiples of eight, and most widths are none.'''
+    '''Return an odd width, as plans leave most of them: kernels are fastest at multiples of eight.'''
     return max(1, (math.ceil(width) - 1) | 1)
 
 
 def _ladder(call: Call, device: torch.device) -> list[list[int]]:
-    '''The widths at which a call is timed, ascending; the whole ones alone where it cannot be made narrower.'''
+    '''Return the widths at which a call is timed, ascending; only the full width where it cannot be made narrower.'''
     ladder = [sorted({*(_odd(size * share) for share in LADDER), max(size - 1, 1), size}) for size in call.sizes]
     whole = [[size] for size in call.sizes]
     for rungs in (ladder, whole):
@@ -266,16 +322,18 @@ def _ladder(call: Call, device: torch.device) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Timing:
-    '''A plan for a latency budget, measured.
+    '''The predicted and the measured latency of a plan for a latency budget.
 
     Attributes
     ----------
     device: str
-        Whose table it was made from.
-    predicted, allowed: float
-        Shares of the original's time: what the table says of the pruned network, and the budget.
+        The device of the table that the plan was made from.
+    predicted: float
+        The latency of the pruned network by the table, as a share of the original's.
+    allowed: float
+        The budget, as a share of the original's latency.
     original, pruned: float or None
-        Seconds of both networks, measured side by side; None where the table is another device's.
+        Seconds of both networks, measured in turn; None where the table is of another device.
     '''
 
     device: str
@@ -286,7 +344,7 @@ class Timing:
 
     @property
     def left(self) -> float:
-        '''The share of the original's time, as measured; as predicted where it was not.'''
+        '''The share of the original's latency as measured, or as predicted where it was not measured.'''
         return self.predicted if not self.original or not self.pruned else self.pruned / self.original
 
     @property
@@ -308,9 +366,9 @@ def timed(costs: LatencyModel, model: nn.Module, removed: Mapping[str, Sequence[
     Parameters
     ----------
     costs, model:
-        The network, and what its table says.
+        The network, and the predicted latency of its pruned versions.
     removed: mapping of str to sequence of int
-        Positions by group.
+        Positions by the name of the group.
     limit: float
         The budget in seconds.
     '''

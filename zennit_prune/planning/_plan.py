@@ -1,11 +1,6 @@
 '''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied.
 
-What may be asked to go: positions in groups, equally many of each of their blocks.
-
-Two plans in a row as one: what the second removes from the pruned network, in channels of the original.
-
-A pruned network traced anew may show other groups under other names: a grouped convolution that is left with one
-channel a group is a depthwise one. What relates the two is where channels sit in parameters.
+The channels to remove are positions in groups, equally many of each of their blocks.
 '''
 from __future__ import annotations
 
@@ -15,18 +10,17 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup
-from ..relevance._relevance import Reliability
+from ..relevance._relevance import Relevance, Reliability
 from ..surgery._masking import masked_copy, warn_of_changed_statistics
 from ..surgery._surgery import transplant
 from ..surgery._verify import compare
@@ -35,12 +29,14 @@ from ..util._files import write_text
 from ..util._isolation import isolated
 from ..util._networks import tensors_by_module, unwrapped, without_garbage_collection
 from ..util._plots import BEFORE, KEPT, finished, new_figure, without_mathematics
-from ._cost import CostModel
+from ._carry import composed
+from ._cost import cost_model
 from ._latency import Timing
+from ._risk import AtRisk, at_risk
 
 
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
-    '''Sorted positions, each a whole number within the group and given once.'''
+    '''Return sorted positions, after a check that each is a whole number within the group and given once.'''
     if isinstance(positions, str) or not isinstance(positions, Iterable) or getattr(positions, 'ndim', 1) == 0:
         raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
     numbers = []
@@ -77,109 +73,60 @@ def check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[
                          f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
 
 
-Removed = Mapping[str, Sequence[int]]
-
-
-def composed(before: ChannelGraph, first: Removed, after: ChannelGraph, second: Removed) -> dict[str, list[int]]:
-    '''The positions that go, by group of the original.
-
-    Parameters
-    ----------
-    before, first:
-        The original, and what the first plan removes from it.
-    after, second:
-        The pruned network, and what the second plan removes from that.
-
-    Raises
-    ------
-    PruneError
-        If ``after`` is not what ``first`` leaves, or the original cannot lose these channels at once.
-    '''
-    gone = before._removed_labels(first)
-    lost, matched = _carried(before, gone, after, after._removed_labels(second))
-    channel = before._solution.channel
-    new = np.unique(channel[lost])
-    stuck = lost & (channel < 0)
-    if stuck.any():
-        raise PruneError(f'{_where(before, stuck)} must stay in the original '
-                         f'({before._solution.reason(int(stuck.argmax()))}): the later plan cannot be joined to this '
-                         'one. Apply one after the other.')
-    part = matched & ~lost & ~gone & np.isin(channel, new) & (channel >= 0)
-    if part.any():
-        raise PruneError(f'the later plan removes parts of channels of the original, which also sit in '
-                         f'{_where(before, part)}: it cannot be joined to this one. Apply one after the other.')
-    chosen = np.zeros(len(before._solution.group), bool)
-    chosen[new] = True
-    removed = {}
-    for group in before.groups:
-        positions = sorted({*first.get(group.name, ()), *np.flatnonzero(chosen[group.channels]).tolist()})
-        counts = np.bincount(group.blocks[positions], minlength=group.step) if group.blocks is not None else [0]
-        if len(set(counts)) > 1:
-            raise PruneError(f'the later plan removes whole blocks of group {group.name!r}, whose {group.step} blocks '
-                             'must lose equally many channels in the original, for '
-                             f'{some(before._balanced_by(group), 3)}: left with one channel each, they are a depthwise '
-                             'convolution. It cannot be joined to this one. Apply one after the other.')
-        if positions:
-            removed[group.name] = positions
-    return removed
-
-
-def _carried(before: ChannelGraph, gone: npt.NDArray[np.bool_], after: ChannelGraph,
-             lost_after: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    '''For each label of the original, whether it goes with those of ``after``, and whether it is there at all.'''
-    axes = {(axis.parameter, axis.dim): axis for axis in after._recording.axes}
-    lost, matched = np.zeros((2, len(gone)), bool)
-    for axis in before._recording.axes:
-        labels = np.arange(axis.start, axis.start + axis.size)
-        labels = labels[~gone[labels]]
-        there = axes.pop((axis.parameter, axis.dim), None)
-        if there is not None and there.size == len(labels):
-            lost[labels] = lost_after[there.start:there.start + there.size]
-            matched[labels] = True
-        elif there is not None or len(labels) > axis.blocks:  # a dimension of one index has no labels
-            raise PruneError(f'{axis.parameter!r} has {len(labels) // axis.blocks} indices along dimension {axis.dim} '
-                             f'after this plan, but {"no such dimension" if there is None else there.length} in the '
-                             'later one: the later plan was made for another network.')
-    if axes:
-        raise PruneError(f'{next(iter(axes))[0]!r} is not in the network of this plan: the later plan was made for '
-                         'another network.')
-    return lost, matched
-
-
-def _where(graph: ChannelGraph, labels: npt.NDArray[np.bool_]) -> str:
-    numbers = np.unique(graph._roles.axis[np.flatnonzero(labels)])
-    return some(dict.fromkeys(repr(graph._recording.axes[number].parameter) for number in numbers.tolist()), 3)
-
-
 FORMAT = 'zennit_prune plan'
 
 
 class Plan:
-    '''Which channels of which groups are to be removed.
+    '''The channels of a network that are to be removed.
 
-    Every edit returns a new plan; nothing happens to any network before :meth:`apply`.
+    A plan is immutable: every edit returns a new one, and no network changes before :meth:`apply`. Printed, it is a
+    table of groups with the cost before and after.
 
     Parameters
     ----------
     graph: ChannelGraph
-        The network's removable channels.
+        The removable channels of the network, from :func:`zennit_prune.trace`.
     removed: mapping of str to iterable of int, optional
-        Positions within each group.
+        Positions by the name of the group, each from 0 to the size of the group less one.
     reliability: Reliability, optional
-        How far the scores that the plan was made from depend on the samples; for the table, and kept by edits.
+        The split-half rank correlation of the scores that the plan was made from. It is printed, saved and kept by
+        edits.
     timing: Timing, optional
-        What a plan for a latency budget was measured to take; for the table, gone with an edit, and not saved.
+        The measured latency of a plan for a latency budget. It is printed, but neither saved nor kept by edits.
 
     Attributes
     ----------
+    graph: ChannelGraph
+        The removable channels of the network.
     removed: mapping of str to tuple of int
-        Sorted positions by group name, groups that lose nothing left out. Read-only.
+        Sorted positions by the name of the group, without groups that lose nothing. Read-only.
+    reliability: Reliability or None
+        As given.
+    timing: Timing or None
+        As given.
 
     Raises
     ------
     PruneError
         For an unknown or locked name, a position out of range or given twice, blocks of a group that lose different
         numbers of channels, or a dimension that would be emptied.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]})
+    >>> print(plan)
+    group  channels  left  share
+    -----  --------  ----  -----
+    0             4     2  50%
+    <BLANKLINE>
+    flops: 40 -> 20 (50.0% left)
+    params: 26 -> 14 (53.8% left)
+    channels: 4 -> 2 (50.0% left)
+    >>> plan.apply(model)[0]
+    Linear(in_features=3, out_features=2, bias=True)
     '''
 
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
@@ -201,10 +148,11 @@ class Plan:
 
     @property
     def removed(self) -> Mapping[str, tuple[int, ...]]:
-        '''Sorted positions by group name, groups that lose nothing left out. Read-only.'''
+        '''Sorted positions by the name of the group, without groups that lose nothing. Read-only.'''
         return MappingProxyType(self._removed)
 
     def _check_not_emptied(self) -> None:
+        '''Refuse to remove all channels along a dimension.'''
         gone = self.graph._removed_labels(self.removed)
         for axis in self.graph._recording.axes:
             if gone[axis.start:axis.start + axis.size].all():
@@ -213,9 +161,31 @@ class Plan:
 
     # editing
     def remove(self, name: str, positions: Iterable[int]) -> Plan:
-        '''A plan that also removes these positions of a group (or of the only group of a layer).
+        '''Return a plan that also removes these positions.
 
-        Of a group with blocks (``group.blocks``), equally many positions of each block go.
+        Parameters
+        ----------
+        name: str
+            A group, or a layer with channels of a single group.
+        positions: iterable of int
+            Positions within the group; equally many of each block where the group has blocks (``group.blocks``).
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        PruneError
+            For an unknown or locked name, positions that are none, unequal blocks, or an emptied dimension.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> zp.Plan(zp.trace(model, torch.ones(2, 3))).remove('0', [1]).remove('0', [3])
+        Plan(2 channels of 1 groups removed)
         '''
         group = self.graph.group(name)
         fresh = checked_positions(group, positions)
@@ -223,57 +193,156 @@ class Plan:
         return Plan(self.graph, removed, self.reliability)
 
     def keep(self, name: str, positions: Iterable[int]) -> Plan:
-        '''A plan that keeps these positions of a group (or of the only group of a layer).'''
+        '''Return a plan that keeps these positions.
+
+        Parameters
+        ----------
+        name: str
+            A group, or a layer with channels of a single group.
+        positions: iterable of int
+            Positions within the group, whether they were to be removed or not.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        PruneError
+            For an unknown or locked name, positions that are none, or blocks that would lose different numbers.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]})
+        >>> dict(plan.keep('0', [2]).removed)
+        {'0': (1,)}
+        '''
         group = self.graph.group(name)
         kept = set(checked_positions(group, positions))
         left = [position for position in self.removed.get(group.name, ()) if position not in kept]
         return Plan(self.graph, {**self.removed, group.name: left}, self.reliability)
 
     def compose(self, later: Plan) -> Plan:
-        '''The plan that does in one step what this plan and then ``later``, made for the pruned network, do.
+        '''Return one plan for the original that has the effect of this plan followed by a later one.
 
         Parameters
         ----------
         later: Plan
-            Its positions count what this plan leaves; channels are told by where they sit in parameters.
+            A plan for the network that this plan leaves, traced anew; its positions count the remaining channels.
+
+        Returns
+        -------
+        Plan
 
         Raises
         ------
         PruneError
             If ``later`` was made for another network, or the original cannot lose these channels at once: a grouped
-            convolution that is left with one channel a group loses whole groups as a depthwise one.
+            convolution that is left with one channel per group loses whole groups, as a depthwise one.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> x = torch.ones(2, 3)
+        >>> first = zp.Plan(zp.trace(model, x), {'0': [0]})
+        >>> second = zp.Plan(zp.trace(first.apply(model), x), {'0': [0]})
+        >>> dict(first.compose(second).removed)
+        {'0': (0, 1)}
         '''
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
-    @torch.inference_mode(False)
-    def masked(self, model: nn.Module) -> _Masked:
-        '''A separate network of the original shapes that computes what the pruned network will compute.
+    def at_risk(self, relevance: Relevance, count: int = 10) -> AtRisk:
+        '''Find channels to be removed that a single sample needs, and classes that lose more relevance than others.
 
-        It is built by zeroing what reads the removed channels, attributions included. It can be used in a ``with``
-        statement; ``model`` is never touched. A rule that ignores weights (``Flat``, ``WSquare``) inside the network
-        still spreads relevance over silent channels: use the pruned network for such composites.
+        The score of a channel is a mean over samples, so that a channel on which a single image depends may be removed.
+        Its share in the relevance of all channels of its group for this image can be compared across layers, since
+        relevance is conserved from layer to layer. The share of a class is never larger than that of its samples.
+
+        Parameters
+        ----------
+        relevance: Relevance
+            Relevance collected with ``exemplars=``.
+        count: int
+            The largest number of channels to return.
+
+        Returns
+        -------
+        AtRisk
+            ``.channels``, a list of :class:`~zennit_prune.planning.Risk`, and ``.classes``, a tensor of shape (classes,
+            groups), None where the samples had no classes. It prints as tables.
+
+        Raises
+        ------
+        PruneError
+            If relevance was collected without exemplars, or from another network.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> pruner = zp.Pruner(model, None, torch.ones(2, 3))
+        >>> relevance = pruner.collect((torch.randn(8, 3), torch.arange(8) % 2), exemplars=2, progress=False)
+        >>> found = zp.Plan(pruner.graph).remove('0', [1, 2]).at_risk(relevance)
+        >>> len(found.channels), found.classes.shape
+        (2, torch.Size([2, 1]))
+        '''
+        return at_risk(self.graph, self.removed, relevance, count)
+
+    @torch.inference_mode(False)
+    def masked(self, model: nn.Module) -> nn.Module:
+        '''Return a copy of the original in which the removed channels are silent.
+
+        It has the original's shapes and computes what the pruned network will compute. The slices of weights that read
+        a removed channel are zero, so that attributions are those of the pruned network, too. A rule that ignores
+        weights (``Flat``, ``WSquare``) inside the network still spreads relevance over silent channels: use the pruned
+        network for such composites.
 
         Parameters
         ----------
         model: torch.nn.Module
-            The traced network.
+            The traced network; it is left as it is.
+
+        Returns
+        -------
+        torch.nn.Module
+            An ordinary module of the same class, with the same training flags; it can be copied and pickled.
+
+        Raises
+        ------
+        PruneError
+            If ``model`` is not the network that was traced.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3))).remove('0', [1, 2])
+        >>> masked = plan.masked(model)
+        >>> masked[2].weight.shape, masked[2].weight[:, 1:3].abs().sum().item()
+        (torch.Size([2, 4]), 0.0)
         '''
-        masked = masked_copy(self.graph, self._checked_model(model), self.removed)
-        masked.__class__ = type(type(masked).__name__, (_Masked, type(masked)), {'__module__': type(masked).__module__})
-        return cast(_Masked, masked)
+        return masked_copy(self.graph, self._checked_model(model), self.removed)
 
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
-        '''Remove the channels: an ordinary, smaller network of the same class.
+        '''Remove the channels; return an ordinary, smaller network of the same class.
 
-        The structure is always proven; ``verify`` adds numbers.
+        The structure of the result is always proven by a second trace.
 
         Parameters
         ----------
         model: torch.nn.Module
             The traced network; it is left as it is, whatever happens.
         verify: bool
-            Compare the result with the masked original on noise.
+            Also compare the outputs with those of the masked original, on noise.
         progress: bool
             Show a progress bar on standard error once it takes more than two seconds.
 
@@ -286,7 +355,24 @@ class Plan:
         ------
         PruneError
             If the plan is empty, ``model`` is not the network that was traced, or the result is not provably the
-            original with these channels silent (:class:`VerificationError` where numbers differ).
+            original with these channels silent (:class:`VerificationError` where outputs differ).
+
+        Warns
+        -----
+        PruneWarning
+            If LayerNorm runs over removed channels, or the network was traced in one of its two modes only.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]}).apply(model)
+        Sequential(
+          (0): Linear(in_features=3, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
+        )
         '''
         model = self._checked_model(model)
         if not self.removed:
@@ -300,6 +386,7 @@ class Plan:
         return small
 
     def _proven(self, model: nn.Module) -> nn.Module:
+        '''Return the narrowed network, after the proof of its structure.'''
         with without_garbage_collection(), isolated(model):
             small = self.graph._narrowed(model, self.removed)
             failure = self.graph._prove(small, self.removed)
@@ -317,16 +404,32 @@ class Plan:
         Parameters
         ----------
         model: torch.nn.Module
-            The traced network; it is narrowed and returned.
+            The traced network, which is narrowed.
         optimizer: torch.optim.Optimizer, optional
-            Its parameter groups point to the new parameters, and its state (momentum, Adam moments) is narrowed along.
+            The optimizer that trains the network: its parameter groups point to the new parameters, and its state
+            (momentum, Adam moments) is narrowed, too.
         verify: bool
-            As for :meth:`apply`.
+            Also compare the outputs with those of the masked original, on noise.
+
+        Returns
+        -------
+        torch.nn.Module
+            ``model`` itself.
 
         Raises
         ------
         PruneError
-            As :meth:`apply`; nothing is changed then.
+            For the reasons of :meth:`apply`, or if the optimizer cannot follow; nothing is changed then.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]})
+        >>> plan.apply_(model, optimizer) is model, optimizer.param_groups[0]['params'][0].shape
+        (True, torch.Size([2, 3]))
         '''
         inner = unwrapped(model)
         small = self.apply(inner, verify)
@@ -335,7 +438,7 @@ class Plan:
         return model
 
     def _checked_model(self, model: nn.Module) -> nn.Module:
-        '''The network inside ``model``, after a check that it is the one that was traced.'''
+        '''Return the network inside ``model``, after a check that it is the one that was traced.'''
         model = unwrapped(model)
         tensors = dict(tensors_by_module(model))
         for axis in self.graph._recording.axes:
@@ -346,20 +449,62 @@ class Plan:
                                  f'{axis.length} indices along dimension {axis.dim}. Trace it again.')
         return model
 
+    def _misfit(self, network: nn.Module, pruned: bool = True) -> str:
+        '''Return how a network differs in shape from the pruned one, or from the original; '' if it does not.'''
+        found = dict(tensors_by_module(network))
+        kept = self.graph._kept(self.removed) if pruned else {}
+        for name, size in self.graph._recording.sizes.items():
+            stay = kept.get(name, {})
+            shape = tuple(len(stay[dim]) if dim in stay else length for dim, length in enumerate(size.shape))
+            if name not in found or tuple(found[name].shape) != shape:
+                has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
+                return f'{name!r} {has}, but {shape} stays by the plan' if pruned else f'{name!r} {has}, not {shape}'
+        return ''
+
     # files
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write the plan as JSON.'''
+        '''Write the plan as JSON.
+
+        Parameters
+        ----------
+        path: path-like
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import torch
+        >>> import zennit_prune as zp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> graph = zp.trace(model, torch.ones(2, 3))
+        >>> plan = zp.Plan(graph, {'0': [1, 2]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan.save(f'{folder}/plan.json')
+        ...     zp.Plan.load(f'{folder}/plan.json', graph) == plan
+        True
+        '''
         write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def to_dict(self) -> dict[str, Any]:
-        '''The plan as JSON values: its removals, and the sizes of all groups, by which a network is known.'''
+        '''Return the plan as JSON values: its removals, and the sizes of all groups, which identify the network.'''
         data = {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
                 'removed': {name: list(positions) for name, positions in self.removed.items()}}
         return data if self.reliability is None else {**data, 'reliability': self.reliability.to_dict()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Plan:
-        '''Read a plan for the network of ``graph``.
+        '''Read a plan that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+        graph: ChannelGraph
+            The removable channels of the network that the plan is for.
+
+        Returns
+        -------
+        Plan
 
         Raises
         ------
@@ -374,7 +519,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any, graph: ChannelGraph, source: str = 'the data') -> Plan:
-        '''The inverse of :meth:`to_dict`.'''
+        '''Make a plan from the values of :meth:`to_dict`; ``source`` names them in errors.'''
         if not isinstance(data, dict) or data.get('format') != FORMAT:
             raise PruneError(f'{source!r} is not a plan: it lacks "format": "{FORMAT}".')
         if data.get('version') != 1:
@@ -403,24 +548,39 @@ class Plan:
         return hash((id(self.graph), tuple(self.removed.items())))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        '''Draw how many channels of every group stay, to a file or not; returns the matplotlib figure.'''
+        '''Draw how many channels of every group stay.
+
+        Parameters
+        ----------
+        path: path-like, optional
+            An image file to write; its ending says of which kind.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        PruneError
+            If matplotlib is not installed, or the folder of ``path`` does not exist.
+        '''
         return _plotted(self, path)
 
     def _tables(self) -> tuple[Table, list[str]]:
-        '''The groups, and lines on the whole network.'''
+        '''Return the table of the groups, and lines on the whole network.'''
         rows: list[tuple[Any, ...]] = []
-        stability = {} if self.reliability is None else self.reliability.groups
+        reliability = {} if self.reliability is None else self.reliability.groups
         for group in self.graph.groups:
             gone = len(self.removed.get(group.name, ()))
-            agreement = [f'{stability[group.name]:.2f}' if group.name in stability else ''] if stability else []
-            rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *agreement))
-        costs = CostModel(self.graph)
+            halves = [f'{reliability[group.name]:.2f}' if group.name in reliability else ''] if reliability else []
+            rows.append((group.name, group.size, group.size - gone, Share(1 - gone / group.size), *halves))
+        costs = cost_model(self.graph)
         counts = costs.counts(self.removed)
         totals = []
         for unit in ('flops', 'params', 'channels'):
             before, after = costs(unit, 0 * counts), costs(unit, counts)
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
-        header = ('group', 'channels', 'left', 'share', *['stability'] * bool(stability))
+        header = ('group', 'channels', 'left', 'share', *['reliability'] * bool(reliability))
         notes = [str(note) for note in (self.timing, self.reliability) if note is not None]
         return (header, rows), [*totals, *notes]
 
@@ -441,46 +601,60 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
 
     Parameters
     ----------
-    model, small: torch.nn.Module
-        The original and the pruned network, both as they are now; neither is changed.
+    model: torch.nn.Module
+        The original as it is now; it is left as it is.
+    small: torch.nn.Module
+        The pruned network as it is now; it is left as it is.
     plan: Plan
-        What was removed.
+        The plan by which ``small`` was pruned.
     example: torch.Tensor, tuple or dict
-        Its floating-point tensors are replaced by Gaussian noise of their shape; others are used as they are.
+        An input, a tuple of arguments, or a dict of keyword arguments. Its floating-point tensors are replaced by
+        Gaussian noise of their shape; others are used as they are.
 
     Returns
     -------
     float
-        The largest absolute difference over the largest absolute output.
+        The largest absolute difference of any output, divided by the largest absolute output.
 
     Raises
     ------
+    PruneError
+        If ``model`` is not the network that was traced, or the networks are given in the other order.
     VerificationError
-        If that exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16); it names the first wrong
-        layer.
+        If the result exceeds 1e-10 (float64), 1e-4 (float32), 2e-2 (float16) or 1e-1 (bfloat16), or is not finite. The
+        message names the first layer that differs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.ones(2, 3)
+    >>> plan = zp.Plan(zp.trace(model, x), {'0': [1, 2]})
+    >>> zp.verify(model, plan.apply(model), plan, x) < 1e-4
+    True
     '''
-    return compare(plan.graph, plan._checked_model(model), unwrapped(small), plan.removed, example)
+    model, small = checked_pair('verify(model, small, plan, example)', model, small, plan)
+    return compare(plan.graph, plan._checked_model(model), small, plan.removed, example)
 
 
-if TYPE_CHECKING:
-    _Network = nn.Module
-else:
-    _Network = object  # the class of the network is joined to it at run time
+def checked_pair(call: str, model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    '''Return the networks inside two modules; refuse arguments in another order than that of ``call``.'''
+    checked_plan(call, plan)
+    model, small = unwrapped(model), unwrapped(small)
+    if plan.removed and not plan._misfit(model) and not plan._misfit(small, pruned=False):
+        raise PruneError('the networks are given in the other order: the first one has the shapes of the pruned '
+                         f'network, the second one those of the original. The order is {call}: the original first.')
+    return model, small
 
 
-class _Masked(_Network):
-    '''Lets a masked network be used in a ``with`` statement.'''
-
-    def __enter__(self) -> _Masked:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        return None
+def checked_plan(call: str, plan: Plan) -> None:
+    '''Refuse anything but a plan in the place of the plan.'''
+    if not isinstance(plan, Plan):
+        raise PruneError(f'a Plan is needed, not a {type(plan).__name__}: the order of arguments is {call}.')
 
 
 def _plotted(plan: Plan, path: str | os.PathLike[str] | None = None) -> Any:
-    '''A column for every group: how many channels it has, and how many stay.'''
+    '''Draw a column for every group: its channels, and those that stay.'''
     figure = new_figure(path, (8, 3.2))
     axes = figure.add_subplot()
     groups = plan.graph.groups

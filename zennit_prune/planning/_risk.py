@@ -1,21 +1,34 @@
-'''What a plan puts at risk: channels that few samples need much, and classes that lose more than others.'''
+'''``Plan.at_risk``: channels that few samples need much, and classes that lose more relevance than others.'''
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import PruneError
+from ..graph._graph import ChannelGraph
 from ..relevance._exemplars import Exemplars
 from ..relevance._relevance import Relevance
-from ._plan import Plan
+from ..util._display import Share, Table, panel, table
 
 
 class Risk(NamedTuple):
     '''A channel that a plan removes although a sample needs it.
 
-    ``value``: its share in the sample's absolute relevance at the group, from 0 to 1; ``sample``: its number in the
-    loader's order; ``class_``: its class, -1 where it has none.
+    Attributes
+    ----------
+    group: str
+        The name of the group.
+    channel: int
+        The position within the group.
+    value: float
+        The channel's share in the sample's absolute relevance at the group, from 0 to 1.
+    sample: int
+        The number of the sample in the order of the loader.
+    class_: int
+        The class of the sample, -1 where it has none.
     '''
 
     group: str
@@ -25,76 +38,76 @@ class Risk(NamedTuple):
     class_: int
 
 
-def risky(plan: Plan, relevance: Relevance, count: int = 10) -> list[Risk]:
-    '''The channels that a plan removes with the largest share of any single sample's relevance, largest first.
+@dataclass(frozen=True, eq=False)
+class AtRisk:
+    '''The channels and classes that a plan puts at risk; print it, or show it in a notebook.
 
-    A channel's score is a mean over samples: one that a single image depends on may well be doomed. Its share in what
-    all channels of its group have for this image compares across layers, since relevance is conserved from layer to
-    layer. No class can have a larger share than the largest of its samples.
-
-    Parameters
+    Attributes
     ----------
-    plan: Plan
-        What is to be removed.
-    relevance: Relevance
-        Collected with ``exemplars=``.
-    count: int
-        How many to return at most.
-
-    Returns
-    -------
-    list of Risk
-        (group, channel, value, sample, class).
-
-    Raises
-    ------
-    PruneError
-        If relevance was collected without exemplars, or from another network.
+    channels: list of Risk
+        The removed channels with the largest share in the relevance of any single sample, largest first.
+    classes: torch.Tensor or None
+        float64, shape (classes, groups), from 0 to 1: the share of each class's absolute relevance at each group that
+        belongs to removed channels. None where the samples had no classes.
+    rows: tuple of int
+        The class of each row of ``classes``.
+    columns: tuple of str
+        The group of each column of ``classes``.
     '''
-    exemplars = _exemplars(plan, relevance)
+
+    channels: list[Risk]
+    classes: torch.Tensor | None
+    rows: tuple[int, ...]
+    columns: tuple[str, ...]
+
+    def _tables(self) -> list[Table]:
+        channels = [(risk.group, risk.channel, Share(risk.value), risk.sample,
+                     '' if risk.class_ < 0 else risk.class_) for risk in self.channels]
+        tables: list[Table] = [(('group', 'channel', 'share of a sample', 'sample', 'class'), channels)]
+        if self.classes is not None:
+            means, largest = self.classes.mean(1), self.classes.max(1)
+            order = means.argsort(descending=True, stable=True).tolist()[:max(len(self.channels), 1)]
+            tables.append((('class', 'lost on average', 'lost at most', 'in group'),
+                           [(self.rows[row], Share(float(means[row])), Share(float(largest.values[row])),
+                             self.columns[int(largest.indices[row])]) for row in order]))
+        return tables
+
+    def __str__(self) -> str:
+        return '\n\n'.join(table(*each) for each in self._tables())
+
+    def _repr_html_(self) -> str:
+        return panel(repr(self), self._tables())
+
+    def __repr__(self) -> str:
+        return f'AtRisk({len(self.channels)} channels, {len(self.rows)} classes)'
+
+
+def at_risk(graph: ChannelGraph, removed: Mapping[str, Sequence[int]], relevance: Relevance, count: int) -> AtRisk:
+    '''Find the channels and classes at risk; see :meth:`Plan.at_risk`.'''
+    exemplars = _exemplars(graph, relevance)
     found = [Risk(name, channel, float(exemplars.shares[name][channel]), int(exemplars.share_samples[name][channel]),
                   int(exemplars.share_classes[name][channel]))
-             for name, channels in plan.removed.items() if name in exemplars.shares for channel in channels]
-    return sorted(found, key=lambda risk: -risk.value)[:count]
-
-
-def class_losses(plan: Plan, relevance: Relevance) -> torch.Tensor:
-    '''The share of each class's relevance at each group that goes with the channels a plan removes.
-
-    Parameters
-    ----------
-    plan: Plan
-        What is to be removed.
-    relevance: Relevance
-        Collected with ``exemplars=`` from samples with a class each.
-
-    Returns
-    -------
-    torch.Tensor
-        float64, shape (classes, groups), from 0 to 1: rows as ``relevance.exemplars.classes``, columns as
-        ``relevance.exemplars.by_class``.
-
-    Raises
-    ------
-    PruneError
-        If relevance was collected without exemplars, without classes, or from another network.
-    '''
-    exemplars = _exemplars(plan, relevance)
+             for name, channels in removed.items() if name in exemplars.shares for channel in channels]
+    largest = sorted(found, key=lambda risk: -risk.value)[:count]
     if not exemplars.classes:
-        raise PruneError("the samples had no classes: collect with class indices as labels, or target='predicted'.")
+        return AtRisk(largest, None, (), ())
     columns = []
     for name, means in exemplars.by_class.items():
-        mass = means.abs()
-        lost = mass[:, list(plan.removed.get(name, ()))].sum(1)
-        columns.append(lost / mass.sum(1).clamp(min=1e-300))
-    return torch.stack(columns, 1)
+        absolute = means.abs()
+        lost = absolute[:, list(removed.get(name, ()))].sum(1)
+        columns.append(lost / absolute.sum(1).clamp(min=1e-300))
+    return AtRisk(largest, torch.stack(columns, 1), tuple(exemplars.classes), tuple(exemplars.by_class))
 
 
-def _exemplars(plan: Plan, relevance: Relevance) -> Exemplars:
+def _exemplars(graph: ChannelGraph, relevance: Any) -> Exemplars:
+    '''Return the exemplars of relevance, after a check that they are of the network of a graph.'''
+    if not isinstance(relevance, Relevance):
+        raise PruneError(f'a Relevance is needed, which pruner.collect(loader, exemplars=8) returns, not a '
+                         f'{type(relevance).__name__}.')
     found = relevance.exemplars
     if found is None:
         raise PruneError('relevance was collected without exemplars: collect with exemplars=8, say.')
-    sizes = {group.name: group.size for group in plan.graph.groups}
+    sizes = {group.name: group.size for group in graph.groups}
     for name, values in found.samples.items():
         if sizes.get(name) != len(values):
             raise PruneError(f'exemplars of group {name!r} are for {len(values)} channels, but the network of the plan '

@@ -1,4 +1,4 @@
-'''One file for a pruned network: tensors, and the plan as JSON; no code.'''
+'''Save and load a pruned network: one file with tensors and the plan as JSON, and no code.'''
 from __future__ import annotations
 
 import json
@@ -14,39 +14,50 @@ from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, keeps
 from ..util._files import read_tensors, write_tensors
 from ..util._networks import modules_by_name, unique_tensors, unwrapped
-from ._plan import Plan
+from ._plan import Plan, checked_plan
 
 FORMAT = 'zennit_prune network'
 
 
 def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
-    '''Write a pruned network.
+    '''Write a pruned network to a file.
 
     Parameters
     ----------
     small: torch.nn.Module
-        What ``plan.apply`` returned, trained further or not.
+        The network that ``plan.apply`` returned, trained further or not.
     plan: Plan
-        The plan it was pruned by.
+        The plan by which it was pruned.
     path: path-like
-        A safetensors file. It appears when it is complete.
+        A safetensors file; it appears when it is complete.
 
     Raises
     ------
     PruneError
         If ``small`` is not what ``plan`` makes of the original, or the extra state of a module is not made of numbers,
         texts, lists and dicts.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> plan = zp.Plan(zp.trace(model, torch.ones(2, 3)), {'0': [1, 2]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     zp.save(plan.apply(model), plan, f'{folder}/small.safetensors')
+    ...     os.listdir(folder)
+    ['small.safetensors']
     '''
+    checked_plan('save(small, plan, path)', plan)
     small = unwrapped(small)
+    _check_path(path, 'save(small, plan, path)')
     tensors = unique_tensors(small)
-    kept = plan.graph._kept(plan.removed)
     shapes = {name: list(size.shape) for name, size in plan.graph._recording.sizes.items()}
-    for name, shape in shapes.items():
-        expected = [len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape)]
-        if name not in tensors or list(tensors[name].shape) != expected:
-            has = list(tensors[name].shape) if name in tensors else 'missing'
-            raise PruneError(f'this network was not made by this plan: {name!r} is {has}, but the plan makes it '
-                             f'{expected}.')
+    tied = (f'{name!r} is shared with another module' for name in shapes if name not in tensors)
+    misfit = plan._misfit(small) or next(tied, '')
+    if misfit:
+        raise PruneError(f'this network was not made by this plan: {misfit}. Give what plan.apply(model) returned.')
     metadata = {'plan': json.dumps(plan.to_dict()), 'shapes': json.dumps(shapes),
                 'group_sizes': json.dumps(plan.graph._group_sizes),
                 'attributes': json.dumps([[*item] for item in plan.graph._attributes(plan.removed).items()]),
@@ -54,12 +65,19 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     write_tensors(path, tensors, metadata, FORMAT)
 
 
+def _check_path(path: Any, call: str) -> None:
+    '''Refuse anything but a path in the place of the path.'''
+    if not isinstance(path, (str, os.PathLike)):
+        raise PruneError(f'a path is needed, not a {type(path).__name__}: the order of arguments is {call}.')
+
+
 def _keeps_extra_state(module: nn.Module) -> bool:
+    '''Return whether a module has an extra state.'''
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _extra_states(small: nn.Module) -> dict[str, Any]:
-    '''What ``get_extra_state`` of modules returns, by their names.'''
+    '''Return the extra states of modules (``get_extra_state``) by their names, after a check that JSON holds them.'''
     found: dict[str, Any] = {}
     for name, module in modules_by_name(small):
         if _keeps_extra_state(module):
@@ -77,25 +95,42 @@ def _extra_states(small: nn.Module) -> dict[str, Any]:
 
 @torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    '''Narrow a copy of a freshly built original and fill it with what :func:`save` wrote.
+    '''Read a pruned network that :func:`save` wrote.
 
     Parameters
     ----------
     model: torch.nn.Module
-        The unpruned network, built anew; its values do not matter. It is not changed.
+        The unpruned network, built anew; its values do not matter. It is left as it is: a copy is narrowed and filled.
     path: path-like
         The file.
 
     Returns
     -------
     torch.nn.Module
-        The pruned network, on the device of ``model``, with the types of the file.
+        The pruned network, on the device of ``model``, with the floating-point types of the file.
 
     Raises
     ------
     PruneError
         If the file is something else, or was saved from a network of another architecture.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> def build():
+    ...     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> model, x = build(), torch.ones(2, 3)
+    >>> plan = zp.Plan(zp.trace(model, x), {'0': [1, 2]})
+    >>> small = plan.apply(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     zp.save(small, plan, f'{folder}/small.safetensors')
+    ...     loaded = zp.load(build(), f'{folder}/small.safetensors')
+    >>> torch.equal(loaded(x), small(x))
+    True
     '''
+    _check_path(path, 'load(model, path)')
     model = unwrapped(model)
     data, metadata = read_tensors(path, FORMAT)
     try:

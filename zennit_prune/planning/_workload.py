@@ -1,6 +1,6 @@
-'''The calls that a network's time goes into, each of which can be made again on tensors of other widths.
+'''The ATen calls that take a network's time, which can be repeated on tensors of other widths, and how they are timed.
 
-Measure times side by side: medians of runs in turn, so that a machine that slows down slows all of them.
+Times that are compared are medians of runs in turn, so that a machine that slows down slows all of them.
 '''
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..util._networks import device_of, map_tensors, structural_copy
 
 SAMPLE = 2e-4  # seconds that a sample lasts at least: shorter calls are repeated within it
 LEAST = 3  # rounds
-SECONDS = 5.0  # for a network side by side with another
+SECONDS = 5.0  # the longest measurement of networks in turn
 
 clock = time.perf_counter
 Prepare = Callable[[], Callable[[], Any]]
@@ -39,22 +39,22 @@ Prepare = Callable[[], Callable[[], Any]]
 
 def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20, seconds: float = math.inf,
             progress: str | None = None) -> list[float]:
-    '''The median time of each of several calls.
+    '''Measure the median time of each of several calls.
 
-    Every round takes a sample of each. One more round, the first, is for warming up.
+    Every round takes a sample of each call. One more round, the first, warms up.
 
     Parameters
     ----------
     prepared: sequence of callables
-        Each makes what a call needs, which takes no time that counts, and returns the call.
+        Each prepares a call, which is not timed, and returns it.
     device: torch.device
-        Where the calls run; a sample ends when all of its work is done there.
+        The device that the calls run on; a sample ends when all of its work is done there.
     rounds: int
-        How many samples of each.
+        The number of samples of each call.
     seconds: float
-        After so long there are no further rounds, once there were three.
+        No further round begins after this time, once there were three.
     progress: str, optional
-        What a progress bar on standard error says.
+        The title of a progress bar on standard error.
 
     Returns
     -------
@@ -88,14 +88,14 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
 
 
 def side_by_side(models: Sequence[nn.Module], example: Example, rounds: int = 30) -> list[float]:
-    '''The median times of several networks on one input, measured in turn.'''
+    '''Measure the median times of several networks on one input, in turn.'''
     with running(models, example) as runs:
         return medians(runs, device_of(models[0]), rounds, SECONDS)
 
 
 @contextmanager
 def running(models: Sequence[nn.Module], example: Example) -> Iterator[list[Prepare]]:
-    '''The forward passes of several networks on one input, in evaluation mode, for :func:`medians`.'''
+    '''Yield the forward passes of several networks on one input, in evaluation mode, for :func:`medians`.'''
     device = device_of(models[0])
     args, kwargs = map_tensors(lambda tensor: tensor.to(device), replace(example, device='real').arguments())
     with evaluating(nn.ModuleList(models)):
@@ -103,19 +103,19 @@ def running(models: Sequence[nn.Module], example: Example) -> Iterator[list[Prep
 
 
 def device_name(device: torch.device) -> str:
-    '''What times depend on, in words.'''
+    '''Return the name of a device, with the number of threads of a CPU.'''
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f'{device.type}, {threads} thread{"s" * (threads > 1)}' if device.type == 'cpu' else device.type
 
 
-MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, is taken to shrink as a whole
+MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, shrinks as a whole
 
 
 @dataclass(frozen=True)
 class Like:
-    '''What it takes to make a tensor like another: its shape, type, and dimensions from the slowest to the fastest.'''
+    '''The shape, type and memory layout of a tensor: its dimensions from the slowest to the fastest.'''
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -127,7 +127,7 @@ class Like:
         return cls(tuple(tensor.shape), tensor.dtype, tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])))
 
     def made(self, device: torch.device) -> torch.Tensor:
-        '''Such a tensor of ones: whatever is done to these over and over, they never become very small.'''
+        '''Make such a tensor of ones, which stay in the normal range of numbers however often a call is repeated.'''
         tensor = torch.ones([self.shape[dim] for dim in self.order], dtype=self.dtype, device=device)
         return tensor.permute(sorted(range(len(self.order)), key=lambda dim: self.order[dim]))
 
@@ -138,12 +138,12 @@ class Call:
     Parameters
     ----------
     function: torch._ops.OpOverload
-        What is called.
+        The function.
     arguments:
-        Nested arguments with :class:`Like` for tensors.
+        Its nested arguments, with :class:`Like` in the place of tensors.
     axes: mapping of (int, int) to int
-        For the dimensions of the arguments' tensors that shrink with channels, by number of the tensor and dimension:
-        the number of the axis. Dimensions of one axis shrink by the same share.
+        The number of the axis of each dimension that shrinks with channels, by the number of the tensor among the
+        arguments and the dimension. Dimensions of one axis shrink by the same share.
 
     Attributes
     ----------
@@ -185,12 +185,12 @@ class Call:
         return f'{str(leaf.dtype).removeprefix("torch.")}({sizes}){dense}'
 
     def shares(self, left: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        '''How much is left of each axis, given the share that is left of every axis of the network.'''
+        '''Return the share that is left of each axis, given the share that is left of every axis of the network.'''
         shares = left[self._axes]
         return np.average(shares, weights=self._lengths, keepdims=True) if self._joint else shares
 
     def prepared(self, widths: Sequence[int], device: torch.device) -> Callable[[], Any]:
-        '''The call on tensors of its own, with so many of the steps of each axis left.'''
+        '''Return the call on tensors of its own, with a number of steps left of each axis.'''
         leaves = list(self._leaves)
         for number, position in enumerate(self._tensors):
             like = leaves[position]
@@ -209,7 +209,7 @@ class Call:
 
 
 class CallTracer(Tracer):
-    '''Keeps, beside every recorded operation, the call that it was.'''
+    '''A tracer that keeps the ATen call of every recorded operation.'''
 
     counts_flops = False
 
@@ -228,14 +228,14 @@ class CallTracer(Tracer):
 
 
 def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int], int]) -> list[Call]:
-    '''The calls of a network that compute something from its input and take less time with fewer channels.
+    '''Return the calls of a network that compute something from its input and take less time with fewer channels.
 
     Parameters
     ----------
     graph, model:
         The network, traced.
     axis_of: callable
-        The number of the axis of labels along a dimension; 0 where it never shrinks.
+        Returns the number of the axis of labels along a dimension, 0 where it never shrinks.
     '''
     example = replace(graph._recording.example.fitted(model), resize=False, device=graph._recording.example.device)
     tracers: list[CallTracer] = []

@@ -1,7 +1,7 @@
-'''Run networks in step: each stops where a value is made, and goes on when the others are there.
+'''Run networks in lockstep: each one stops where a target is computed, and goes on when the others have reached it.
 
-A network is repaired while it runs: what a layer reads must come from the layers before it as they are after their
-repair. So that one forward pass is enough for all layers, it runs in a thread that waits at every stop.
+A network is repaired while it runs: a layer must read what the repaired layers before it return. One forward pass is
+enough for all layers if it runs in a thread that waits at every stop.
 '''
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ._targets import LayerCall
 
 
 class Stop(NamedTuple):
-    '''Where a network waits.
+    '''The place at which a network waits.
 
     Attributes
     ----------
     site: Site
-        The call that made the value.
+        The call that computed the value.
     value: torch.Tensor
-        The value; what is written into it is what the network goes on with.
+        The value; the network goes on with whatever is written into it.
     calls: dict of Site to LayerCall
-        The wanted calls so far.
+        The wanted calls up to here.
     '''
 
     site: Site
@@ -38,22 +38,22 @@ class Stop(NamedTuple):
 
 
 class Left(BaseException):
-    '''Raised in a network that nobody waits for any more.'''
+    '''Ends a forward pass that is not needed any more.'''
 
 
-class Walk(CallCounter):
+class Lockstep(CallCounter):
     '''One forward pass, from stop to stop.
 
     Parameters
     ----------
     network: torch.nn.Module
-        It runs without gradients.
+        The network; it runs without gradients.
     inputs: torch.Tensor, tuple or dict
-        What it is called with.
+        The inputs.
     stops: collection of Site
-        The calls after which it waits.
+        The calls after which the run waits.
     wanted: collection of Site
-        The calls of layers that are kept, with their inputs.
+        The calls of layers that are kept for a stop, with their inputs.
     '''
 
     def __init__(self, network: nn.Module, inputs: Any, stops: Collection[Site], wanted: Collection[Site] = ()):
@@ -65,7 +65,7 @@ class Walk(CallCounter):
         self._error: BaseException | None = None
         self._left = False
         self._go, self._there = Semaphore(0), Semaphore(0)
-        self._thread_of_walk = Thread(target=self._run, args=(network, inputs), daemon=True)
+        self._thread_of_run = Thread(target=self._run, args=(network, inputs), daemon=True)
         self._started = False
 
     def _run(self, network: nn.Module, inputs: Any) -> None:
@@ -95,21 +95,21 @@ class Walk(CallCounter):
         return result
 
     def next(self) -> Stop | None:
-        '''Go on to the next stop; None at the end.'''
+        '''Go on to the next stop; return None at the end.'''
         self._stop = None
         if self._started:
             self._go.release()
         else:
             self._started = True
-            self._thread_of_walk.start()
+            self._thread_of_run.start()
         self._there.acquire()
         if self._error is not None:
             raise self._error
         return self._stop
 
     def leave(self) -> None:
-        '''End it wherever it is.'''
+        '''End the run wherever it is.'''
         self._left = True
         self._go.release()
         if self._started:
-            self._thread_of_walk.join()
+            self._thread_of_run.join()

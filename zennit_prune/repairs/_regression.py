@@ -13,16 +13,24 @@ import torch
 
 FOLDS = 6
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
-TINY = 1e-10  # hardly a ridge: where the features hold all of the answer, and no noise
-LEFT = 1e-8  # of the squared error in folds that were not fitted, or a tiny ridge is not to be trusted in other inputs
+TINY = 1e-10  # nearly no ridge, for features that determine the outputs without noise
+LEFT = 1e-8  # a tiny ridge is used only where a smaller share of the squared error is left in held-out folds
 
 
 @dataclass
 class Change:
-    '''What is added to weights, shape (groups, features, outputs), and to biases, shape (groups, outputs).
+    '''A change of weights and biases.
 
-    ``ridge`` is what cross-validation chose, and ``gain`` the share of the squared error that goes in folds that were
-    not fitted.
+    Attributes
+    ----------
+    weight: torch.Tensor
+        The change of the weights, shape (groups, features, outputs).
+    bias: torch.Tensor
+        The change of the biases, shape (groups, outputs).
+    ridge: float
+        The ridge that cross-validation chose.
+    gain: float
+        The share of the squared error in held-out folds that the change removes.
     '''
 
     weight: torch.Tensor
@@ -49,7 +57,7 @@ class Moments:
 
     def add(self, fold: int, features: torch.Tensor, errors: torch.Tensor) -> None:
         '''Add samples: ``features`` (groups, features, samples) and ``errors`` (groups, outputs, samples).'''
-        if self.intercept:  # products of what is far from zero would drown its variance
+        if self.intercept:  # products of values far from zero would hide their variance
             if not self._folds:
                 self._shift = features.mean(2, keepdim=True)
             features = features - self._shift
@@ -60,7 +68,7 @@ class Moments:
         self._folds[fold] = terms if held is None else [old + new for old, new in zip(held, terms)]
 
     def solve(self, ridges: tuple[float, ...] = RIDGES, guess: float = 0.1) -> Change | None:
-        '''The change that is best in folds that were not fitted; None if no change is better than none.
+        '''Return the change that is best in held-out folds; None if no change is better than none.
 
         The search for the best of ``ridges`` starts at a ``guess``: layers that follow each other are alike.
         '''
@@ -97,7 +105,7 @@ class Moments:
 
 
 def _gram(features: torch.Tensor) -> torch.Tensor:
-    '''The products of features with each other; above the diagonal, some are missing.'''
+    '''Return the products of features with each other; above the diagonal, some are missing.'''
     width = features.shape[1]
     products = features.new_zeros(len(features), width, width)
     size = max(width // 4, 64)
@@ -108,7 +116,7 @@ def _gram(features: torch.Tensor) -> torch.Tensor:
 
 
 def _descend(error: Callable[[float], float], ridges: Sequence[float], guess: float) -> float:
-    '''The ridge at the bottom of a valley, from a guess on; infinity if there is none.'''
+    '''Return the ridge of the smallest error, descending from a guess; infinity without ridges.'''
     if not ridges:
         return float('inf')
     at = max(bisect(ridges, guess) - 1, 0)
@@ -146,7 +154,7 @@ class _Fit:
 
 
 def _error(moments: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> float:
-    '''The squared error that is left.'''
+    '''Return the squared error that is left.'''
     products, cross, feature, error, square, count = moments
     explained = (weight * (products @ weight)).sum(1) - 2 * (weight * cross).sum(1)
     shifted = count * bias ** 2 - 2 * bias * error + 2 * bias * (weight * feature.unsqueeze(2)).sum(1)

@@ -1,11 +1,9 @@
 '''Keep the accuracy of a pruned network without labels, gradients or epochs.
 
-Layer by layer, in the order of the forward pass, least squares refits the weights so that each target (see
-``targets.py``) is what it was in the original network, on reference inputs, fed with what the repaired layers before
-give. The solution is written into the layer and its BatchNorm, whose statistics become those of the new weights, so
-that training can go on.
-
-The statistics of BatchNorm, from inputs.
+Layer by layer, in the order of the forward pass, the weights are refitted by least squares on reference inputs, so that
+each target (see ``_targets.py``) gets the value that it has in the original network. Each layer reads what the repaired
+layers before it return. The solution is written into the layer and its BatchNorm, whose statistics become those of the
+new weights, so that training can go on.
 '''
 from __future__ import annotations
 
@@ -21,32 +19,32 @@ from tqdm.auto import tqdm
 from zennit.types import BatchNorm
 
 from ..errors import PruneError, PruneWarning
-from ..planning._plan import Plan
+from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
-from ..surgery._surgery import Kept
 from ..tracing._parametrized import copy_values, plain
 from ..util._loaders import batch_size
-from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in, unique_tensors, unwrapped
+from ..util._networks import copied, device_of, map_tensors, tensors_in
+from ..util._options import unknown
 from ._chunks import Chunk, Inputs, wide
-from ._lockstep import Walk
+from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes
 from ._regression import RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
-from ._trial import objection
+from ._trial import holdout_check
 
-FEW = 16  # inputs: fewer do not tell statistics alone
-DEAD = 1e-4  # of the largest factor of a BatchNorm: a channel that it scales by less is left as it is
+FEW = 16  # with fewer inputs, the old statistics keep a share
+DEAD = 1e-4  # a channel is left as it is where its BatchNorm scales it by less than this share of the largest factor
 
 
 def norms_of(network: nn.Module) -> list[Any]:
-    '''Every BatchNorm that holds statistics.'''
+    '''Return every BatchNorm that holds statistics.'''
     return [module for module in network.modules() if isinstance(module, BatchNorm)
             and module.running_mean is not None]  # type: ignore[union-attr]
 
 
 def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
-    '''Estimate all statistics of BatchNorm anew.'''
+    '''Estimate all statistics of BatchNorm from inputs anew.'''
     norms = norms_of(network)
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     for norm in norms:
@@ -66,10 +64,10 @@ def reestimate(network: nn.Module, chunks: Sequence[Any]) -> None:
             norm.running_var.copy_(variance)
 
 
-def settle(network: nn.Module, chunks: Sequence[Any]) -> None:
-    '''Give every BatchNorm the statistics of what it reads now, without changing what it returns.
+def update_batchnorm_statistics(network: nn.Module, chunks: Sequence[Any]) -> None:
+    '''Set the statistics of every BatchNorm to those of its inputs, and its weight and bias so that its outputs stay.
 
-    From few inputs, those it has keep a share: a refitted layer returns much what it did before.
+    With few inputs, the old statistics keep a share: a refitted layer returns nearly the values that it did before.
     '''
     sums: dict[Any, list[Any]] = {}
 
@@ -99,58 +97,90 @@ def settle(network: nn.Module, chunks: Sequence[Any]) -> None:
         norm.bias.copy_(shift + scale * norm.running_mean)
 
 
-MEMORY = 4 * 2 ** 30  # bytes for activations; of inputs that would take more, some are used
+MEMORY = 4 * 2 ** 30  # bytes for activations: fewer inputs are used where these would take more
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
-LARGEST = 1536  # features that are solved for at once; a layer with more is refitted block by block
-PER_FEATURE, ENOUGH = 64, 16384  # samples of a layer that are used, where there are as many
+LARGEST = 1536  # the most features that are solved for at once; a layer with more is refitted block by block
+PER_FEATURE, ENOUGH = 64, 16384  # positions are thinned out as long as so many samples remain
 
 
-def repair(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str = 'refit',
+def checked_method(method: Any, option: str = 'method') -> str:
+    '''Return the name of a method of repair; refuse any other, with the nearest one.'''
+    if method not in METHODS:
+        raise unknown(option, method, METHODS)
+    return method
+
+
+def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str = 'refit',
            progress: bool = True) -> nn.Module:
     '''Repair a pruned network with a few unlabelled inputs.
 
     Parameters
     ----------
+    model: torch.nn.Module
+        The original network; it is left as it is.
     small: torch.nn.Module
         The pruned network; it is left as it is.
-    model: torch.nn.Module
-        The original.
     plan: Plan
-        What was removed from it.
-    data: torch.Tensor or iterable
-        Inputs, or a loader; labels are ignored. All of up to 1,024 are used, of more a random choice; equal ones
-        count once. Pictures are also mirrored and moved. Activations of one layer are held for all of them, so that of
-        large inputs as many are used as fit into 4 GiB, about.
+        The plan by which ``small`` was pruned.
+    data: torch.Tensor, dict or iterable
+        Inputs, or a loader of batches; labels are ignored. At most 1,024 inputs are used, a uniform subset beyond that;
+        duplicates are dropped. Images are also mirrored and shifted. The activations of one layer are held for all
+        inputs, so that fewer inputs are used where these would take more than about 4 GiB.
     method: str
-        ``'refit'``: least squares with a ridge from cross-validation over inputs; a layer that it does not improve in
-        inputs that were held out keeps its weights. ``'bias'``: biases make up for the mean error. ``'batchnorm'``: the
-        statistics of BatchNorm are estimated anew. ``'none'``: a copy.
-        Where the inputs do not show clearly that it helps, a repair is tried with three quarters of them (of fewer than
-        32, with others each time): if it brings the outputs for the rest further from the original's, the network is
-        left as it is, with a warning.
+        ``'refit'``: every layer is refitted by ridge regression, with the ridge chosen by cross-validation over inputs;
+        a layer that a refit does not improve on held-out inputs keeps its weights. ``'bias'``: biases compensate for
+        the mean error. ``'batchnorm'``: the statistics of BatchNorm are estimated anew. ``'none'``: a copy.
     progress: bool
         Show a progress bar on standard error.
 
     Returns
     -------
     torch.nn.Module
-        A new network. Refitted, it is good at what the inputs show: a warning says if they show few of the classes.
+        A new network of the same class and shapes as ``small``.
 
     Raises
     ------
     PruneError
-        If the networks do not fit the plan or the inputs, or there is no input.
+        If the networks do not fit the plan or the inputs, are given in the other order, or there is no input; for an
+        unknown method.
+
+    Warns
+    -----
+    PruneWarning
+        If the inputs show fewer than half of the classes that the network tells apart; if nothing could be repaired;
+        if the repair brings the outputs for held-out inputs further from the original's, in which case it is left out.
+
+    Notes
+    -----
+    Unless the inputs show clearly that it helps, a repair is tried with three quarters of them and judged by the rest;
+    with fewer than 32 inputs, every quarter judges once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> x = torch.randn(64, 3)
+    >>> plan = zp.Plan(zp.trace(model, x)).remove('0', [0, 1, 2])
+    >>> small = plan.apply(model)
+    >>> better = zp.repair(model, small, plan, x, progress=False)
+    >>> bool((better(x) - model(x)).square().mean() < (small(x) - model(x)).square().mean())
+    True
     '''
-    return repaired(small, model, plan, data, method, progress, True)
+    return repaired(model, small, plan, data, method, progress, True)
 
 
-def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
+def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
              classes_matter: bool = False) -> nn.Module:
-    '''The same; whether it warns of classes that the inputs do not show is up to the caller.'''
-    if method not in METHODS:
-        raise PruneError(f'method={method!r} is unknown: use one of {", ".join(map(repr, METHODS))}.')
-    small, model = unwrapped(small), plan._checked_model(model)
-    _check_made_by(plan.graph._kept(plan.removed), small, model)
+    '''Repair a pruned network as :func:`repair` does; warn of classes that the inputs lack only if they matter.'''
+    checked_method(method)
+    model, small = checked_pair('repair(model, small, plan, data)', model, small, plan)
+    model = plan._checked_model(model)
+    misfit = plan._misfit(small)
+    if misfit:
+        raise PruneError(f'the pruned network is not what the plan makes of the original: {misfit}. Give what '
+                         'plan.apply(model) returned.')
     device = device_of(small)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         result = copied(small)
@@ -163,7 +193,7 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
 
         def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
             network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
-            fitted = method != 'batchnorm' and _refit(network, _widened(model), targets, plan, chunks, method, progress)
+            fitted = method != 'batchnorm' and _refit(_widened(model), network, targets, plan, chunks, method, progress)
             if not fitted:
                 reestimate(network, [chunk.inputs for chunk in chunks])
             return network.eval(), fitted
@@ -178,7 +208,7 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
                 return result
             if lacking:
                 warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=3)
-        problem = objection(network, _widened(small), _widened(model), inputs, lambda chosen: fitted_to(chosen)[0])
+        problem = holdout_check(_widened(model), _widened(small), network, inputs, lambda chosen: fitted_to(chosen)[0])
         if problem:
             warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
             return result
@@ -189,29 +219,18 @@ def repaired(small: nn.Module, model: nn.Module, plan: Plan, data: Any, method: 
     return result
 
 
-def _check_made_by(kept: Kept, small: nn.Module, model: nn.Module) -> None:
-    found = dict(tensors_by_module(small))
-    for name, tensor in unique_tensors(model).items():
-        stay = kept.get(name, {})
-        shape = tuple(len(stay[dim]) if dim in stay else size for dim, size in enumerate(tensor.shape))
-        if name not in found or found[name].shape != shape:
-            has = f'has shape {tuple(found[name].shape)}' if name in found else 'is missing'
-            raise PruneError(f'the pruned network is not what the plan makes of the original: {name!r} {has}, but '
-                             f'{shape} stays by the plan. Give what plan.apply(model) returned.')
-
-
 def _widened(network: nn.Module) -> nn.Module:
     return plain(copied(network), freely=True)._apply(wide).eval()
 
 
 def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) -> int:
-    '''The bytes that are held for an input in the middle of a refit, about: in both networks, three times.'''
-    walk = Walk(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
+    '''Estimate the bytes that a refit holds for one input: three copies of activations in both networks.'''
+    run = Lockstep(network, inputs.chunks(inputs.order[:1])[0].inputs, {target.site for target in targets},
                 {layer.site for target in targets for layer in target.layers})
     most = 1
     try:
         for target in targets:
-            stop = walk.next()
+            stop = run.next()
             if stop is None:
                 break
             held = [stop.value, *(call.input for call in stop.calls.values())]
@@ -219,24 +238,24 @@ def _footprint(network: nn.Module, targets: Sequence[Target], inputs: Inputs) ->
             for layer in target.layers:
                 stop.calls.pop(layer.site, None)
     finally:
-        walk.leave()
+        run.leave()
     return 6 * most
 
 
-def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
+def _refit(model: nn.Module, small: nn.Module, targets: Sequence[Target], plan: Plan, chunks: Sequence[Chunk],
            method: str, progress: bool) -> bool:
-    '''Refit all layers in the order of the forward pass; False if there is none that can be.'''
+    '''Refit all layers in the order of the forward pass; return whether there was any that can be refitted.'''
     deletion = Deletion(plan.graph._removed_labels(plan.removed))
     parameters = {id(parameter) for parameter in small.parameters()}
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
-    walks: list[tuple[Walk, Walk]] = []
+    runs: list[tuple[Lockstep, Lockstep]] = []
     found, changed, ridge = False, False, 0.1
     try:
         for chunk in chunks:
-            walks.append((Walk(model, chunk.inputs, sites), Walk(small, chunk.inputs, sites, wanted)))
+            runs.append((Lockstep(model, chunk.inputs, sites), Lockstep(small, chunk.inputs, sites, wanted)))
         for target in tqdm(targets, method, disable=not progress, leave=False):
-            views = [View(target, pair, chunk.folds) for pair, chunk in zip(walks, chunks)]
+            views = [View(target, pair, chunk.folds) for pair, chunk in zip(runs, chunks)]
             layers = [Layer(small, layer, [view.calls[number] for view in views], parameters)
                       for number, layer in enumerate(target.layers)]
             layers = [layer for layer in layers if layer.owned]
@@ -252,19 +271,29 @@ def _refit(small: nn.Module, model: nn.Module, targets: Sequence[Target], plan: 
                     _apply(change, pieces, views)
                     changed, ridge = True, change.ridge
     finally:
-        for pair in walks:
-            for walk in pair:
-                walk.leave()
+        for pair in runs:
+            for run in pair:
+                run.leave()
     if changed:
-        settle(small, [chunk.inputs for chunk in chunks if not chunk.varied])
+        update_batchnorm_statistics(small, [chunk.inputs for chunk in chunks if not chunk.varied])
     return found
 
 
 class View:
-    '''A target and its layers as one chunk of inputs shows them.'''
+    '''The values of a target and the calls of its layers, for one chunk of inputs.
 
-    def __init__(self, target: Target, walks: tuple[Walk, Walk], folds: torch.Tensor):
-        before, after = (walk.next() for walk in walks)
+    Attributes
+    ----------
+    value, wanted: torch.Tensor
+        The target in the pruned network and in the original.
+    folds: torch.Tensor
+        The fold of each input.
+    calls: list of LayerCall
+        The calls of the layers, in the pruned network.
+    '''
+
+    def __init__(self, target: Target, runs: tuple[Lockstep, Lockstep], folds: torch.Tensor):
+        before, after = (run.next() for run in runs)
         if before is None or after is None or not before.site == after.site == target.site \
                 or any(layer.site not in after.calls for layer in target.layers):
             raise PruneError(f'the network does not run as it was traced: {target.site.function!r} in '
@@ -274,7 +303,7 @@ class View:
         self.calls = [after.calls.pop(layer.site) for layer in target.layers]
 
     def narrow(self, kept: Mapping[int, Any]) -> None:
-        '''Leave only the channels that stay in what is wanted; given is whether each does, by dimension.'''
+        '''Remove channels from the wanted value; ``kept`` says which stay, by dimension.'''
         for dim, mask in kept.items():
             if self.wanted.shape[dim] == len(mask):
                 stay = torch.from_numpy(mask.nonzero()[0]).to(self.wanted.device)
@@ -309,22 +338,23 @@ class Layer:
         return self.calls[0].channel_dim
 
     def add(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        '''Change what the layer contributes to its target.'''
+        '''Add to the weights and the bias of the layer, in units of its target.'''
         scale = torch.where(self.alive, self.scale, 1).view(-1, *[1] * (weight.dim() - 1))
         self.weight += (weight / scale).to(self.weight)
         if bias is not None:
             self.bias += bias.to(self.bias)
 
 
-Piece = tuple[Layer, slice]  # some input channels of each group of a layer
+Piece = tuple[Layer, slice]  # a layer, and some input channels of each of its groups
 
 
 def _samples(call: LayerCall) -> int:
+    '''Return the number of positions of a layer's output, over all inputs.'''
     return call.shape.numel() // call.shape[call.channel_dim]
 
 
 def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int) -> tuple[slice, ...]:
-    '''The positions to take in each direction of space: neighbours show much the same.
+    '''Return the positions to use in each direction of space: neighbours show nearly the same.
 
     Each chunk starts elsewhere, so that all alignments with the strides of layers are seen.
     '''
@@ -341,7 +371,7 @@ def _thinning(call: LayerCall, samples: int, width: int, chunk: int, chunks: int
 
 
 def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
-    '''What is solved for at once: all layers of a target, or, where that is too large, parts of one.'''
+    '''Yield the layers that are solved for at once: all of a target, or parts of one where these are too large.'''
     features = [layer.weight[0].numel() for layer in layers]
     groups = max(layer.groups for layer in layers)
     if (all(layer.groups in (1, groups) for layer in layers)
@@ -356,6 +386,7 @@ def _pieces(layers: Sequence[Layer], samples: int) -> Iterator[list[Piece]]:
 
 
 def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float, ...], guess: float) -> Change | None:
+    '''Solve for the change of some layers that brings a target closest to the wanted value; None if none helps.'''
     groups = max(layer.groups for layer, _ in pieces)
     width = sum(layer.weight[0, channels].numel() for layer, channels in pieces) if ridges else 0
     samples = sum(map(_samples, pieces[0][0].calls))
@@ -367,14 +398,14 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         return torch.cat([each.expand(-1, groups, -1, -1) for each in read], 2)
 
     basis: torch.Tensor | None = None
-    if samples < width:  # what no sample shows cannot be learnt
+    if samples < width:  # directions that no sample shows cannot be learnt
         every = [features(position).permute(1, 2, 0, 3).flatten(2) for position in range(len(views))]
         basis = torch.linalg.qr(torch.cat(every, 2))[0]
     moments = Moments(any(layer.bias is not None for layer, _ in pieces), width)
     for position, view in enumerate(views):
         call = pieces[0][0].calls[position]
         errors = view.wanted - view.value
-        for layer, _ in pieces if ridges else ():  # a weight that is hardly heard is not to be turned up
+        for layer, _ in pieces if ridges else ():  # weights that BatchNorm scales to nothing are not to grow
             errors = errors * layer.alive.view(-1, *[1] * (errors.dim() - 1 - call.channel_dim))
         errors = call.outputs(errors, groups, thinned[position])
         read = features(position) if ridges else errors[:, :, :0]
@@ -392,7 +423,7 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
 
 
 def _apply(change: Change, pieces: Sequence[Piece], views: Sequence[View]) -> None:
-    '''Write a change into the layers and into the targets of all chunks.'''
+    '''Write a change into the layers, and its effect into the targets of all chunks.'''
     start = 0
     bias: torch.Tensor | None = change.bias.flatten()
     for layer, channels in pieces:

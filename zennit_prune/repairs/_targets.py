@@ -1,9 +1,8 @@
-'''What each layer is to be repaired for: the value that its output becomes before anything nonlinear reads it.
+'''The targets of a repair: for each layer, the value that its output becomes before anything nonlinear reads it.
 
-That is the output of its BatchNorm, or, where it is added to something else, the sum: a branch then makes up for the
-error of the shortcut, too.
-
-A call of a linear layer as a regression: features, outputs, and the response to other weights.
+This is the output of its BatchNorm, or, where that is added to something else, the sum: a branch then compensates for
+the error of the shortcut, too. A call of a linear layer is presented as a regression, with features, outputs, and the
+response to other weights.
 '''
 from __future__ import annotations
 
@@ -32,18 +31,18 @@ class LayerCall:
     function: str
         Its name.
     args, kwargs, result:
-        What it was given and what it returned.
+        The arguments and the returned tensor.
     batch: int
         The number of inputs.
 
     Attributes
     ----------
     weight, bias: torch.Tensor
-        Those that it was given; the bias may be None.
+        The weight and the bias among the arguments; the bias may be None.
     groups: int
         The groups of a convolution.
     shape: torch.Size
-        That of what it returned.
+        The shape of the returned tensor.
     '''
 
     def __init__(self, function: str, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor, batch: int):
@@ -57,21 +56,22 @@ class LayerCall:
 
     @property
     def intact(self) -> bool:
-        '''Whether nothing wrote into the input since.'''
+        '''Whether the input was not written into since the call.'''
         return self.input._version == self._version
 
     @property
     def channel_dim(self) -> int:
-        '''Where the output channels are.'''
+        '''The dimension of the output channels.'''
         return len(self.shape) - 1 if self.function == 'linear' else 1
 
     def response(self, weight: torch.Tensor) -> torch.Tensor:
-        '''The output for another weight, without bias.'''
+        '''Return the output for another weight, without bias.'''
         return getattr(F, self.function)(self.input, weight, None, **self.options)
 
     def features(self, channels: slice, thinned: Sequence[slice] = ()) -> torch.Tensor:
-        '''What is multiplied with the weights of some input channels of each group, shape (inputs, groups, features,
-        positions); ``thinned`` says which positions, by direction of space.
+        '''Return the values that the weights of some input channels of each group are multiplied with.
+
+        Their shape is (inputs, groups, features, positions); ``thinned`` selects positions, by direction of space.
         '''
         if self.function == 'linear':
             return self._by_input(self.input[..., channels])
@@ -87,13 +87,13 @@ class LayerCall:
         return torch.stack(shifted, 3).flatten(4).flatten(2, 3)
 
     def outputs(self, tensor: torch.Tensor, groups: int, thinned: Sequence[slice] = ()) -> torch.Tensor:
-        '''A tensor shaped as the output, as (inputs, groups, outputs, positions).'''
+        '''Reshape a tensor of the output's shape to (inputs, groups, outputs, positions).'''
         if self.function == 'linear':
             return self._by_input(tensor)
         return tensor[(slice(None), slice(None), *thinned)].flatten(2).unflatten(1, (groups, -1))
 
     def _by_input(self, tensor: torch.Tensor) -> torch.Tensor:
-        '''(..., features) as (inputs, 1, features, positions); inputs may come second, or several times in a row.'''
+        '''Reshape (..., features) to (inputs, 1, features, positions); inputs may come second, or be repeated.'''
         if tensor.dim() > 2 and tensor.shape[0] % self.batch and tensor.shape[1] == self.batch:
             tensor = tensor.transpose(0, 1)
         return tensor.reshape(len(tensor), -1, tensor.shape[-1]).mT.unsqueeze(1)
@@ -120,7 +120,7 @@ LAYERS = {'linear', 'conv1d', 'conv2d', 'conv3d'}
 
 @dataclass
 class Repairable:
-    '''A layer whose output, perhaps after a BatchNorm (the name of the module), is part of a target.'''
+    '''A layer whose output, after the BatchNorm of this name if there is one, is part of a target.'''
 
     site: Site
     batch_norm: str | None = None
@@ -128,7 +128,7 @@ class Repairable:
 
 @dataclass
 class Target:
-    '''A value, by the call that makes it, with its label fields, and the layers that it depends on linearly.'''
+    '''A value, named by the call that computes it, with its label fields and the layers that it is linear in.'''
 
     site: Site
     fields: list[Field]
@@ -136,7 +136,7 @@ class Target:
 
 
 def find_targets(run: Run, model: nn.Module) -> list[Target]:
-    '''The targets in the order of the forward pass; layers whose parameters are also used elsewhere have none.'''
+    '''Return the targets in the order of the forward pass; layers whose parameters are used twice have none.'''
     modules = dict(model.named_modules())
     reads = Counter(value for operation in run.operations for value in operation.reads)
     readers: defaultdict[int, list[FunctionCall]] = defaultdict(list)
@@ -146,7 +146,7 @@ def find_targets(run: Run, model: nn.Module) -> list[Target]:
                 readers[argument.value].append(call)
 
     def outside(value: int, call: FunctionCall) -> int:
-        '''How often a value is read by other calls.'''
+        '''Return how often a value is read by other calls.'''
         return reads[value] - sum(operation.reads.count(value) for operation in call.operations)
 
     def alone(call: FunctionCall) -> bool:
@@ -178,7 +178,7 @@ def _is_layer(call: FunctionCall) -> bool:
 
 
 def _normalizes(call: FunctionCall, layer: FunctionCall, modules: dict[str, nn.Module]) -> bool:
-    '''Whether a call is a BatchNorm with statistics, over the channels that the layer brings forth.'''
+    '''Return whether a call is a BatchNorm with statistics, over the channels that the layer produces.'''
     return (call.site.function == 'batch_norm' and call.active == [0] and _has_statistics(modules.get(call.site.module))
             and (layer.site.function != 'linear' or len(call.arguments[0].shape) == 2))
 

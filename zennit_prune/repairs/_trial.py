@@ -1,7 +1,4 @@
-'''Does a repair help for inputs that it did not see?
-
-How far what a network returns is from what the original returns, without labels.
-'''
+'''Test on held-out inputs whether a repair brings a network's outputs closer to the original's, without labels.'''
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,18 +14,18 @@ from ..util._networks import map_tensors
 from ._chunks import Inputs
 from ._references import LEAST
 
-LEAST_VARIANCE = 1e-12  # of the mean square: the rest is rounding
-NOISE = 1e-9  # of the outputs' variance: squares of rounding errors
+LEAST_VARIANCE = 1e-12  # a smaller share of the mean square is rounding
+NOISE = 1e-9  # a smaller share of the outputs' variance is squares of rounding errors
 
 
 class Divergence(NamedTuple):
-    '''How far outputs are from those of the original.
+    '''The distance of outputs from those of the original.
 
     Attributes
     ----------
     error: float
-        The mean squared error over the variance of the original's outputs, or over their mean square where they do not
-        differ.
+        The mean squared error divided by the variance of the original's outputs, or by their mean square where these do
+        not differ.
     kl: float
         The mean Kullback-Leibler divergence of the softmax over classes from the original's, in nats; 0 where outputs
         are not of shape (N, at least 3).
@@ -38,7 +35,7 @@ class Divergence(NamedTuple):
     kl: float
 
     def worse_than(self, other: Divergence) -> bool:
-        '''Whether the product of both is larger, and not by rounding alone: the clearer one counts.'''
+        '''Return whether the product of both numbers is larger than the other's, by more than rounding.'''
         product, limit = (max(each.error, NOISE) * max(each.kl, NOISE) for each in (self, other))
         return not product <= limit
 
@@ -47,12 +44,12 @@ class Divergence(NamedTuple):
 
 
 def outputs(network: nn.Module, inputs: Iterable[Any]) -> list[torch.Tensor]:
-    '''The main outputs for some batches, in float64.'''
+    '''Return the main outputs for some batches, in float64.'''
     return [main_output(call_network(network, map_tensors(torch.clone, batch))).detach().double() for batch in inputs]
 
 
 def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
-    '''Compare outputs with the original's for the same batches.'''
+    '''Return the distance of outputs from the original's for the same batches.'''
     after, wanted = map(_joined, (found, original))
     variance = (wanted - wanted.mean(0)).square().mean()
     if variance <= LEAST_VARIANCE * wanted.square().mean():  # of a single input, say
@@ -65,38 +62,38 @@ def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) 
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    '''One row a sample, or numbers alone where outputs differ in shape.'''
+    '''Join outputs to one row per sample, or to one list of numbers where they differ in shape.'''
     alike = len({part.shape[1:] for part in parts}) == 1
     return torch.cat([part if alike else part.flatten() for part in parts])
 
 
-MANY = 32  # inputs: a fit to so many that leaves less than half of their error is no accident
-PARTS = 4  # one of them is held out at a time
+MANY = 32  # a repair with at least so many inputs that halves their error needs no further trial
+PARTS = 4  # the inputs are split into so many parts, of which one is held out at a time
 
 
-def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: Inputs,
-              repaired: Callable[[torch.Tensor], nn.Module]) -> str:
-    '''What speaks against a repair, nothing if it helps.
+def holdout_check(model: nn.Module, small: nn.Module, network: nn.Module, inputs: Inputs,
+                  repaired: Callable[[torch.Tensor], nn.Module]) -> str:
+    '''Return in words why a repair does not help on held-out inputs; an empty text if it does.
 
-    Where the answer is not clear from the inputs that the network was repaired with, or they are few, the repair is
-    tried with three quarters of them, and judged by the others; of few inputs, every quarter judges in turn until the
-    answer is clear. A single input judges it itself.
+    Unless a repair with at least 32 inputs clearly reduces their error, it is tried with three quarters of the inputs
+    and judged by the others. With fewer inputs, the quarters judge one after the other until the answer is clear. A
+    single input judges its own repair.
 
     Parameters
     ----------
-    network, small, model: torch.nn.Module
-        The repaired network, the one without repair and the original, all of the same type.
+    model, small, network: torch.nn.Module
+        The original, the pruned network and the repaired one, all of the same type.
     inputs: Inputs
-        What it was repaired with.
+        The inputs of the repair.
     repaired: callable
-        Repairs ``small`` with some of the inputs.
+        Repairs ``small`` with some of the inputs, given by their indices.
     '''
     after: list[torch.Tensor] = []
     before: list[torch.Tensor] = []
     wanted: list[torch.Tensor] = []
 
     def compared(network: nn.Module, chosen: torch.Tensor) -> tuple[Divergence, Divergence]:
-        '''How far the outputs are from the original's, repaired and not, for these and all inputs before.'''
+        '''Return the distances with and without repair, over these inputs and all before.'''
         parts = [chunk.inputs for chunk in inputs.chunks(chosen)]
         for said, each in zip((after, before, wanted), (network, small, model)):
             said += outputs(each, parts)
@@ -123,4 +120,5 @@ def objection(network: nn.Module, small: nn.Module, model: nn.Module, inputs: In
 
 
 def _clear(after: Divergence, before: Divergence) -> bool:
+    '''Return whether a repair halves both distances.'''
     return 2 * after.error < before.error and 2 * after.kl <= before.kl

@@ -1,18 +1,16 @@
-'''The masked network: the original's shapes, but it computes what the pruned network computes.
+'''The masked network: it has the original's shapes and computes what the pruned network computes.
 
 It is built by zeroing, not by pruning, so that it can check pruning: the slices of weights that read a removed channel
-are zero, so the channel neither speaks nor receives relevance.
+are zero, so that the channel neither contributes nor receives relevance.
 
-LayerNorm over the surviving channels, in a network that still has all of them.
-
-A masked network silences channels where weights read them. LayerNorm reads all channels without a weight: here it is
-given the surviving ones, and zeros stand where the others would be.
+LayerNorm reads all channels without such a weight: there, its calls are given the channels that are kept, and zeros
+stand where the others would be.
 '''
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +26,21 @@ from ..util._networks import computed_name, copied, tensors_by_module
 from ._replay import Deletion
 from ._surgery import Channels
 
-Survivors = dict[Site, dict[int, npt.NDArray[np.int64]]]
+KeptPositions = dict[Site, dict[int, npt.NDArray[np.int64]]]
 
 
-def normalised_survivors(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> Survivors:
-    '''For every call of LayerNorm that runs over removed channels: the positions left, by dimension from the back.
+def kept_by_norms(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> KeptPositions:
+    '''Return the positions that every call of LayerNorm over removed channels keeps, by dimension from the back.
 
     Parameters
     ----------
     operations: iterable of Operation
-        Those of the traced network.
+        The operations of the traced network.
     gone: numpy.ndarray
         For each label, whether it is removed.
     '''
     deletion = Deletion(gone)
-    found: Survivors = {}
+    found: KeptPositions = {}
     for operation in operations:
         if operation.name == 'native_layer_norm':
             rank, normalised = len(operation.shapes[0]), operation.decisions.get('normalised dimensions', 0)
@@ -54,25 +52,25 @@ def normalised_survivors(operations: Iterable[Operation], gone: npt.NDArray[np.b
 
 
 def warn_of_changed_statistics(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> None:
-    '''Say that a removal changes more than what is removed.'''
+    '''Warn where a removal changes the statistics of the channels that are kept.'''
     norms = dict.fromkeys(repr(site.module) if site.module else 'the network itself'
-                          for site in normalised_survivors(operations, gone))
+                          for site in kept_by_norms(operations, gone))
     if norms:
         warnings.warn(f'LayerNorm runs over channels that are removed (in {some(norms)}): its mean and variance are '
-                      'those of the surviving channels now, so the network changes by more than the removal. It is '
+                      'those of the remaining channels now, so the network changes by more than the removal. It is '
                       'exact against the original with these statistics. Measure it, and repair or train it.',
                       PruneWarning, stacklevel=3)
 
 
-class SurvivingStatistics(CallCounter):
-    '''While active, these calls of LayerNorm run over the positions that are left.'''
+class NormsOverKept(CallCounter):
+    '''While active, these calls of LayerNorm run over the positions that are kept.'''
 
-    def __init__(self, root: nn.Module, survivors: Mapping[Site, Mapping[int, npt.NDArray[np.int64]]]):
+    def __init__(self, root: nn.Module, kept: KeptPositions):
         super().__init__(root)
-        self._survivors = survivors
+        self._kept = kept
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        kept = self._survivors.get(self.site)
+        kept = self._kept.get(self.site)
         if kept is None:
             return func(*args, **kwargs)
         given = {**dict(zip(('input', 'normalized_shape', 'weight', 'bias', 'eps'), args)), **kwargs}
@@ -92,29 +90,38 @@ class SurvivingStatistics(CallCounter):
         return result
 
 
-class Surviving:
-    '''Joined to the class of a masked network: its ``forward`` runs with the statistics of the surviving channels.'''
+class ForwardOverKept:
+    '''The ``forward`` of a network whose calls of LayerNorm run over the channels that are kept.
 
-    _survivors: Survivors
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The network.
+    kept: dict of Site to dict of int to numpy.ndarray
+        The positions that are kept, by call and by dimension counted from the back.
+    '''
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        '''Run the network.'''
-        with SurvivingStatistics(cast(nn.Module, self), self._survivors):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+    def __init__(self, network: nn.Module, kept: KeptPositions):
+        self.network, self.kept = network, kept
+        self.own = network.__dict__.get('forward')  # of a network that has a forward of its own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with NormsOverKept(self.network, self.kept):
+            if self.own is not None:
+                return self.own(*args, **kwargs)
+            return type(self.network).forward(self.network, *args, **kwargs)
 
 
-def let_survive(network: nn.Module, survivors: Survivors) -> None:
-    '''Let ``forward`` of a network take the statistics of these calls of LayerNorm over the surviving channels.'''
-    kind = type(network)
-    network.__class__ = type(kind.__name__, (Surviving, kind), {'__module__': kind.__module__})
-    network.__dict__['_survivors'] = survivors
+def normalize_over_kept(network: nn.Module, kept: KeptPositions) -> None:
+    '''Make these calls of LayerNorm take their statistics over the channels that are kept.'''
+    network.forward = ForwardOverKept(network, kept)
 
 
 def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
-    '''A copy of ``model`` in which the channels at these positions of these groups are silent.
+    '''Return a copy of ``model`` in which the channels at these positions of these groups are silent.
 
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;
-    there, everything that brings them forth is zero. LayerNorm, where it runs over them, runs over the others only.
+    there, everything that produces them is zero. LayerNorm, where it runs over them, runs over the others only.
     '''
     masked = plain(copied(model))  # zeros in what a weight is computed from would change more than these slices
     tensors = dict(tensors_by_module(masked))
@@ -133,7 +140,7 @@ def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequenc
                 tensor = tensors[computed_name(axis.parameter)].unflatten(0, (axis.blocks, -1))
                 block, index = (torch.from_numpy(part).to(tensor.device) for part in np.divmod(at, axis.length))
                 tensor[(block, *[slice(None)] * axis.dim, index)] = 0
-    survivors = normalised_survivors(graph._recording.operations, gone)
-    if survivors:
-        let_survive(masked, survivors)
+    kept = kept_by_norms(graph._recording.operations, gone)
+    if kept:
+        normalize_over_kept(masked, kept)
     return masked

@@ -32,7 +32,19 @@ class Mismatch(Exception):
 
 @dataclass
 class Failure:
-    '''Where a replay failed: the operation of the original and what was different.'''
+    '''The first difference that a replay found.
+
+    Attributes
+    ----------
+    operation: Operation
+        The operation of the original.
+    index: int
+        Its number in the run.
+    mode: str
+        ``'eval'`` or ``'train'``.
+    reason: str
+        The difference, in words.
+    '''
 
     operation: Operation
     index: int
@@ -53,7 +65,7 @@ class Deletion:
         self._shapes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
 
     def kept(self, field: Field) -> Kept:
-        '''The positions that stay, for each dimension along which some go.'''
+        '''Return the positions that stay, for each dimension along which some are removed.'''
         if id(field) not in self._kept:
             kept: Kept = {}
             gone = self.removed[field.labels]
@@ -68,7 +80,7 @@ class Deletion:
         return self._kept[id(field)][1]
 
     def __call__(self, fields: list[Field]) -> tuple[list[Field], Kept]:
-        '''The fields of a tensor after the deletion, and the positions kept per dimension.'''
+        '''Return the fields of a tensor after the deletion, and the positions kept per dimension.'''
         key = tuple(map(id, fields))
         if key not in self._results:
             kept: Kept = {}
@@ -79,7 +91,7 @@ class Deletion:
         return self._results[key]
 
     def shape(self, fields: list[Field], shape: tuple[int, ...]) -> tuple[int, ...]:
-        '''The shape of a tensor with these fields after the deletion.'''
+        '''Return the shape of a tensor with these fields after the deletion.'''
         key = tuple(map(id, fields)), shape
         if key not in self._shapes:
             kept = self(fields)[1]
@@ -103,7 +115,7 @@ class Deletion:
 
 
 class Replayer(Tracer):
-    '''Trace a pruned network and hold every operation against the original's.'''
+    '''Trace a pruned network and compare every operation with the original's.'''
 
     counts_flops = False
 
@@ -166,7 +178,7 @@ class Replayer(Tracer):
         super().record(operation)
 
     def finish(self, outputs: Sequence[torch.Tensor]) -> None:
-        '''Check, at last, that nothing is tied or locked that the original does not tie or lock.'''
+        '''Check at the end that nothing is tied or locked that the original does not tie or lock.'''
         super().finish(outputs)
         for operation in self._new:
             reason = self._new_statement(operation)
@@ -189,7 +201,7 @@ class Replayer(Tracer):
 
 
 def _compare(old: list[float], new: list[float]) -> None:
-    '''Refuse numbers that differ; what is not a number equals another such.'''
+    '''Refuse numbers that differ; one NaN equals another.'''
     if len(old) != len(new):
         shown = [some([f'{number:.6g}' for number in numbers], 4) for numbers in (old, new)]
         raise Mismatch(f'numbers change with the number of channels, from [{shown[0]}] to [{shown[1]}]')
@@ -211,7 +223,7 @@ def replay(recording: Recording, solution: Solved, pruned: nn.Module,
     pruned: torch.nn.Module
         The narrowed network, a copy of its own without data: ``forward`` may write into it.
     removed: numpy.ndarray
-        For each label, whether it was deleted.
+        For each label, whether it was removed.
 
     Returns
     -------

@@ -1,8 +1,7 @@
 '''Narrow a network: slice parameters, buffers, the attributes that state their sizes, and optimizer state.
 
-The channels of a network as surgery has to know them: a graph of channels, made above this room, has all of it.
-
-Exchange tensors wherever a network keeps them: in lists, dicts and objects, besides its parameters and buffers.
+In place, tensors are exchanged wherever a network keeps them: besides its parameters and buffers, in lists, dicts and
+objects. The protocols describe the graph of channels, which is made above this room, as far as it is needed here.
 '''
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Solved(Protocol):
-    '''Which labels form a channel.'''
+    '''The assignment of labels to channels.'''
 
     @property
     def component(self) -> Labels:
@@ -47,7 +46,7 @@ class Solved(Protocol):
 
 
 class Reading(Protocol):
-    '''What the indices of parameters do.'''
+    '''The roles of the indices of parameters.'''
 
     @property
     def consumes(self) -> Mask:
@@ -63,14 +62,14 @@ class Channels(Protocol):
 
     @property
     def _solution(self) -> Solved:
-        '''Which labels form a channel.'''
+        '''The assignment of labels to channels.'''
 
     @property
     def _roles(self) -> Reading:
-        '''What the indices of parameters do.'''
+        '''The roles of the indices of parameters.'''
 
     def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
-        '''For each label, whether it goes when the channels at these positions of these groups go.'''
+        '''Return, for each label, whether it is removed with the channels at these positions of these groups.'''
 
 
 LEAVES = (torch.Tensor, str, bytes, type, ModuleType)
@@ -78,7 +77,7 @@ New = Mapping[int, torch.Tensor]
 
 
 def held_by(model: nn.Module) -> list[Any]:
-    '''All that a network's attributes lead to and that may hold a tensor.'''
+    '''Return all objects that a network's attributes lead to and that may hold a tensor.'''
     found: dict[int, Any] = {}
     waiting: list[Any] = [model]
     while waiting:
@@ -117,7 +116,7 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def exchange(held: Iterable[Any], new: New) -> None:
-    '''Put other tensors in the place of those with these ids; only what changes is written.'''
+    '''Put new tensors in the place of those with these ids; only values that change are written.'''
     for value in held:
         if isinstance(value, dict):
             if any(_exchanged(key, new) is not key for key in value):
@@ -145,7 +144,7 @@ def _write(items: Iterable[tuple[Any, Any]], write: Callable[[Any, Any], object]
 
 
 def _exchanged(value: Any, new: New) -> Any:
-    '''The successor of a tensor, or a tuple with successors.'''
+    '''Return the successor of a tensor, or a tuple with successors; any other value as it is.'''
     if isinstance(value, torch.Tensor):
         return new.get(id(value), value)
     if isinstance(value, (tuple, frozenset)):
@@ -166,7 +165,7 @@ def _parameter_like(tensor: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
 
 def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], sizes: Mapping[Attribute, int],
                   device: str | None = None) -> nn.Module:
-    '''A narrowed copy of a network.
+    '''Return a narrowed copy of a network.
 
     Parameters
     ----------
@@ -196,7 +195,7 @@ def narrowed_copy(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int], 
 
 def fix_attributes(model: nn.Module, kept: Kept, group_sizes: Mapping[str, int],
                    sizes: Mapping[Attribute, int]) -> None:
-    '''Make every narrowed module state the sizes it now has.'''
+    '''Update the attributes of every narrowed module that state its sizes.'''
     set_attributes(model, sizes)
     touched = {computed_name(name).rpartition('.')[0] for name in kept}
     for name, module in modules_by_name(model):

@@ -1,10 +1,12 @@
-'''Hold a pruned network against the masked original, on numbers.'''
+'''Compare the outputs of a pruned network with those of the masked original.'''
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    '''Evaluation mode inside, every module's own training flag restored after.'''
+    '''Put a network into evaluation mode inside the context; every module's own training flag is restored after.'''
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -38,15 +40,17 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
 
     Parameters
     ----------
-    graph, removed:
-        The channels that were removed.
+    graph: Channels
+        The removable channels of the original.
+    removed: mapping of str to sequence of int
+        The removed positions by the name of the group.
     model, small: torch.nn.Module
-        The original and the pruned network; neither is changed.
+        The original and the pruned network; both are left as they are.
     example: torch.Tensor, tuple, dict or Example
         Floating-point tensors in it are replaced by seeded Gaussian noise of their shape; others are used as they are.
         The global random state is not touched.
     seed: int
-        For the noise.
+        The seed of the noise.
 
     Returns
     -------
@@ -77,32 +81,38 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
         raise VerificationError('the masked original returns values that are not finite on Gaussian noise, so nothing '
                                 'can be compared. Check the weights, or pass verify=False: the structural proof is '
                                 'made all the same.')
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, outputs))
-    error = difference / (max(float(tensor.abs().max()) for tensor in expected) or 1.0)
+    error = _difference(expected, outputs) / (max(float(tensor.abs().max()) for tensor in expected) or 1.0)
     dtype = expected[0].dtype
     allowed = TOLERANCE.get(dtype, 1e-4)
     if not error <= allowed:
         with torch.no_grad(), evaluating(masked):
             again = _values(masked, args, kwargs)
-        if max(float((a - b).abs().max()) for a, b in zip(expected, again)) > 0:
+        if _difference(expected, again) > 0:
             raise VerificationError('the network returns other values at each call (it draws random numbers in '
                                     'evaluation mode), so numbers cannot be compared: pass verify=False, the '
                                     'structural proof is made all the same.')
         where = _first_wrong(graph, masked, small, removed, args, kwargs, allowed)
-        raise VerificationError(f'the pruned network differs from the masked original by {error:.3g} of the largest '
-                                f'output ({dtype}, allowed {allowed:g}); the first layer that differs is {where}.')
+        how = f'differs from the masked original by {error:.3g} of the largest output ({dtype}, allowed {allowed:g})'
+        if not math.isfinite(error):
+            how = 'returns values that are not finite, which the masked original does not'
+        raise VerificationError(f'the pruned network {how}; the first layer that differs is {where}.')
     return error
 
 
+def _difference(expected: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
+    '''Return the largest absolute difference of any tensors, NaN where any value is NaN.'''
+    return float(np.max([float((a - b).abs().max()) for a, b in zip(expected, outputs)]))
+
+
 def _values(network: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    '''The floating-point tensors a network returns, empty ones left out.'''
+    '''Return the floating-point tensors that a network returns, without empty ones.'''
     advance()
     tensors = output_tensors(network(*args, **kwargs))
     return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
 
 def noise(example: Example, seed: int) -> tuple[Any, Any]:
-    '''The example's arguments with Gaussian noise for every floating-point tensor.'''
+    '''Return the example's arguments with Gaussian noise in place of every floating-point tensor.'''
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,7 +125,7 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
 
 def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
-    '''The first module, in execution order, whose surviving output channels differ.'''
+    '''Name the first module, in execution order, whose remaining output channels differ.'''
     deletion = Deletion(graph._removed_labels(removed))
     seen = [_module_outputs(network, args, kwargs) for network in (masked, small)]
     for key, tensors in graph._recording.runs['eval'].outputs.items():
@@ -131,6 +141,7 @@ def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: 
 
 
 def _module_outputs(network: nn.Module, args: Any, kwargs: Any) -> dict[tuple[str, int], list[torch.Tensor]]:
+    '''Return the output tensors of every call of every module, by the module's name and the number of the call.'''
     outputs: dict[tuple[str, int], list[torch.Tensor]] = {}
     names = {module: name for name, module in network.named_modules()}
     calls = dict.fromkeys(names.values(), 0)
