@@ -137,10 +137,9 @@ def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatm
 def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> ClassSection | None:
     '''The share of relevance that each class loses at each group; None where scores are not known by class.'''
     exemplars = getattr(relevance, 'exemplars', None)
-    if relevance is None or exemplars is None or not exemplars.classes:
+    losses = None if relevance is None or exemplars is None else plan.at_risk(relevance).classes
+    if losses is None or exemplars is None:
         return None
-    losses = plan.at_risk(relevance).classes
-    assert losses is not None
     means = losses.mean(1)
     order = means.argsort(descending=True).tolist()[:CLASSES]
     names = [images.class_name(number) for number in exemplars.classes]
