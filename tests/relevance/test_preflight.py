@@ -28,7 +28,7 @@ def checked(
     model: nn.Module, rules: Composite | None = None, x: Any = None, target: Any = 'predicted', initial: Any = 'one-hot'
 ) -> Preflight:
     x = images(3) if x is None else x
-    found = preflight(model, rules or recommended_composite(), zp.trace(model, x).recording, x, target, initial)
+    found = preflight(model, rules or recommended_composite(), zp.trace(model, x)._recording, x, target, initial)
     begin = found.stages[0].sum
     assert found.stages[0].name == 'output'
     for stage in found.stages:

@@ -288,7 +288,7 @@ def test_fingerprints_tell_rules_and_functions_apart() -> None:
 def test_fingerprints_are_those_of_another_process() -> None:
     code = (
         f'import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n'
-        'from test_streaming import *\n'
+        'from relevance.test_streaming import *\n'
         "print(described(composite('epsilon_gamma_box')), described(OPTIONS['smoothgrad']['attributor']))"
     )
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, timeout=60)

@@ -33,7 +33,7 @@ from ..relevance._attribute import (
 from ..relevance._attribute import recommended_composite as recommended
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
-from ..relevance._states import State, find_states
+from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
 from ..util._loaders import batch_size, only
 from ..util._networks import tensors_in, unwrapped
@@ -257,9 +257,9 @@ def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
     return found
 
 
-def states_of(graph: ChannelGraph, group: ChannelGroup) -> list[State]:
+def states_of(graph: ChannelGraph, group: ChannelGroup) -> list[ActivationSite]:
     '''Where the channels of a group are read.'''
-    states, missing = find_states(graph)
+    states, missing = find_sites(graph)
     if group.name in missing:
         raise PruneError(f'the relevance of group {group.name!r} cannot be read: {missing[group.name]}.')
     return [state for state in states if state.group == group.name]
@@ -284,7 +284,7 @@ def _positions(group: ChannelGroup, channel: Any) -> list[int]:
     return channels
 
 
-def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, target: Any, initial: Initial,
+def _conditioned(attribution: Attribution, states: Sequence[ActivationSite], x: Any, target: Any, initial: Initial,
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
     network, taps, registered = attribution
     number = batch_size(x)
@@ -334,7 +334,7 @@ def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Ten
     return summed(torch.zeros_like(pixels) if arrived is None else arrived)
 
 
-def _kept(state: State, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
+def _kept(state: ActivationSite, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
     '''The relevance at a state, zero but for one channel, over the number of states that hold the channel.'''
     shape = [1] * relevance.dim()
     for dim, size in zip(state.dims, state.positions.shape):

@@ -10,8 +10,7 @@ from zennit.core import Composite
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph, trace
 from ..graph._groups import ChannelGroup
-from ..relevance._attribute import attributing, call_network
-from ..relevance._criteria import Keeper
+from ..relevance._attribute import Keeper, attributing, call_network
 from ..relevance._exemplars import grid_of, looked_at
 from ..util._networks import copied, unwrapped
 from ._heatmap import known_group, states_of

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import PruneError
 from ..util._display import table
-from ._states import State
+from ._sites import ActivationSite
 
 MOST_CLASSES = 100
 Layout = tuple[tuple[str, int], ...]
@@ -183,7 +183,7 @@ class Best:
 class Spots:
     '''Where in the tensors of a batch the relevance of a channel is largest.
 
-    A group with several states is looked at in one of them, see :func:`looked_at`.
+    A group with several sites is looked at in one of them, see :func:`looked_at`.
 
     Parameters
     ----------
@@ -194,26 +194,26 @@ class Spots:
     def __init__(self, absolute: bool):
         self.absolute = absolute
         self.grids: dict[str, tuple[int, ...]] = {}
-        self._read: dict[str, tuple[State, torch.Tensor]] = {}
+        self._read: dict[str, tuple[ActivationSite, torch.Tensor]] = {}
         self._rows = torch.zeros(0, dtype=torch.int64)
 
-    def see(self, states: Sequence[State], relevance: Mapping[Any, torch.Tensor], share: torch.Tensor) -> None:
+    def see(self, sites: Sequence[ActivationSite], relevance: Mapping[Any, torch.Tensor], share: torch.Tensor) -> None:
         '''Add the relevance for one of the targets of each sample, which has a ``share`` in the scores.'''
-        by_group: dict[str, list[State]] = {}
-        for state in states:
-            if state.place in relevance:
-                by_group.setdefault(state.group, []).append(state)
+        by_group: dict[str, list[ActivationSite]] = {}
+        for site in sites:
+            if site.place in relevance:
+                by_group.setdefault(site.group, []).append(site)
         for name, found in by_group.items():
-            state = looked_at(found, lambda state: relevance[state.place].shape, len(share))
-            values = relevance[state.place]
-            grid = grid_of(state, values.shape, len(share))
+            site = looked_at(found, lambda site: relevance[site.place].shape, len(share))
+            values = relevance[site.place]
+            grid = grid_of(site, values.shape, len(share))
             if grid is None:
                 continue
             self.grids[name] = grid
             if name in self._read:
                 weight = share.to(values).view(-1, *[1] * (values.dim() - 1))
                 values = self._read[name][1] + torch.where(weight > 0, values * weight, 0)
-            self._read[name] = state, values
+            self._read[name] = site, values
 
     def only(self, rows: torch.Tensor) -> Spots:
         '''Count these samples of the batch only.'''
@@ -226,10 +226,10 @@ class Spots:
         result, start = torch.full_like(order, -1), 0
         for name, size in layout:
             if name in self._read and name in scores:
-                state, values = self._read[name]
-                channels = _places(state).to(order.device)
-                last = len(state.dims)
-                values = values.movedim(state.dims, tuple(range(1, last + 1))).flatten(1, last)
+                site, values = self._read[name]
+                channels = _places(site).to(order.device)
+                last = len(site.dims)
+                values = values.movedim(site.dims, tuple(range(1, last + 1))).flatten(1, last)
                 picked = values[rows[start:start + size], channels.clamp(min=0).unsqueeze(1)]
                 picked = (picked.abs() if self.absolute else picked).reshape(*picked.shape[:2], -1)
                 result[start:start + size] = torch.where(channels.unsqueeze(1) >= 0, picked.argmax(2), -1)
@@ -237,27 +237,28 @@ class Spots:
         return result
 
 
-def looked_at(states: Sequence[State], shape: Callable[[State], Sequence[int]], batch: int) -> State:
-    '''The state that positions are in: the last of those with the finest grid that hold most of the channels.'''
-    def key(state: State) -> tuple[int, int, int]:
-        return (int((_places(state) >= 0).sum()), math.prod(grid_of(state, shape(state), batch) or ()), state.value)
+def looked_at(sites: Sequence[ActivationSite], shape: Callable[[ActivationSite], Sequence[int]],
+              batch: int) -> ActivationSite:
+    '''The site that positions are in: the last of those with the finest grid that hold most of the channels.'''
+    def key(site: ActivationSite) -> tuple[int, int, int]:
+        return (int((_places(site) >= 0).sum()), math.prod(grid_of(site, shape(site), batch) or ()), site.value)
 
-    return states[0] if len(states) == 1 else max(states, key=key)
+    return sites[0] if len(sites) == 1 else max(sites, key=key)
 
 
-def grid_of(state: State, shape: Sequence[int], batch: int) -> tuple[int, ...] | None:
-    '''The dimensions of a state that hold neither samples nor channels; None where samples are cut to pieces.'''
+def grid_of(site: ActivationSite, shape: Sequence[int], batch: int) -> tuple[int, ...] | None:
+    '''The dimensions of a site that hold neither samples nor channels; None where samples are cut to pieces.'''
     if shape[0] != batch:
         return None
-    return tuple(size for dim, size in enumerate(shape) if dim and dim not in state.dims)
+    return tuple(size for dim, size in enumerate(shape) if dim and dim not in site.dims)
 
 
-def _places(state: State) -> torch.Tensor:
-    '''For each channel, the first of the places in the state's (flattened) dimensions that hold it; -1 for none.'''
-    found, first = np.unique(state.positions.numpy().reshape(-1), return_index=True)
-    places = np.full(state.size + 1, -1)
+def _places(site: ActivationSite) -> torch.Tensor:
+    '''For each channel, the first of the places in the site's (flattened) dimensions that hold it; -1 for none.'''
+    found, first = np.unique(site.positions.numpy().reshape(-1), return_index=True)
+    places = np.full(site.size + 1, -1)
     places[found] = first
-    return torch.from_numpy(places[:state.size])
+    return torch.from_numpy(places[:site.size])
 
 
 class Exemplars:

@@ -125,10 +125,10 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
         The rules.
     recording: Recording
         The trace of the network.
-    x: torch.Tensor, tuple or dict
+    x: torch.Tensor, tuple, dict or Batch
         A few inputs.
     target, initial:
-        Where relevance starts, as for :class:`zennit_prune.Collector`.
+        Where relevance starts, see :func:`zennit_prune.relevance._initial.initial_relevance`.
 
     Raises
     ------
