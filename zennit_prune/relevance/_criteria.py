@@ -68,14 +68,20 @@ class Criterion:
 
     Examples
     --------
-    The absolute activation times the absolute gradient:
+    The mean squared activation of a channel:
 
+    >>> import torch
+    >>> import zennit_prune as zp
     >>> from zennit_prune.relevance._sites import Flow, find_sites
-    >>> criterion = Criterion('fisher', lambda graph, model: find_sites(graph, Flow.settled),
-    ...                       lambda activation, gradient: activation * gradient, 'sumabs', 'cross-entropy',
-    ...                       activations=True)
-    >>> criterion.name, criterion.lrp, criterion.gradients
-    ('fisher', False, True)
+    >>> energy = Criterion('energy', lambda graph, model: find_sites(graph, Flow.settled),
+    ...                    lambda activation, gradient: activation ** 2, 'sumabs', 'one-hot',
+    ...                    activations=True, gradients=False)
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> x = torch.rand(6, 4)
+    >>> scores = zp.Pruner(model, None, x, progress=False).collect([x], energy, progress=False)['0']
+    >>> torch.allclose(scores, model[:2](x).double().square().mean(0))
+    True
     '''
 
     name: str
@@ -155,8 +161,8 @@ TAYLOR = Criterion(
 '''Mean over samples of ``|mean over space of z dL/dz|``, z the channel behind its nonlinearity, L the loss.
 
 The first-order estimate of how the loss changes when the channel is set to zero: Molchanov et al., "Pruning
-Convolutional Neural Networks for Resource Efficient Inference" (arXiv 1611.06440), equation 8, without their l2
-normalization per layer.
+Convolutional Neural Networks for Resource Efficient Inference" (arXiv 1611.06440), without their l2 normalization
+per layer.
 '''
 
 TAYLOR_WEIGHTS = Criterion(
@@ -166,8 +172,8 @@ TAYLOR_WEIGHTS = Criterion(
 '''Mean over samples of ``(sum over w of w dL/dw)^2``, w the weights and the bias that produce the channel.
 
 The squared first-order estimate of Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv
-1906.10771), equation 8, of a whole filter, with the gradient of each sample where the paper takes that of each batch,
-so that the batch size does not matter; averaged over the layers that produce the group.
+1906.10771), of a whole filter, with the gradient of each sample where the paper uses that of each batch, so that the
+batch size does not matter; averaged over the layers that produce the group.
 
 A layer's output z, before any norm, is linear in weights and bias, so that the sum over w of ``w dL/dw`` is the sum
 over space of ``z dL/dz``: gradients per sample at the cost of one backward pass. Each call of a reused layer counts as
@@ -191,8 +197,8 @@ WANDA = Criterion(
 Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695) score a weight by its
 absolute value times the l2 norm of the input that it reads. Here these are summed over all weights with which a layer
 reads channel c, kernel and output channels included: W is that layer's weight, and ``||X[c]||`` the norm over space of
-its input. Over samples, and over layers where several read the channel, the root of the mean square is taken: the norm
-over all samples, up to a constant.
+its input. Over samples, and over layers where several read the channel, the score is the root of the mean square: the
+norm over all samples, up to a constant.
 '''
 
 

@@ -19,8 +19,8 @@ Initial = str | Callable[[torch.Tensor], torch.Tensor]
 class Start(NamedTuple):
     '''One target of every sample.
 
-    ``relevance`` gives the relevance at the output as a function of the output, as Zennit's ``attr_output`` does;
-    ``given`` says which samples have such a target; ``classes``, which class it is, -1 where it is not one alone.
+    ``relevance`` gives the relevance at the output as a function of the output, as Zennit's ``attr_output`` does.
+    ``given`` says which samples have such a target. ``classes`` holds its class, -1 where it is not a single one.
     '''
 
     relevance: Callable[[torch.Tensor], torch.Tensor]
@@ -48,7 +48,7 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     initial: str or callable
         ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
         target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
-        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output taken for logits, averaged over
+        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output read as logits, averaged over
         the positions that have a target. Or a function of the output.
 
     Returns
@@ -69,9 +69,9 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
 
 
 def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None = None) -> list[Start]:
-    '''What :func:`initial_relevance` averages: one start for each of a sample's targets.
+    '''Return one start for each of a sample's targets; :func:`initial_relevance` averages them.
 
-    With ``classes``, targets of other classes are none, and predictions and rivals are taken among these.
+    Where ``classes`` are given, targets of others are ignored, and predictions and rivals are chosen among these.
     '''
     output = output.detach()
     check_target(target, initial)
@@ -106,7 +106,7 @@ def _no_rival() -> PruneError:
 
 
 def shares(found: Sequence[Start]) -> list[torch.Tensor]:
-    '''The weight of each start for each sample, such that all samples with any target weigh 1.'''
+    '''The weight of each start for each sample, such that the weights of a sample with any target sum to 1.'''
     given = [start.given.to(accumulation_dtype(start.given.device)) for start in found]
     number = sum(given, torch.zeros(())).clamp(min=1)
     return [each / number for each in given]
