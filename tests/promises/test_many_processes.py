@@ -179,7 +179,7 @@ def launch(folder: Path, steps: list[str]) -> list[subprocess.CompletedProcess[s
     '''Two processes that do these steps, waited for at most a minute.'''
     environment = {**os.environ, 'MEETING': steps[0].replace(' ', '-'), 'PYTHONPATH': os.pathsep.join(sys.path)}
     code = (
-        'import sys; from pathlib import Path; import test_distributed as t; '
+        'import sys; from pathlib import Path; from promises import test_many_processes as t; '
         't.main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])'
     )
     processes = [

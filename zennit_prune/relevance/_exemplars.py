@@ -306,6 +306,7 @@ class Exemplars:
     >>> import torch
     >>> from zennit.composites import EpsilonPlus
     >>> import zennit_prune as zp
+    >>> from zennit_prune.looking import receptive_field
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(),
     ...                             torch.nn.Linear(12, 2))
@@ -314,7 +315,7 @@ class Exemplars:
     >>> exemplars = pruner.collect((x, labels), exemplars=2, progress=False).exemplars
     >>> exemplars.samples['0'].shape, exemplars.grids['0'], exemplars.classes
     (torch.Size([3, 2]), (2, 2), [0, 1])
-    >>> fields = zp.receptive_field(model, x, '0')
+    >>> fields = receptive_field(model, x, '0')
     >>> exemplars.crops(x, '0', 1, fields).shape
     torch.Size([2, 1, 3, 3])
     '''
