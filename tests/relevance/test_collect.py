@@ -1009,7 +1009,7 @@ EARLY: dict[str, tuple[dict[str, Any], str]] = {
     'attributor of another': ({'attributor': SmoothGrad, 'criterion': 'taylor'}, "'taylor' has a formula of its own"),
     'exemplars': ({'exemplars': -1}, 'exemplars=-1'),
     'exemplars of another': ({'exemplars': 2, 'criterion': 'wanda'}, "'wanda' has no score for single samples"),
-    'seed': ({'seed': 'x'}, "seed='x' is no number"),
+    'seed': ({'seed': 'x'}, "seed='x' is no whole number"),
     'target': ({'target': 'predictd'}, "target='predictd' is unknown.*did you mean 'predicted'"),
     'two functions': ({'target': torch.sigmoid, 'initial': torch.sigmoid}, 'both target and initial'),
 }

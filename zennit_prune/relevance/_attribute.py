@@ -33,7 +33,7 @@ from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 
 
 def recommended_composite() -> Composite:
-    '''Epsilon on every layer, the rule that ranks channels best across layers; BatchNorm is merged by the graph.'''
+    '''Epsilon on every layer, the rule that ranks channels best; the graph's canonizer merges BatchNorm.'''
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
 
 

@@ -106,7 +106,7 @@ class Collector:
         each sample's loss.
     criterion: str or Criterion
         ``'relevance'``, ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``; or a
-        :class:`zennit_prune.relevance._criteria.Criterion` of your own.
+        :class:`zennit_prune.relevance.Criterion` of your own.
     classes: iterable of int, optional
         Count only samples with one of these labels; predictions and rivals are chosen among these classes.
     attributor: callable, optional
@@ -197,11 +197,10 @@ class Collector:
                              'SmoothGrad, or a function from a model to an Attributor.')
         if attributor is not None and not self.criterion.lrp:
             raise PruneError(f"attributor= is for criterion='relevance'; {name!r} has a formula of its own.")
-        for option, value, example in (('exemplars', self.exemplars, 'samples: give e.g. 8, or 0 for none'),
-                                       ('seed', self.seed, 'for a random generator: give e.g. 0')):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise PruneError(f'{option}={value!r} is no number of {example}.' if option == 'exemplars'
-                                 else f'{option}={value!r} is no number {example}.')
+        if not hasattr(self.seed, '__index__'):
+            raise PruneError(f'seed={self.seed!r} is no whole number: give e.g. 0.')
+        if isinstance(self.exemplars, bool) or not isinstance(self.exemplars, int) or self.exemplars < 0:
+            raise PruneError(f'exemplars={self.exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
         if self.exemplars and not self.criterion.per_sample:
             raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no exemplars: use '
                              "another criterion, e.g. 'relevance'.")
@@ -373,7 +372,7 @@ class Collector:
             yield relevance, share
 
     def _forget_batch(self) -> None:
-        '''Zennit's hooks keep tensors and handles of every pass until they are removed.'''
+        '''Remove the tensors and handles that Zennit's hooks keep after every pass.'''
         self._reader.clear()
         for hook in list(self._registered.hook_refs):
             hook.remove()

@@ -72,10 +72,9 @@ class Criterion:
 
     >>> import torch
     >>> import zennit_prune as zp
-    >>> from zennit_prune.relevance._sites import Flow, find_sites
-    >>> energy = Criterion('energy', lambda graph, model: find_sites(graph, Flow.settled),
-    ...                    lambda activation, gradient: activation ** 2, 'sumabs', 'one-hot',
-    ...                    activations=True, gradients=False)
+    >>> from zennit_prune.relevance import CRITERIA, Criterion
+    >>> energy = Criterion('energy', CRITERIA['activation'].sites, lambda activation, gradient: activation ** 2,
+    ...                    'sumabs', 'one-hot', activations=True, gradients=False)
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     >>> x = torch.rand(6, 4)

@@ -23,7 +23,7 @@ Layout = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, eq=False)
 class Best:
-    '''What is kept of the samples so far, for the C channels of all groups side by side; merging makes a new one.
+    '''Scores and numbers of the samples kept so far, for the C channels of all groups side by side; immutable.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-'''``References``: inputs kept as they go by, so that a loader is read once for scores and for the repair.'''
+'''``References``: a loader that keeps inputs while they pass, so that it is read once for scores and repair.'''
 from __future__ import annotations
 
 import warnings
@@ -20,7 +20,7 @@ LEAST = 3  # outputs that tell classes apart; two may be anything
 
 
 class References:
-    '''A loader that keeps inputs as they go by: at most ``limit`` samples, a uniform random subset of more.
+    '''A loader that keeps inputs while they pass: at most ``limit`` samples, a uniform random subset of more.
 
     Every pass begins anew. Memory does not grow with the number of samples. Samples whose inputs are not finite are
     passed on and not kept. What is kept stays where the loader has it.
@@ -88,7 +88,7 @@ class References:
             self._chunks = []
 
     def chosen(self) -> list[Batch]:
-        '''What the last pass of this process kept, in the order of the loader; reads the loader if none was made.'''
+        '''The batches that the last pass of this process kept, in the loader's order; makes a pass if there was none.'''
         if not self._chunks:
             for _ in self:
                 pass
@@ -138,7 +138,7 @@ def joined(chunks: Iterable[Batch], size: int = BATCH) -> Iterator[Batch]:
 
 
 def _shapes(batch: Batch) -> list[Any]:
-    '''What must be equal where batches are concatenated; a tensor that does not go by samples must be the same.'''
+    '''The shapes that must be equal where batches are concatenated; a tensor without samples must be the same.'''
     return [tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == batch.size
             else id(tensor) for tensor in tensors_in(batch.inputs)]
 

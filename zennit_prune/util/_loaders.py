@@ -123,7 +123,7 @@ class Batch(Pair):
         return self._derived(map_tensors(zero, self.inputs), self.target, torch.ones_like(broken))
 
     def joined(self, others: Sequence[Batch]) -> Batch:
-        '''The inputs of several batches in one, without targets; what does not go by samples is taken from the first.
+        '''Concatenate the inputs of several batches, without targets; tensors without samples are those of this one.
 
         Shapes must agree but for the number of samples.
         '''
