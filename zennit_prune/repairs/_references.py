@@ -88,7 +88,7 @@ class References:
             self._chunks = []
 
     def chosen(self) -> list[Batch]:
-        '''The batches that the last pass of this process kept, in the loader's order; makes a pass if there was none.'''
+        '''The batches that the last pass of this process kept, in the loader's order; makes one if there was none.'''
         if not self._chunks:
             for _ in self:
                 pass
