@@ -119,8 +119,9 @@ def _split(loader: Iterable[Any], seed: int) -> tuple[list[Batch], list[Batch]]:
     if total < LEAST:
         raise PruneError(f'there are {total} references: a choice is judged by some that are held out, so that it '
                          f"takes {LEAST} at least. Name a criterion, e.g. 'relevance'.")
-    held = torch.zeros(total, dtype=torch.bool)
-    held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:len(held) // 4]] = True
+    held = torch.zeros(total, dtype=torch.bool, device='cpu')
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device='cpu')
+    held[order[:total // 4]] = True
     parts = list(zip(chunks, held.split([chunk.size for chunk in chunks])))
     return ([chunk.only(~mask) for chunk, mask in parts if not mask.all()],
             [chunk.only(mask) for chunk, mask in parts if mask.any()])

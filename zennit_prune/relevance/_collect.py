@@ -305,7 +305,7 @@ class Collector:
     def _sampled(self, samples: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
         '''By group, the scores of the samples that count: the mean over each sample's targets.'''
         totals: dict[str, torch.Tensor] = {}
-        weight = torch.zeros(())
+        weight = torch.zeros((), device='cpu')
         try:
             for quantities, share in self._measured(samples.batch):
                 if spots is not None:
@@ -386,7 +386,7 @@ class Collector:
                 values = self._score(site, quantities[site.place], batch)
                 here = torch.bincount(site.positions.reshape(-1), minlength=site.size + 1)[:site.size] > 0
                 totals[site.group] = totals[site.group] + values if site.group in totals else values
-                covered[site.group] = covered.get(site.group, torch.zeros(site.size)) + here
+                covered[site.group] = covered.get(site.group, torch.zeros(site.size, device='cpu')) + here
         return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
     def _score(self, site: ActivationSite, quantity: torch.Tensor, batch: int) -> torch.Tensor:
@@ -488,7 +488,7 @@ class Collector:
             warnings.warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}', PruneWarning,
                           stacklevel=2)
         finish = self.criterion.finish
-        counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
+        counts = torch.tensor(sums.counts, dtype=torch.float64, device='cpu').clamp(min=1).unsqueeze(1)
         halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
         return Relevance({name: finish(values.sum(0) / sums.samples) for name, values in halves.items()},
                          {name: finish(values / counts) for name, values in halves.items()}, self._info(),

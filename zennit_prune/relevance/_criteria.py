@@ -121,7 +121,7 @@ def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationS
 def _weights_read(graph: ChannelGraph, group: ChannelGroup, operation: Operation,
                   tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     '''The sums of the absolute weights with which an operation reads the channels of a group.'''
-    total = torch.zeros(group.size, dtype=torch.float64)
+    total = torch.zeros(group.size, dtype=torch.float64, device='cpu')
     axes = graph._recording.axes
     numbers = {number for labels in operation.consumers for number in graph._roles.axis[labels].flat}
     read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}
@@ -204,7 +204,8 @@ norm over all samples, up to a constant.
 def random(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> Relevance:
     '''Draw uniform random numbers: the baseline that every criterion has to beat.'''
     generator = torch.Generator().manual_seed(seed)
-    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in graph.groups}
+    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64, device='cpu')
+              for group in graph.groups}
     return Relevance(scores, info={'criterion': 'random', 'seed': seed})
 
 

@@ -303,7 +303,7 @@ class Bookkeeper(CallCounter):
             raise PruneError(f'the initial relevance has an L1 norm of {norm:.3g}: start from an output that the '
                              'network decides, e.g. the predicted class.')
         cancels = abs(total) < 1e-3 * norm  # contrastive, say: there is no sum to speak of
-        scale = torch.tensor([norm if cancels else total, norm], dtype=torch.float64)
+        scale = torch.tensor([norm if cancels else total, norm], dtype=torch.float64, device='cpu')
         for (key, side), sums in self._sums.items():
             amounts = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
             for name, amount in zip((side, f'{side}_l1'), amounts):

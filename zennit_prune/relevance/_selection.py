@@ -48,8 +48,8 @@ class Selection:
     def __init__(self, batch: Batch, classes: Sequence[int] | None, skip: bool, seen: int):
         self.size, self.skip, self.seen = batch.size, skip, seen
         self.skipped, self.reason = 0, ''
-        self.numbers = torch.arange(self.size)
-        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.numbers = torch.arange(self.size, device='cpu')
+        self.rows = torch.zeros(0, dtype=torch.int64, device='cpu')
         wanted = of_classes(batch.target, classes)
         if wanted is not None and len(wanted) == self.size:
             self.numbers, batch = self.numbers[wanted.cpu()], batch.only(wanted)
@@ -76,7 +76,8 @@ class Selection:
         '''
         given = given.cpu()
         if len(given) != len(self.numbers):  # the network makes other samples of its inputs
-            self.numbers, self._broken = torch.arange(len(given)), torch.zeros(len(given), dtype=torch.bool)
+            self.numbers = torch.arange(len(given), device='cpu')
+            self._broken = torch.zeros_like(given)
         finite = torch.stack([torch.isfinite(values).all(1) for values in scores.values()]).cpu()
         wrong = given & ~finite.all(0) & ~self._broken
         if wrong.any():

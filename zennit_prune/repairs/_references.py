@@ -59,7 +59,7 @@ class References:
         generator = torch.Generator().manual_seed(self.seed)
         for batch in batches(self.loader):
             if self.limit and batch.size:
-                keys = torch.rand(batch.size, generator=generator, dtype=torch.float64)
+                keys = torch.rand(batch.size, generator=generator, dtype=torch.float64, device='cpu')
                 keys = torch.where(self._eligible(batch), keys, -1)
                 self._add(batch if self.targets else batch.with_target(None), keys)
             yield batch

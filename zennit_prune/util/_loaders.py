@@ -71,7 +71,7 @@ class Batch(Pair):
         '''Which samples hold finite values only, shape (size,), bool, on the CPU.'''
         if self._finite is None:
             size = self.size
-            finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool), True
+            finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool, device='cpu'), True
             for tensor in filter(_may_be_infinite, tensors_in(self.inputs)):
                 if _goes_by_samples(tensor, size):
                     finite &= torch.isfinite(tensor).reshape(size, -1).all(1).cpu()
@@ -154,7 +154,7 @@ def _indexable(target: Any, size: int) -> Any:
     '''Labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
     if isinstance(target, (list, tuple, np.ndarray)) and len(target) == size:
         try:
-            return torch.as_tensor(target)
+            return torch.as_tensor(target, device='cpu')
         except (TypeError, ValueError, RuntimeError):  # several tensors, say
             return target
     return target
