@@ -206,7 +206,7 @@ def test_stages_are_what_is_read_at_modules() -> None:
     assert (stages['input'].sum, stages['input'].l1_norm) == pytest.approx(read['input'])
     layers = {account.module: account for account in found.accounts}
     for name in ('0', '2', '5', '9'):
-        assert (layers[name].received, layers[name].received_mass) == pytest.approx(read[name])
+        assert (layers[name].received, layers[name].received_l1) == pytest.approx(read[name])
         assert layers[name].is_layer
 
 
