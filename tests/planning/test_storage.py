@@ -341,7 +341,7 @@ def test_relevance_survives_files(tmp_path: Path) -> None:
     loaded = zp.Relevance.load(str(tmp_path / 'relevance.safetensors'))
     assert list(loaded) == list(relevance)
     assert all(torch.equal(loaded[name], relevance[name]) for name in relevance)
-    assert loaded.info == relevance.info and loaded.stability() == relevance.stability()
+    assert loaded.info == relevance.info and loaded.reliability().groups == relevance.reliability().groups
     assert str(loaded) == str(relevance) and repr(loaded) == repr(relevance)
 
 
@@ -427,22 +427,22 @@ def test_missing_scores_and_missing_halves() -> None:
     with pytest.raises(zp.PruneError, match=r"no scores for 'b'.*a"):
         relevance['b']
     with pytest.raises(zp.PruneError, match='two samples'):
-        relevance.stability()
+        relevance.reliability()
     one = zp.Pruner(chain(), None, images()).collect([(images(1), labels(1))], progress=False)
     with pytest.raises(zp.PruneError, match='two samples'):
-        one.stability()
+        one.reliability()
     assert 'a' in str(relevance) and '0' in str(one)
 
 
-def test_stability_is_the_rank_correlation_of_two_halves() -> None:
+def test_reliability_is_the_rank_correlation_of_two_halves() -> None:
     '''Every other sample, collected apart.'''
     model, x, target = chain().double(), images(7, dtype=torch.float64), labels(7)
     pruner = zp.Pruner(model, composite(), x)
     whole = pruner.collect(list(zip(x.split(3), target.split(3))), progress=False)
     even, odd = (pruner.collect([(x[start::2], target[start::2])], progress=False) for start in (0, 1))
-    for name, value in whole.stability().items():
+    for name, value in whole.reliability().groups.items():
         assert value == pytest.approx(by_hand(even[name].tolist(), odd[name].tolist()))
-    assert set(whole.stability()) == {'0', '2', '5', '9'}
+    assert set(whole.reliability().groups) == {'0', '2', '5', '9'}
 
 
 # --- rank correlation

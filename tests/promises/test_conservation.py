@@ -185,8 +185,9 @@ def test_preflight_finds_generated_networks_sound(seed: int) -> None:
     found = preflight(model, conserving(), zp.trace(model, x)._recording, x, labels(3))
     assert not any('unsound' in problem for problem in found.problems), (model.description, found.problems)
     for stage in found.stages:
-        assert stage.sum == pytest.approx(1 - stage.taken + stage.made, abs=1e-9 * max(stage.mass, 1))
-        assert abs(stage.made) <= 1e-6 * max(stage.mass, 1)
+        expected = 1 - stage.absorbed + stage.conservation_error
+        assert stage.sum == pytest.approx(expected, abs=1e-9 * max(stage.l1_norm, 1))
+        assert abs(stage.conservation_error) <= 1e-6 * max(stage.l1_norm, 1)
 
 
 class Raising(nn.Module):

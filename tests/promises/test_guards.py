@@ -77,4 +77,4 @@ def test_a_sound_network_is_not_warned_of() -> None:
         pruner.collect((images(4), labels()), progress=False)
     found = pruner.preflight(images(4), labels())
     assert found.sound and found.stages[-1].name == 'input'
-    assert abs(found.stages[-1].made) < 1e-3
+    assert abs(found.stages[-1].conservation_error) < 1e-3

@@ -127,10 +127,10 @@ def assert_sound(model: nn.Module, x: torch.Tensor, bound: float = 0.01, collect
     recording = pruner.graph._recording
     for rules in (pruner.composite, EpsilonPlus()):
         found = preflight(model, rules, recording, x)
-        mass = max(stage.mass for stage in found.stages)
+        mass = max(stage.l1_norm for stage in found.stages)
         assert not any('unsound' in problem for problem in found.problems), found.problems
         share = 1e-5 if isinstance(rules, EpsilonPlus) else 1e-4  # stabilizers take a share of what cancels
-        assert all(abs(stage.made) <= max(bound, share * mass) for stage in found.stages), str(found)
+        assert all(abs(stage.conservation_error) <= max(bound, share * mass) for stage in found.stages), str(found)
     if collects:
         target: Any = labels(2) if expected.dim() == 2 else 'predicted'
         relevance = pruner.collect([(x, target)], progress=False)

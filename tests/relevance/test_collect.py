@@ -34,10 +34,11 @@ from small import (
 )
 from torch import nn
 from torch.nn import functional as F
+from zennit.attribution import SmoothGrad
 from zennit.canonizers import Canonizer, SequentialMergeBatchNorm
-from zennit.composites import COMPOSITES, EpsilonPlus, LayerMapComposite
+from zennit.composites import COMPOSITES, EpsilonPlus, LayerMapComposite, layer_map_base
 from zennit.core import Composite
-from zennit.rules import Epsilon, Gamma, Norm, Pass, WSquare
+from zennit.rules import Epsilon, Gamma, Norm, Pass, WSquare, ZPlus
 from zennit.types import Activation, AvgPool, Convolution, Linear
 
 import zennit_prune as zp
@@ -500,7 +501,7 @@ def test_size_of_batches_does_not_matter(build: Callable[[], nn.Module], aggrega
         assert other.info == found[0].info
         assert all(torch.allclose(other[name], found[0][name], rtol=1e-10, atol=1e-12) for name in found[0])
         if 'join' not in found[0]:  # behind a group norm, what is left of a sum over space is rounding
-            assert other.stability() == pytest.approx(found[0].stability())
+            assert other.reliability().groups == pytest.approx(found[0].reliability().groups)
 
 
 @pytest.mark.parametrize('split', [0, 4, 5, 11])
@@ -989,3 +990,98 @@ def test_composite_in_use_on_the_users_network_stays_so() -> None:
         pruner_of_another.collect([(x, labels(2))], progress=False)
         assert before == {name: list(module._forward_hooks) for name, module in model.named_modules()}
     assert pruner.collect([(x, labels(2))], progress=False)
+
+
+# --- options are checked before any data are read
+def unread() -> Any:
+    raise AssertionError('the loader was read')
+    yield
+
+
+EARLY: dict[str, tuple[dict[str, Any], str]] = {
+    'aggregate': ({'aggregate': 'sum_abs'}, "aggregate='sum_abs' is unknown.*did you mean 'sumabs'"),
+    'nonfinite': ({'nonfinite': 'skipp'}, "nonfinite='skipp' is unknown.*did you mean 'skip'"),
+    'criterion': ({'criterion': 'relevence'}, "criterion='relevence' is unknown.*did you mean 'relevance'"),
+    'initial': ({'initial': 'onehot'}, "initial='onehot' is unknown.*function of the output; did you mean 'one-hot'"),
+    'rival': ({'initial': 'contrastive', 'classes': (2,)}, 'second class'),
+    'classes': ({'classes': ()}, 'empty'),
+    'attributor': ({'attributor': 3}, 'attributor=3'),
+    'attributor of another': ({'attributor': SmoothGrad, 'criterion': 'taylor'}, "'taylor' has a formula of its own"),
+    'exemplars': ({'exemplars': -1}, 'exemplars=-1'),
+    'exemplars of another': ({'exemplars': 2, 'criterion': 'wanda'}, "'wanda' has no score for single samples"),
+    'seed': ({'seed': 'x'}, "seed='x' is no whole number"),
+    'target': ({'target': 'predictd'}, "target='predictd' is unknown.*did you mean 'predicted'"),
+    'two functions': ({'target': torch.sigmoid, 'initial': torch.sigmoid}, 'both target and initial'),
+}
+
+
+@pytest.mark.parametrize('case', EARLY)
+def test_options_are_checked_before_the_first_batch(case: str) -> None:
+    options, message = EARLY[case]
+    pruner = zp.Pruner(chain(), None, images())
+    with pytest.raises(zp.PruneError, match=message):
+        pruner.collect(unread(), progress=False, **options)
+    if 'target' not in options:
+        with pytest.raises(zp.PruneError, match=message):
+            pruner.collector(**options)
+
+
+# --- warnings
+def noted(relevance: zp.Relevance, text: str) -> bool:
+    return any(text in note for note in relevance.info['notes'])
+
+
+@pytest.mark.parametrize('rules', ['none', 'epsilon', 'epsilon_plus', 'guided_backprop'])
+def test_sums_with_sign_under_rules_that_mix_signs_are_warned_of(rules: str) -> None:
+    kinds = {'none': None, 'epsilon': LayerMapComposite([*layer_map_base(), (Linear, Epsilon())]),
+             'epsilon_plus': composite('epsilon_plus'), 'guided_backprop': composite('guided_backprop')}
+    pruner = zp.Pruner(seeded(Mixed()), kinds[rules], images())
+    with pruner.collector() as collector:
+        mixes = collector.aggregate == 'abs'
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        relevance = pruner.collect((images(), labels()), aggregate='signed', progress=False)
+    told = [str(warning.message) for warning in caught if "aggregate='signed'" in str(warning.message)]
+    assert mixes == (rules != 'epsilon_plus') == bool(told) == noted(relevance, "aggregate='signed'")
+    assert all('mix positive and negative' in text and "Use aggregate='abs' or 'auto'" in text for text in told)
+    for options in ({'aggregate': 'abs'}, {'aggregate': 'auto'}, {'criterion': 'taylor', 'aggregate': 'signed'}):
+        assert not noted(pruner.collect((images(), labels()), progress=False, **options), "aggregate='signed'")
+
+
+@pytest.mark.parametrize('network', [chain, lambda: seeded(Residual()), lambda: seeded(Mixed())])
+def test_the_paper_is_not_warned_of(network: Any) -> None:
+    rules = LayerMapComposite([*layer_map_base(), (Linear, ZPlus(zero_params='bias'))])
+    pruner = zp.Pruner(network(), rules, images())
+    relevance = pruner.collect((images(), labels()), aggregate='signed', progress=False)
+    assert not noted(relevance, "aggregate='signed'")
+
+
+class Amplified(nn.Module):
+    '''Multiplies what it computes by itself, which no rule conserves under a composite that knows layers alone.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x * x).flatten(1)
+
+
+@pytest.mark.parametrize('labelled', ['tensor', 'list', 'none'])
+def test_unsound_relevance_is_warned_of_and_noted(labelled: str) -> None:
+    pruner = zp.Pruner(seeded(Amplified()), LayerMapComposite([(Linear, Epsilon())]), images(6))
+    batch = {'tensor': (images(6), labels(6)), 'list': (images(6), labels(6).tolist()), 'none': images(6)}[labelled]
+    options = {'target': 'predicted'} if labelled == 'none' else {}
+    with pytest.warns(zp.PruneWarning, match='Relevance is unsound.*created.*mul') as caught:
+        relevance = pruner.collect([batch], progress=False, **options)
+    assert sum('unsound' in str(warning.message) for warning in caught) == 1 and noted(relevance, 'unsound')
+    for criterion in ('taylor', 'activation'):
+        assert not noted(pruner.collect((images(6), labels(6)), criterion, progress=False), 'unsound')
+
+
+def test_sound_relevance_is_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', zp.PruneWarning)
+        relevance = zp.Pruner(chain(), None, images()).collect((images(), labels()), progress=False)
+    assert relevance.info['notes'] == []

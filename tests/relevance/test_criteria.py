@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import zennit_prune as zp
-from zennit_prune.relevance._criteria import CRITERIA, MEASURES
+from zennit_prune.relevance._criteria import CRITERIA, Criterion, known_criterion, looks_at_data
+from zennit_prune.relevance._sites import Flow, find_sites
 
-ALL = ('relevance', *MEASURES, *CRITERIA)
+ALL = tuple(CRITERIA)
+MEASURES = tuple(name for name in CRITERIA if looks_at_data(name) and name != 'relevance')
 Taps = dict[str, list[torch.Tensor]]
 
 
@@ -293,7 +296,7 @@ def test_batches_seeds_and_networks_in_use(criterion: str) -> None:
 
 
 @pytest.mark.parametrize('criterion', MEASURES)
-def test_merge_stability_and_files(criterion: str, tmp_path: Any) -> None:
+def test_merge_reliability_and_files(criterion: str, tmp_path: Any) -> None:
     case = mixed()
     pruner = zp.Pruner(case.model, None, case.x)
     parts = [pruner.collector(criterion=criterion) for _ in range(2)]
@@ -302,7 +305,7 @@ def test_merge_stability_and_files(criterion: str, tmp_path: Any) -> None:
             part.update(x, y)
     merged, whole = parts[0].merge(parts[1]).compute(), collect(case, criterion)
     assert all(apart(merged[name], whole[name]) <= 1e-12 for name in whole)
-    assert whole.stability().keys() == case.positions.keys()
+    assert whole.reliability().groups.keys() == case.positions.keys()
     whole.save(tmp_path / 'scores')
     assert repr(zp.Relevance.load(tmp_path / 'scores')) == repr(whole)
     with pytest.raises(zp.PruneError, match='differ in criterion'):
@@ -402,3 +405,78 @@ def test_unknown_names() -> None:
         pruner.collector(criterion='l1')
     with pytest.raises(zp.PruneError, match='aggregate'):
         pruner.collect([], 'taylor', aggregate='most')
+
+
+# --- criteria as data
+DESCRIBED: dict[str, dict[str, Any]] = {
+    'relevance': {'lrp': True, 'activations': False, 'gradients': True, 'aggregate': 'auto', 'initial': 'one-hot',
+                  'per_element': False, 'per_sample': True},
+    'gradient': {'lrp': False, 'activations': False, 'gradients': True, 'aggregate': 'abs',
+                 'initial': 'cross-entropy', 'per_element': True, 'per_sample': True},
+    'taylor': {'lrp': False, 'activations': True, 'gradients': True, 'aggregate': 'abs', 'initial': 'cross-entropy',
+               'per_element': True, 'per_sample': True},
+    'taylor-weights': {'lrp': False, 'activations': True, 'gradients': True, 'aggregate': 'abs',
+                       'initial': 'cross-entropy', 'per_element': False, 'per_sample': True},
+    'activation': {'lrp': False, 'activations': True, 'gradients': False, 'aggregate': 'sumabs', 'per_element': True,
+                   'per_sample': True},
+    'wanda': {'lrp': False, 'activations': True, 'gradients': False, 'aggregate': 'sumabs', 'per_element': False,
+              'per_sample': False},
+}
+
+
+@pytest.mark.parametrize('name', DESCRIBED)
+def test_a_description_is_immutable_and_what_the_collector_goes_by(name: str) -> None:
+    criterion = known_criterion(name)
+    assert isinstance(criterion, Criterion) and criterion.name == name
+    assert {key: getattr(criterion, key) for key in DESCRIBED[name]} == DESCRIBED[name]
+    with pytest.raises(FrozenInstanceError):
+        criterion.aggregate = 'signed'  # type: ignore[misc]
+    case = residual()
+    pruner = zp.Pruner(case.model, None, case.x)
+    collector = pruner.collector(criterion=criterion)
+    assert collector.criterion is criterion and type(collector) is zp.Collector
+    info = collect(case, name).info
+    assert ('composite' in info) == criterion.lrp and ('initial' in info) == criterion.gradients
+    assert info['aggregate'] == ('abs' if name == 'relevance' else criterion.aggregate)
+    by_name, by_value = collect(case, name), collect(case, criterion)  # type: ignore[arg-type]
+    assert all(torch.equal(by_name[group], by_value[group]) for group in by_name)
+
+
+def test_every_criterion_that_looks_at_data_is_described() -> None:
+    assert set(DESCRIBED) == {'relevance', *MEASURES}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_criterion_of_your_own(name: str) -> None:
+    '''The mean squared activation: one value says all that the collector needs.'''
+    case = CASES[name]()
+    energy = Criterion('energy', lambda graph, model: find_sites(graph, Flow.settled),
+                       lambda activation, gradient: activation ** 2, 'sumabs', 'one-hot', activations=True,
+                       gradients=False)
+    expected = per_sample(case, lambda activation, gradient: (activation ** 2).mean(1))
+    found = collect(case, energy, 2)  # type: ignore[arg-type]
+    assert found.info['criterion'] == 'energy' and list(found) == list(expected)
+    assert all(apart(found[group], values) <= 1e-9 for group, values in expected.items())
+    root = collect(case, replace(energy, finish=torch.sqrt))  # type: ignore[arg-type]
+    assert all(apart(root[group], values.sqrt()) <= 1e-9 for group, values in expected.items())
+
+
+def test_quantities_see_what_the_description_says() -> None:
+    case, seen = plain(), []
+
+    def look(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        seen.append((activation.numel() > 0, gradient.numel() > 0))
+        return gradient if gradient.numel() else activation
+
+    for activations, gradients in ((True, True), (False, True), (True, False)):
+        seen.clear()
+        collect(case, Criterion('look', lambda graph, model: find_sites(graph, Flow.settled), look,  # type: ignore
+                                'abs', 'cross-entropy', activations=activations, gradients=gradients))
+        assert set(seen) == {(activations, gradients)}
+
+
+def test_names_near_a_criterion_are_suggested() -> None:
+    pruner = zp.Pruner(plain().model.float(), None, images())
+    for name, message in (('taylr', "did you mean 'taylor'"), ('Wanda', "did you mean 'wanda'"), (3, 'criterion=3')):
+        with pytest.raises(zp.PruneError, match=message):
+            pruner.collector(criterion=name)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-'''The preflight says where relevance is made, lost or taken, and by what.'''
+'''The preflight says where relevance is created, lost or absorbed, and by what.'''
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def checked(
     model: nn.Module, rules: Composite | None = None, x: Any = None, target: Any = 'predicted', initial: Any = 'one-hot'
 ) -> Preflight:
     x = images(3) if x is None else x
-    found = preflight(model, rules or recommended_composite(), zp.trace(model, x).recording, x, target, initial)
+    found = preflight(model, rules or recommended_composite(), zp.trace(model, x)._recording, x, target, initial)
     begin = found.stages[0].sum
     assert found.stages[0].name == 'output'
     for stage in found.stages:
-        assert stage.sum == pytest.approx(begin - stage.taken + stage.made, abs=1e-4 * max(1, stage.mass))
-        assert stage.mass >= abs(stage.sum) - 1e-4 * max(1, stage.mass)
+        expected = begin - stage.absorbed + stage.conservation_error
+        assert stage.sum == pytest.approx(expected, abs=1e-4 * max(1, stage.l1_norm))
+        assert stage.l1_norm >= abs(stage.sum) - 1e-4 * max(1, stage.l1_norm)
     assert found.sound == (not found.problems)
     return found
 
@@ -94,8 +95,8 @@ def test_sound_networks_have_no_problems(name: str, double: bool) -> None:
     dtype = torch.float64 if double else torch.float32
     model, x = NETWORKS[name]().to(dtype), images(3, 32 if name == 'resnet18' else 8, dtype=dtype)
     found = checked(model, conserving() if double else recommended_composite(), x)
-    scale = max(1.0, *(stage.mass for stage in found.stages))
-    assert all(abs(stage.made) <= (1e-8 if double else 1e-4) * scale for stage in found.stages)
+    scale = max(1.0, *(stage.l1_norm for stage in found.stages))
+    assert all(abs(stage.conservation_error) <= (1e-8 if double else 1e-4) * scale for stage in found.stages)
     assert not any('unsound' in problem for problem in found.problems)
     if scale < 1e4:  # else a problem of its own
         assert found.sound and 'Relevance is sound.' in str(found)
@@ -119,14 +120,14 @@ def test_operations_without_a_rule_are_named(name: str) -> None:
     assert not found.sound
     assert 'unsound' in found.problems[0] and f"{function} in 'inner'" in found.problems[0]
     account = next(account for account in found.accounts if account.function == function)
-    assert account.module == 'inner' and account.made == pytest.approx(account.passed - account.received)
-    assert abs(account.made) > 0.01
+    assert account.module == 'inner' and account.conservation_error == pytest.approx(account.passed - account.received)
+    assert abs(account.conservation_error) > 0.01
 
 
 def test_without_a_rule_for_sums_additions_are_named() -> None:
     rules = LayerMapComposite([entry for entry in layer_map_base() if entry[0] is not Sum] + [(Linear, Epsilon())])
     found = checked(seeded(Residual()).double(), rules, images(3, dtype=torch.float64))
-    assert not found.sound and "add in 'block" in found.problems[0] and 'made' in found.problems[0]
+    assert not found.sound and "add in 'block" in found.problems[0] and 'created' in found.problems[0]
 
 
 def test_without_rules_for_activations_they_are_named() -> None:
@@ -139,16 +140,17 @@ def test_without_rules_for_activations_they_are_named() -> None:
     assert not found.sound and "gelu in 'inner'" in found.problems[0]
 
 
-def test_what_layers_take_is_told_apart() -> None:
+def test_what_layers_absorb_is_told_apart() -> None:
     '''Biases take a share by the epsilon rule; none with ``zero_params``.'''
     model, x = chain().double(), images(3, dtype=torch.float64)
     found = checked(model, None, x, labels(3))
     assert found.sound
-    assert max(abs(stage.taken) for stage in found.stages) > 0.01
+    assert max(abs(stage.absorbed) for stage in found.stages) > 0.01
     with torch.no_grad():
         _, relevance = model(x), zp.heatmap(model, None, x, labels(3))
     assert found.stages[-1].sum == pytest.approx(float(relevance.sum()) / 3, rel=1e-6)
-    assert found.stages[-1].taken == pytest.approx(1 - float(relevance.sum()) / 3, abs=1e-5)  # pools have stabilizers
+    absorbed = 1 - float(relevance.sum()) / 3
+    assert found.stages[-1].absorbed == pytest.approx(absorbed, abs=1e-5)  # pools have stabilizers
 
 
 CONSTANTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -164,7 +166,7 @@ CONSTANTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_constants_beside_the_input_take_their_share(name: str) -> None:
     '''Class tokens, say.'''
     found = checked(stepping(CONSTANTS[name]).double(), conserving(), images(3, dtype=torch.float64))
-    assert found.sound and abs(found.stages[-1].taken) > 1e-3
+    assert found.sound and abs(found.stages[-1].absorbed) > 1e-3
 
 
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
@@ -201,10 +203,10 @@ def test_stages_are_what_is_read_at_modules() -> None:
         read['input'] = float(leaf.grad.sum()) / 3, float(leaf.grad.abs().sum()) / 3
     assert [stage.name for stage in found.stages] == ['output', '10', '8', '4', '1', 'input'] or len(found.stages) > 4
     stages = {stage.name: stage for stage in found.stages}
-    assert (stages['input'].sum, stages['input'].mass) == pytest.approx(read['input'])
+    assert (stages['input'].sum, stages['input'].l1_norm) == pytest.approx(read['input'])
     layers = {account.module: account for account in found.accounts}
     for name in ('0', '2', '5', '9'):
-        assert (layers[name].received, layers[name].received_mass) == pytest.approx(read[name])
+        assert (layers[name].received, layers[name].received_l1) == pytest.approx(read[name])
         assert layers[name].is_layer
 
 
@@ -228,8 +230,8 @@ def test_exploding_relevance_is_named() -> None:
     found = checked(model, conserving(), images(3, dtype=torch.float64))
     (problem,) = found.problems
     assert 'cancel' in problem and 'grows most in' in problem and "'3' (1 becomes 1)" in problem
-    assert max(found.stages, key=lambda stage: stage.mass).name in problem
-    assert max(stage.mass for stage in found.stages) > 1e4
+    assert max(found.stages, key=lambda stage: stage.l1_norm).name in problem
+    assert max(stage.l1_norm for stage in found.stages) > 1e4
 
 
 class Dividing(nn.Module):
@@ -275,7 +277,7 @@ def test_other_starts(initial: Any) -> None:
     )
     assert found.sound, found.problems
     cancels = initial in ('contrastive', 'softmax', 'cross-entropy')
-    assert found.stages[0].sum == pytest.approx(0 if cancels else 1, abs=1e-9) and found.stages[0].mass == 1
+    assert found.stages[0].sum == pytest.approx(0 if cancels else 1, abs=1e-9) and found.stages[0].l1_norm == 1
     assert found.stages[-1].sum == pytest.approx(found.stages[0].sum, abs=1e-5)
 
 
@@ -329,8 +331,8 @@ def test_token_numbers() -> None:
     embedded = next(account for account in found.accounts if account.function == 'embedding')
     assert embedded.received == pytest.approx(embedded.passed, abs=1e-6)
     added = [account for account in found.accounts if account.function == 'add']
-    assert added and all(account.made == pytest.approx(0, abs=1e-6) for account in added)
-    assert not any(account.module == 'norm' and abs(account.made) > 1e-6 for account in found.accounts)
+    assert added and all(account.conservation_error == pytest.approx(0, abs=1e-6) for account in added)
+    assert not any(account.module == 'norm' and abs(account.conservation_error) > 1e-6 for account in found.accounts)
 
 
 class Writing(nn.Module):

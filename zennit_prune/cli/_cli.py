@@ -16,7 +16,7 @@ import click
 from .. import __version__
 from ..errors import PruneError
 from ..planning._cost import BUDGETS, Budget
-from ..relevance._criteria import CRITERIA, MEASURES
+from ..relevance._criteria import CRITERIA
 from ..repairs._repair import METHODS
 from . import _demo as demo
 from ._commands import Outcome, execute, foresee
@@ -125,7 +125,7 @@ SHARED = [
       for name, text in AMOUNTS.items()],
     click.option('--composite', type=click.Choice(COMPOSITES), default='recommended', show_default=True,
                  help="The rules of relevance, by Zennit's names; recommended: epsilon everywhere."),
-    click.option('--criterion', type=click.Choice(['relevance', *MEASURES, *CRITERIA]), default='relevance',
+    click.option('--criterion', type=click.Choice(list(CRITERIA)), default='relevance',
                  show_default=True, help='How channels are scored.'),
     click.option('--ignore', multiple=True, metavar='PATTERN', help="Keep the output channels of modules, e.g. "
                  "'layer4*'; repeatable."),

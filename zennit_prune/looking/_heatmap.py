@@ -24,7 +24,7 @@ from ..relevance._attribute import (
 )
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
-from ..relevance._states import State, find_states
+from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
 from ..util._loaders import batch_size, only
 from ..util._networks import tensors_in, unwrapped
@@ -150,12 +150,12 @@ def _through_channels(model: nn.Module, composite: Composite | None, x: Any, tar
     graph = graph or trace(model, x)
     found = known_group(graph, group)
     channels = _positions(found, position)
-    states = states_of(graph, found)
+    sites = sites_of(graph, found)
     composite = recommended_composite() if composite is None else composite
     canonizer = GraphCanonizer.from_recording(graph._recording)
-    places = [state.place for state in states]
+    places = [site.place for site in sites]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
-        maps = _conditioned(attribution, states, x, target, initial, channels, found)
+        maps = _conditioned(attribution, sites, x, target, initial, channels, found)
     return maps if _several(position) else maps[0]
 
 
@@ -194,12 +194,12 @@ def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
     return found
 
 
-def states_of(graph: ChannelGraph, group: ChannelGroup) -> list[State]:
+def sites_of(graph: ChannelGraph, group: ChannelGroup) -> list[ActivationSite]:
     '''The sites where the relevance of a group's channels is read.'''
-    states, missing = find_states(graph)
+    sites, missing = find_sites(graph)
     if group.name in missing:
         raise PruneError(f'the relevance of group {group.name!r} cannot be read: {missing[group.name]}.')
-    return [state for state in states if state.group == group.name]
+    return [site for site in sites if site.group == group.name]
 
 
 def _several(position: Any) -> bool:
@@ -223,7 +223,7 @@ def _positions(group: ChannelGroup, position: Any) -> list[int]:
     return channels
 
 
-def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, target: Any, initial: Initial,
+def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: Any, target: Any, initial: Initial,
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
     '''The heatmaps of several channels of a group, shape (K, N, H, W).'''
     network, taps, registered = attribution
@@ -242,22 +242,22 @@ def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, targ
             pixels, output = run(x)
             caught = dict(taps.caught)
             arrived = propagate(output, initial_relevance(output, target, initial), list(caught.values()), True)
-            relevance = {state: values.detach() for place, values in zip(caught, arrived) if values is not None
-                         for state in states if state.place == place}
+            relevance = {site: values.detach() for place, values in zip(caught, arrived) if values is not None
+                         for site in sites if site.place == place}
             if not relevance:
                 raise PruneError(f'no relevance arrives at group {group.name!r}: the target does not depend on it, or '
                                  'it is inside a gate, which rules hold constant.')
-            covered = sum((torch.bincount(state.positions.reshape(-1), minlength=state.size + 1) > 0).double()
-                          for state in relevance)
+            covered = sum((torch.bincount(site.positions.reshape(-1), minlength=site.size + 1) > 0).double()
+                          for site in relevance)
             repeated = 1
             for first in range(0, len(channels), at_once):
                 chosen = channels[first:first + at_once]
                 if len(chosen) != repeated:  # else the graph of the last pass serves once more
                     repeated = len(chosen)
                     pixels, _ = run(only(x, number, torch.arange(number).repeat(repeated)))
-                seeds = {state.place: torch.cat([_kept(state, values, item, covered) for item in chosen])
-                         for state, values in relevance.items()}
-                maps.append(_from_states(taps, seeds, pixels).unflatten(0, (repeated, number)))
+                seeds = {site.place: torch.cat([_kept(site, values, item, covered) for item in chosen])
+                         for site, values in relevance.items()}
+                maps.append(_from_sites(taps, seeds, pixels).unflatten(0, (repeated, number)))
         finally:
             taps.clear()
             for hook in list(registered.hook_refs):
@@ -265,7 +265,7 @@ def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, targ
     return torch.cat(maps)
 
 
-def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     '''Relevance given at activation sites, propagated to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
@@ -275,13 +275,13 @@ def _from_states(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Ten
     return summed(torch.zeros_like(pixels) if arrived is None else arrived)
 
 
-def _kept(state: State, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
+def _kept(site: ActivationSite, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
     '''The relevance at a site, zero but for one channel, divided by the number of sites that hold the channel.'''
     shape = [1] * relevance.dim()
-    for dim, size in zip(state.dims, state.positions.shape):
+    for dim, size in zip(site.dims, site.positions.shape):
         if relevance.shape[dim] != size:
-            raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)}, but {size} '
+            raise PruneError(f'relevance at {site.place.module!r} has shape {tuple(relevance.shape)}, but {size} '
                              f'entries along dimension {dim} were traced: give inputs of the size that was traced.')
         shape[dim] = size
-    mask = (state.positions == channel).reshape(shape).to(relevance)
+    mask = (site.positions == channel).reshape(shape).to(relevance)
     return relevance * (mask / float(covered[channel].clamp(min=1)))

@@ -10,11 +10,10 @@ from zennit.core import Composite
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph, trace
 from ..graph._groups import ChannelGroup
-from ..relevance._attribute import attributing, call_network
-from ..relevance._criteria import Keeper
+from ..relevance._attribute import Keeper, attributing, call_network
 from ..relevance._exemplars import grid_of, looked_at
 from ..util._networks import copied, unwrapped
-from ._heatmap import known_group, states_of
+from ._heatmap import known_group, sites_of
 
 AT_ONCE = 32  # rows or columns of the image in one batch
 
@@ -72,16 +71,16 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
         raise PruneError('receptive fields need an image: a floating-point tensor of shape (1, C, H, W).')
     graph = graph or trace(model, x)
     found = known_group(graph, group)
-    states = states_of(graph, found)
-    places = [state.place for state in states]
+    sites = sites_of(graph, found)
+    places = [site.place for site in sites]
     x = x[:1].detach().to('cpu', torch.float64)
     network = copied(model).to('cpu', torch.float64)
     with attributing(network, Composite(), None, lambda copy: Keeper(copy, places)) as (network, keeper, _):
-        edges = [_edges(network, keeper, states, x, dim, found.name) for dim in (2, 3)]
+        edges = [_edges(network, keeper, sites, x, dim, found.name) for dim in (2, 3)]
     return torch.cat(edges, -1)
 
 
-def _edges(network: nn.Module, keeper: Any, states: Any, x: torch.Tensor, dim: int, name: str) -> torch.Tensor:
+def _edges(network: nn.Module, keeper: Any, sites: Any, x: torch.Tensor, dim: int, name: str) -> torch.Tensor:
     '''First and last row (or column) that each position depends on, the last excluded, shape (grid..., 2).'''
     size = x.shape[dim]
     seen = []
@@ -92,17 +91,17 @@ def _edges(network: nn.Module, keeper: Any, states: Any, x: torch.Tensor, dim: i
             batch[row].select(dim - 1, line).fill_(torch.nan)
         with torch.enable_grad():
             call_network(network, batch.requires_grad_())
-        here = [state for state in states if state.place in keeper.values]
+        here = [site for site in sites if site.place in keeper.values]
         if not here:
             raise PruneError(f'the tensor of group {name!r} was not computed when the network ran.')
-        state = looked_at(here, lambda state: keeper.values[state.place].shape, len(lines))
-        values = keeper.values[state.place]
-        if grid_of(state, values.shape, len(lines)) is None:
+        site = looked_at(here, lambda site: keeper.values[site.place].shape, len(lines))
+        values = keeper.values[site.place]
+        if grid_of(site, values.shape, len(lines)) is None:
             raise PruneError(f'the tensor of group {name!r} has shape {tuple(values.shape)} for a batch of '
                              f'{len(lines)}: samples are cut into pieces there, so that positions are unknown.')
-        inside = state.positions < state.size  # channels of the group
-        last = len(state.dims)
-        values = values.movedim(state.dims, tuple(range(1, last + 1))).flatten(1, last)[:, inside.reshape(-1)]
+        inside = site.positions < site.size  # channels of the group
+        last = len(site.dims)
+        values = values.movedim(site.dims, tuple(range(1, last + 1))).flatten(1, last)[:, inside.reshape(-1)]
         seen.append(values.isnan().any(1))
         keeper.clear()
         keeper.values.clear()

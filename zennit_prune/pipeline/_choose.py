@@ -16,8 +16,8 @@ from ..repairs._trial import Divergence, divergence, outputs
 from ..util._display import table
 from ..util._fingerprint import named
 from ..util._isolation import seeded
-from ..util._loaders import as_loader, batch_size, batches, only
-from ..util._networks import copied, device_of, map_tensors
+from ..util._loaders import Batch
+from ..util._networks import copied, device_of
 
 if TYPE_CHECKING:
     from ._pruner import Criterion, Pruner
@@ -90,9 +90,9 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
     with seeded(seed, device_of(pruner.model)):
         fitted, held = _split(loader, seed)
     model = copied(pruner.model).eval()
-    held = [map_tensors(lambda tensor: tensor.to(device_of(model)), inputs) for inputs, _ in held]
+    inputs = [batch.to(device_of(model)).inputs for batch in held]
     with torch.no_grad():
-        wanted = outputs(model, held)
+        wanted = outputs(model, inputs)
     found: dict[str, Divergence | str] = {}
     for criterion in tqdm(criteria, 'choose', disable=not progress, leave=False):
         try:
@@ -101,7 +101,7 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
             small = chosen.apply(pruner.model, verify=False, progress=False)
             small = repaired(pruner.model, small, chosen, fitted, method, False)
             with torch.no_grad():
-                found[named(criterion)] = divergence(outputs(small.eval(), held), wanted)
+                found[named(criterion)] = divergence(outputs(small.eval(), inputs), wanted)
         except PruneError as error:
             found[named(criterion)] = str(error)
     judged = {name: each.error for name, each in found.items() if isinstance(each, Divergence)}
@@ -111,22 +111,16 @@ def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequ
     return Choice(next(criterion for criterion in criteria if named(criterion) == best), found)
 
 
-def _split(loader: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
+def _split(loader: Iterable[Any], seed: int) -> tuple[list[Batch], list[Batch]]:
     '''Three quarters of the samples with their targets, and the others.'''
-    references = References((((inputs, _tensor(target)), None) for inputs, target in batches(as_loader(loader))), KEPT,
-                            seed=seed)
-    chunks = references.chosen()
-    sizes = [batch_size(chunk) for chunk in chunks]
-    if sum(sizes) < LEAST:
-        raise PruneError(f'there are {sum(sizes)} references: a choice is judged by some that are held out, so that it '
+    chunks = References(loader, KEPT, seed=seed, targets=True).chosen()
+    total = sum(chunk.size for chunk in chunks)
+    if total < LEAST:
+        raise PruneError(f'there are {total} references: a choice is judged by some that are held out, so that it '
                          f"takes {LEAST} at least. Name a criterion, e.g. 'relevance'.")
-    held = torch.zeros(sum(sizes), dtype=torch.bool)
-    held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:len(held) // 4]] = True
-    parts = list(zip(chunks, sizes, held.split(sizes)))
-    return ([only(chunk, size, ~mask) for chunk, size, mask in parts if not mask.all()],
-            [only(chunk, size, mask) for chunk, size, mask in parts if mask.any()])
-
-
-def _tensor(target: Any) -> Any:
-    '''Labels in a list as a tensor, which can be indexed.'''
-    return torch.as_tensor(target) if isinstance(target, (list, tuple)) else target
+    held = torch.zeros(total, dtype=torch.bool, device='cpu')
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device='cpu')
+    held[order[:total // 4]] = True
+    parts = list(zip(chunks, held.split([chunk.size for chunk in chunks])))
+    return ([chunk.only(~mask) for chunk, mask in parts if not mask.all()],
+            [chunk.only(mask) for chunk, mask in parts if mask.any()])

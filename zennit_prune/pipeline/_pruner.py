@@ -23,7 +23,7 @@ from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
 from ..relevance._collect import Collector
-from ..relevance._criteria import CRITERIA, MEASURES
+from ..relevance._criteria import CRITERIA, known_criterion, looks_at_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance
@@ -34,7 +34,7 @@ from ._iterate import Loop
 from ._result import Result, Step
 
 Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
-NAMED = ('relevance', *MEASURES, *CRITERIA)  # criteria
+NAMED = tuple(CRITERIA)
 
 
 class Pruner:
@@ -74,13 +74,7 @@ class Pruner:
 
         See :meth:`collect` for the parameters, and :class:`zennit_prune.Collector` for further options.
         '''
-        start: dict[str, Any] = {} if initial == 'auto' else {'initial': initial}
-        if criterion == 'relevance':
-            return Collector(self.graph, self.model, self.composite, aggregate, **start, **options)
-        if criterion not in MEASURES:
-            raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
-                             f'{", ".join(map(repr, ("relevance", *MEASURES)))}.')
-        return MEASURES[criterion](self.graph, self.model, aggregate, **start, **options)
+        return Collector(self.graph, self.model, self.composite, aggregate, initial, criterion=criterion, **options)
 
     def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> Preflight:
         '''Is relevance sound on this network? Print the answer; see :mod:`zennit_prune.preflight`.
@@ -148,19 +142,17 @@ class Pruner:
             For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
             not finite; a checkpoint of something else; on all processes, if any of them fails.
         '''
-        if exemplars and (callable(criterion) or criterion in CRITERIA):
+        if criterion == 'auto':
+            raise PruneError("criterion='auto' depends on the budget: give it to Pruner.prune or Pruner.iterate, or "
+                             'ask zp.choose(pruner, loader, budget) and collect by its .criterion.')
+        found = criterion if callable(criterion) else known_criterion(criterion)
+        if exemplars and not looks_at_data(found):
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no exemplars: use '
                              "'relevance', or leave exemplars= out.")
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
-        if criterion in CRITERIA:
-            return CRITERIA[criterion](self.graph, self.model, seed)
-        if criterion == 'auto':
-            raise PruneError("criterion='auto' depends on the budget: give it to Pruner.prune or Pruner.iterate, or "
-                             'ask zp.choose(pruner, loader, budget) and collect by its .criterion.')
-        if criterion != 'relevance' and criterion not in MEASURES:
-            raise PruneError(f'criterion={criterion!r} is unknown: use one of {", ".join(map(repr, NAMED))}, or a '
-                             'function of (graph, model, loader).')
+        if callable(found):
+            return found(self.graph, self.model, seed)
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
                                    nonfinite=nonfinite, seed=seed, exemplars=exemplars)
         return collect(collector, loader, target, progress, checkpoint)

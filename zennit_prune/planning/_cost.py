@@ -159,7 +159,7 @@ class Budget:
                  channels: float | None = None, latency: float | None = None, latency_fraction: float | None = None,
                  **unknown_units: Any):
         for name in unknown_units:
-            raise unknown('Budget: unit', name, BUDGETS, f'{ONE_UNIT}.')
+            raise unknown('the unit of a budget', name, BUDGETS, '; give exactly one, as in Budget(flops=0.5)')
         amounts = (flops, params, bytes, channels, latency, latency_fraction)
         given = {name: value for name, value in zip(BUDGETS, amounts) if value is not None}
         if len(given) != 1:

@@ -1,6 +1,4 @@
-'''Relevance by one of Zennit's Attributors, which run a network several times: the mean over its passes.
-
-What attribution passes share: a copy to work on, the default composite, and readers of tensors.
+'''Attribution passes: a copy of the network under rules, readers of its tensors, and Zennit's Attributors.
 
 All passes run on a copy of the network. Whatever a composite, a canonizer or an exception leaves behind, the user's
 network, its training flags, gradients and hooks are never touched.
@@ -29,19 +27,20 @@ from ..errors import PruneError
 from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
-from ..util._networks import check_finite, copied, device_of, map_tensors, output_tensors, tensors_in
+from ..util._loaders import Batch
+from ..util._networks import copied, device_of, map_tensors, output_tensors, tensors_in
 from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 
 
 def recommended_composite() -> Composite:
-    '''Epsilon everywhere, the rule that ranks channels best across layers; the graph's canonizer merges BatchNorm.'''
+    '''Epsilon on every layer, the rule that ranks channels best; the graph's canonizer merges BatchNorm.'''
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
 
 
 @contextmanager
 def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
                 reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
-    '''A canonized copy of ``model`` in evaluation mode with the rules of ``composite`` attached.
+    '''Attach the rules of ``composite`` to a canonized copy of ``model`` in evaluation mode.
 
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
     composite itself may be in use elsewhere.
@@ -67,7 +66,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
 
 
 def _refuse_patched_rules() -> None:
-    '''LXT, for one, replaces methods of all of Zennit's rules, after which gradients are no relevance.'''
+    '''Raise where another library (LXT, say) replaced methods of all of Zennit's rules.'''
     for name in ('forward', 'backward', 'pre_forward', 'post_forward', 'pre_backward'):
         home = getattr(BasicHook, name).__module__
         if home != BasicHook.__module__:
@@ -76,7 +75,7 @@ def _refuse_patched_rules() -> None:
 
 
 class Attribution(NamedTuple):
-    '''A network under rules: the copy that runs, what reads its tensors, and the composite registered with it.'''
+    '''A network under rules: the copy that runs, the reader of its tensors, and the composite registered with it.'''
 
     network: nn.Module
     reader: Any
@@ -115,7 +114,7 @@ class _CallsOf:
         self.running += 1
 
     def only(self, call: int, rule: BasicHook) -> Any:
-        '''What a rule registers with: ``register_forward_hook`` and ``register_forward_pre_hook`` for one call.'''
+        '''Return an object with the ``register_*`` methods that a rule needs, for one call of the module.'''
         def registering(method: Callable[..., Any]) -> Callable[..., Any]:
             def register(hook: Callable[..., Any], **options: Any) -> Any:
                 def in_this_call(*args: Any) -> Any:
@@ -139,7 +138,7 @@ class Reader(CallCounter):
     network: torch.nn.Module
         The copy that will be attributed, before a composite is registered.
     places: sequence of Place
-        What to catch.
+        Where to catch tensors.
     '''
 
     def __init__(self, network: nn.Module, places: Sequence[Place]):
@@ -157,7 +156,7 @@ class Reader(CallCounter):
             self.accompany(network)
 
     def attach(self) -> None:
-        '''Hook the modules, after the composite did: what is caught is what its rules return.'''
+        '''Hook the modules, after the composite did, so that what its rules return is caught.'''
         for name, module in self.network.named_modules():
             places = self._at_modules.get(name, ())
             if places:
@@ -191,27 +190,56 @@ class Reader(CallCounter):
         return result
 
     def clear(self) -> None:
-        '''Forget what was caught, before the next pass.'''
+        '''Forget the tensors caught, before the next pass.'''
         self.caught.clear()
         for calls in self._counts:
             calls.update(input=0, output=0)
 
 
+class Keeper(Reader):
+    '''A reader that keeps the values of the last pass as well, in float32 or better.'''
+
+    def __init__(self, network: nn.Module, places: Sequence[Place]):
+        super().__init__(network, places)
+        self.values: dict[Place, torch.Tensor] = {}
+        network.register_forward_pre_hook(lambda *_: self.values.clear())
+
+    def _catch(self, place: Place, value: Any) -> None:
+        super()._catch(place, value)
+        tensors = tensors_in(value)
+        if place.position < len(tensors):  # a copy, for the network may go on to write into it
+            value = tensors[place.position].detach()
+            self.values[place] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
 def differentiable(inputs: Any, network: nn.Module) -> Any:
-    '''A copy of the inputs on the network's device, from which relevance can be traced back to every layer.
+    '''Copy inputs to the network's device, such that gradients can be traced back from the output to every layer.
+
+    Parameters
+    ----------
+    inputs: torch.Tensor, tuple, dict or Batch
+        Inputs; a batch whose values were checked is not checked again.
+    network: torch.nn.Module
+        The copy that will be attributed.
+
+    Returns
+    -------
+    torch.Tensor, tuple or dict
+        Floating-point tensors require gradients. Where there is none (token numbers, say), the parameters of
+        ``network`` do: relevance is then traced back to the embeddings.
 
     Raises
     ------
     PruneError
         If an input holds values that are not finite.
     '''
-    device = device_of(network)
-    inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), inputs)
+    batch, device = inputs if isinstance(inputs, Batch) else Batch(inputs), device_of(network)
+    batch.check_finite()
+    inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), batch.inputs)
     tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
-    check_finite(tensors)
     for tensor in tensors:
         tensor.requires_grad_(True)
-    if not tensors:  # token numbers, say: relevance is traced back to the embeddings
+    if not tensors:
         for parameter in network.parameters():
             parameter.requires_grad_(True)
     return inputs
@@ -279,9 +307,9 @@ class Passes(nn.Module):
     network: torch.nn.Module
         The network under rules.
     reader: Reader
-        What catches its tensors.
+        Catches its tensors.
     forget: callable
-        Removes what the last pass left behind.
+        Removes the tensors and handles that the last pass left behind.
     '''
 
     def __init__(self, network: nn.Module, reader: Reader, forget: Callable[[], None]):
@@ -345,7 +373,7 @@ def attributed(factory: AttributorFactory, passes: Passes, inputs: Any,
 
 @contextmanager
 def fixed_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    '''Random numbers from ``seed``; the global random state is as before afterwards.'''
+    '''Draw random numbers from ``seed``; the global random state is restored afterwards.'''
     accelerated = device.type != 'cpu'
     with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else 'cuda'):
         torch.default_generator.manual_seed(seed)

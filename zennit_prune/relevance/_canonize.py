@@ -1,10 +1,9 @@
-'''Make any traced network fit for LRP: merge BatchNorm, and give what a network does between its modules its rules.
+'''``GraphCanonizer``: make any traced network fit for LRP.
 
-Zennit assigns rules to modules. This canonizer shows it what happens between them: an addition written ``x + y``
-becomes a :class:`zennit.layer.Sum`, ``F.relu`` an ``nn.ReLU``, ``F.linear`` an ``nn.Linear``, to which the composite's
-own rules apply; ``functions.py`` has the table.
-
-Merge a BatchNorm into the linear layer before or behind it, for as long as relevance is attributed.
+Zennit assigns rules to modules. This canonizer shows it the functions that a network calls between its modules: an
+addition written ``x + y`` becomes a :class:`zennit.layer.Sum`, ``F.relu`` an ``nn.ReLU``, ``F.linear`` an
+``nn.Linear``, to which the composite's own rules apply; ``_functions.py`` has the table. A BatchNorm is merged into the
+linear layer before or behind it, for as long as relevance is attributed.
 '''
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ LINEAR = {'convolution', 'addmm', 'mm'}
 
 
 class Pair(NamedTuple):
-    '''A linear layer and the BatchNorm that alone reads it, or, where ``before``, that it alone reads; by name.'''
+    '''The names of a linear layer and of the BatchNorm behind it, or ``before`` it, with no other reader between.'''
 
     linear: str
     batch_norm: str
@@ -40,7 +39,7 @@ class Pair(NamedTuple):
 
 
 def pairs(operations: Sequence[Operation], calls: Mapping[str, int]) -> list[Pair]:
-    '''All pairs in a trace; ``calls`` says how often each module was called. A BatchNorm behind comes first.'''
+    '''Find all pairs in a trace, given the number of calls of each module; a BatchNorm behind a layer comes first.'''
     readers = Counter(value for operation in operations for value in operation.reads)
     writer = {value: operation for operation in operations for value in operation.writes[:1]}
     found: list[Pair] = []
@@ -139,27 +138,60 @@ def _replace(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 class GraphCanonizer(Canonizer):
-    '''Canonize whatever the trace of a network shows and other canonizers did not touch.
+    '''Canonize everything that the trace of a network shows and other canonizers did not canonize.
+
+    Put it last among the canonizers: Zennit reverts them first to last, so one that merges BatchNorm after this one
+    would restore the weights that this one computed. A function whose equivalent module gets no rule from the composite
+    runs as it is.
 
     Parameters
     ----------
     model: torch.nn.Module
         The network that will be attributed, or one of the same structure; it is traced, not changed.
     example: torch.Tensor, tuple or dict
-        As for :func:`zennit_prune.trace`.
+        An input, as for :func:`zennit_prune.trace`; values do not matter.
 
-    Notes
-    -----
-    Put it last among the canonizers: Zennit reverts them first to last, so one that merges BatchNorm after this one
-    would put back what this one had made.
+    Attributes
+    ----------
+    batch_norms: list of Pair
+        The BatchNorms to merge, each with its linear layer.
+    functions: dict of Site to Equivalent
+        The calls of functions that become modules.
+    calls: dict of str to int
+        The number of calls of each module.
+    reached: set of int
+        The values of the trace that relevance arrives at; gates are held constant, so that none arrives there.
 
-    A function whose equivalent module gets no rule from the composite runs as it is.
+    Raises
+    ------
+    PruneError
+        If the network cannot be traced.
+
+    References
+    ----------
+    Zennit's canonizers: Anders et al., "Software for Dataset-wide XAI" (arXiv 2106.13200). Rules for attention:
+    Achtibat et al., "AttnLRP" (arXiv 2402.05602), section 3.
 
     Examples
     --------
-    >>> composite = EpsilonPlus(canonizers=[GraphCanonizer(model, example)])
-    >>> with composite.context(model) as modified_model:
-    ...     output = modified_model(input)
+    >>> import torch
+    >>> from zennit.composites import EpsilonPlus
+    >>> class Net(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.one, self.norm = torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2)
+    ...     def forward(self, x):
+    ...         return torch.relu(self.norm(self.one(x)) + x).sum((2, 3))
+    >>> model, x = Net().eval(), torch.rand(1, 1, 3, 3, requires_grad=True)
+    >>> canonizer = GraphCanonizer(model, x)
+    >>> canonizer.batch_norms
+    [Pair(linear='one', batch_norm='norm', before=False)]
+    >>> [site.function for site in canonizer.functions if site.module == '']
+    ['add', 'relu', 'sum']
+    >>> with EpsilonPlus(canonizers=[canonizer]).context(model) as modified:
+    ...     relevance, = torch.autograd.grad(modified(x).sum(), x)
+    >>> relevance.shape
+    torch.Size([1, 1, 3, 3])
     '''
 
     def __init__(self, model: nn.Module, example: Any):
@@ -168,7 +200,7 @@ class GraphCanonizer(Canonizer):
 
     @classmethod
     def from_recording(cls, recording: Recording) -> GraphCanonizer:
-        '''Use a trace that has been made already.'''
+        '''Make the canonizer from an existing trace.'''
         canonizer = cls.__new__(cls)
         Canonizer.__init__(canonizer)
         canonizer._find(recording)
@@ -191,7 +223,7 @@ class GraphCanonizer(Canonizer):
                 self.reached.update(set(operation.reads) - held.get(id(operation), set()))
 
     def apply(self, root_module: nn.Module) -> list[Canonizer]:
-        '''Merge and divert in ``root_module``; returns the instances whose ``remove`` reverts it.'''
+        '''Canonize ``root_module``; return the instances whose ``remove`` reverts it.'''
         modules = dict(root_module.named_modules())
         instances: list[Canonizer] = []
         for pair in self.batch_norms:
@@ -208,20 +240,20 @@ class GraphCanonizer(Canonizer):
         return instances[::-1]  # a layer that took two BatchNorms has to give back the last one first
 
     def register(self) -> None:
-        '''Nothing to do: :meth:`apply` makes the instances.'''
+        '''Do nothing: :meth:`apply` makes the instances.'''
 
     def remove(self) -> None:
-        '''Nothing to do: the instances revert themselves.'''
+        '''Do nothing: the instances revert themselves.'''
 
     def copy(self) -> GraphCanonizer:
-        '''Another canonizer for the same network.'''
+        '''Return another canonizer for the same network.'''
         copy = GraphCanonizer.__new__(GraphCanonizer)
         copy.__dict__.update(self.__dict__)
         return copy
 
 
 def has_its_own_rule(module: nn.Module | None) -> bool:
-    '''Whether a composite's rule for a module does justice to what the module computes.'''
+    '''Whether a composite's rule for a module's type fits what the module computes.'''
     if isinstance(module, Linear):
         return computes_plainly(module)
     return isinstance(module, (Activation, AvgPool, BatchNorm, MaxPool, Sum)) and not _takes_several(module)
@@ -243,7 +275,7 @@ def lends_its_rules(module: nn.Module | None) -> bool:
 
 
 def unregister(module: nn.Module, rules: list[Hook]) -> None:
-    '''Take rules off a module before it runs.'''
+    '''Remove rules from a module before it runs.'''
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             if any(getattr(hook, 'rule', getattr(hook, '__self__', None)) is rule for rule in rules):
@@ -253,8 +285,8 @@ def unregister(module: nn.Module, rules: list[Hook]) -> None:
 class FunctionalModules(Canonizer):
     '''Run functions through modules of their own, to which the composite's rules apply.
 
-    The modules are children of those that call the functions while the composite looks for modules; they are taken out
-    again before the network runs, since it may iterate over children. While the root's ``forward`` runs, a
+    The modules are children of those that call the functions while the composite looks for modules; they are removed
+    before the network runs, since it may iterate over children. While the root's ``forward`` runs, a
     ``TorchFunctionMode`` sends the calls to them.
     '''
 
@@ -291,7 +323,7 @@ class FunctionalModules(Canonizer):
         root_module.forward = self._forward = canonized_forward
 
     def _with_rules(self) -> dict[Site, tuple[Equivalent, list[Any]]]:
-        '''The functions that the composite has rules for, once modules whose own rules do not fit are rid of them.'''
+        '''The functions that the composite has rules for; rules that do not fit their module are removed from it.'''
         self._lend_rules()
         ruled = {site: found for site, found in self._functions.items() if any(map(rules_of, found[1]))}
         named = dict(self._root.named_modules())
@@ -302,7 +334,7 @@ class FunctionalModules(Canonizer):
         return ruled
 
     def _lend_rules(self) -> None:
-        '''A layer that computes its weights has its rule applied where they are used.'''
+        '''Apply the rule of a layer that computes its weights where these are used.'''
         named = dict(self._root.named_modules())
         users: defaultdict[str, list[Any]] = defaultdict(list)
         for site, (equivalent, modules) in self._functions.items():
@@ -345,7 +377,7 @@ def _host(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
 
 
 class _Diversion(CallCounter):
-    '''Send the calls of functions to their modules, but for those inside a module that a rule stands for.'''
+    '''Send the calls of functions to their modules, except inside a module that has a rule of its own.'''
 
     def __init__(self, root: nn.Module, functions: Mapping[Site, tuple[Equivalent, list[Any]]]):
         super().__init__(root)

@@ -1,7 +1,4 @@
-'''Stream channel relevance out of a Zennit composite, in memory that does not grow with the number of samples.
-
-How relevance over space becomes one number, and which way suits the rules in force.
-'''
+'''``Collector``: scores of channels, accumulated batch by batch in memory that does not grow with the samples.'''
 from __future__ import annotations
 
 import os
@@ -21,10 +18,13 @@ from ..errors import PruneError, PruneWarning
 from ..graph._graph import ChannelGraph
 from ..tracing._boundaries import Place
 from ..util._fingerprint import described, fingerprint, named
+from ..util._loaders import Batch
 from ..util._networks import device_of, tensors_by_module
+from ..util._options import unknown
 from ._attribute import (
     Attribution,
     AttributorFactory,
+    Keeper,
     Passes,
     Reader,
     attributed,
@@ -35,11 +35,12 @@ from ._attribute import (
     propagate,
 )
 from ._canonize import GraphCanonizer
+from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
-from ._initial import Initial, checked_classes, shares, starts
+from ._initial import Initial, check_initial, checked_classes, of_classes, shares, starts
 from ._relevance import Relevance
 from ._selection import Selection
-from ._states import State, find_states
+from ._sites import ActivationSite
 from ._sums import Sums
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
@@ -52,20 +53,23 @@ def holds_lrp(composite: Composite) -> bool:
 
 
 def suitable_aggregate(composite: Composite) -> str:
-    '''What suits the rules in force: ``'sumabs'`` where most keep contributions of both signs apart, else ``'abs'``.'''
+    '''The aggregate that suits the rules in force.
+
+    ``'sumabs'`` where most rules keep positive and negative contributions apart, ``'abs'`` where most mix them.
+    '''
     apart = sum(isinstance(hook, SIGNED_RULES) for hook in composite.hook_refs)
     together = sum(isinstance(hook, Epsilon) for hook in composite.hook_refs)
     return 'sumabs' if apart > together else 'abs'
 
 
-def aggregated(how: str, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-    '''The score of every sample and channel at a state, shape (batch, size of the group).'''
+def aggregated(how: str, site: ActivationSite, relevance: torch.Tensor, batch: int) -> torch.Tensor:
+    '''Sum relevance at a site over space, for every sample and channel, shape (batch, size of the group).'''
     if relevance.shape[0] % batch:
-        raise PruneError(f'relevance at {state.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
+        raise PruneError(f'relevance at {site.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
                          f'{batch}: its first dimension does not hold the samples.')
     if how == 'sumabs':
-        return state.per_sample(relevance.abs(), batch)
-    values = state.per_sample(relevance, batch)
+        return site.per_sample(relevance.abs(), batch)
+    values = site.per_sample(relevance, batch)
     if how == 'abs':
         return values.abs()
     return values.clamp(min=0) if how == 'positive' else values
@@ -75,11 +79,11 @@ NONFINITE = ('error', 'skip')
 
 
 class Collector:
-    '''Accumulate channel relevance batch by batch.
+    '''Accumulate scores of channels batch by batch.
 
-    Relevance is read at the channels' states: the tensors that carry a channel's complete value. Per sample it is
-    summed over space and aggregated; the score is the mean over samples, and over states where a group has several (a
-    residual stream).
+    A criterion says what is read at the activation sites of the channels: the tensors that carry a channel's complete
+    value. For each sample this is summed over space and aggregated; the score is the mean over samples, and over sites
+    where a group has several (a residual stream).
 
     Parameters
     ----------
@@ -88,92 +92,136 @@ class Collector:
     model: torch.nn.Module
         The network that was traced; it is copied, never changed.
     composite: zennit.core.Composite
-        The rules; the canonizer of the graph is applied after the composite's own.
+        The rules of relevance; the canonizer of the graph is applied after the composite's own. Other criteria run the
+        plain network.
     aggregate: str
         What is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the sum of
-        absolute values; ``'signed'``, the sum; ``'positive'``, its positive part; ``'auto'``, ``'sumabs'`` where most
-        rules keep positive and negative contributions apart (gamma, alpha-beta, z-plus), else ``'abs'``.
+        absolute values; ``'signed'``, the sum; ``'positive'``, its positive part. ``'auto'`` for relevance is
+        ``'sumabs'`` where most rules keep positive and negative contributions apart (gamma, alpha-beta, z-plus), else
+        ``'abs'``; for another criterion, it is what its formula says.
     initial: str or callable
-        See :func:`zennit_prune.initial.initial_relevance`.
+        The relevance, or the gradient of the loss, at the output: see
+        :func:`zennit_prune.relevance._initial.initial_relevance`. ``'auto'`` is ``'one-hot'`` for relevance and
+        ``'cross-entropy'`` for gradients. For another loss, give a function of the output that returns the gradient of
+        each sample's loss.
+    criterion: str or Criterion
+        ``'relevance'``, ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``; or a
+        :class:`zennit_prune.relevance.Criterion` of your own.
     classes: iterable of int, optional
-        Only samples with one of these labels are counted; predictions and rivals are taken among these classes.
+        Count only samples with one of these labels; predictions and rivals are chosen among these classes.
     attributor: callable, optional
         One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient:
         relevance is the mean over its passes.
     nonfinite: str
-        What happens to a sample whose input or relevance is not finite: ``'error'``; or ``'skip'``, it is left out, and
-        a warning says so.
+        What happens to a sample whose input or relevance is not finite: with ``'error'``, an error is raised; with
+        ``'skip'``, the sample is left out, and a warning says so.
     seed: int
         For the noise of an Attributor.
     exemplars: int
-        How many samples to keep for each channel, those with the largest scores; see
-        :class:`zennit_prune.Exemplars`.
+        The number of reference samples to keep for each channel, those with the largest scores; see
+        :class:`zennit_prune.relevance.Exemplars`.
 
     Attributes
     ----------
     sums: Sums
-        What was added up so far: ``.samples`` were counted of ``.seen``, in ``.batches``.
+        The sums so far: ``.samples`` were counted of ``.seen``, in ``.batches``.
     notes: list of str
-        What the user is warned of: rules that are not LRP, groups whose relevance cannot be read, unsound relevance.
+        Warnings: rules that are not LRP, an aggregate that does not suit the rules, groups that cannot be read, unsound
+        relevance.
+    sites: list of ActivationSite
+        Where channels are read.
+    unread: dict of str to str
+        The groups that cannot be read, each with the reason.
     gates: set of str
         Groups inside gates (of squeeze-excitation, say): rules hold gates constant, so that no relevance arrives there.
 
+    Raises
+    ------
+    PruneError
+        For an unknown option, before any data are read; where the network has no removable channel; where a criterion
+        says nothing about any channel.
+
+    References
+    ----------
+    Yeom et al., "Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning" (arXiv 1912.08881),
+    section 3: relevance summed over space and reference samples.
+
     Examples
     --------
-    >>> with Collector(graph, model, EpsilonPlus()) as collector:
-    ...     for inputs, labels in loader:
-    ...         collector.update(inputs, labels)
+    >>> import torch
+    >>> from zennit.composites import EpsilonPlus
+    >>> import zennit_prune as zp
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> x, labels = torch.rand(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    >>> with Collector(zp.trace(model, x, progress=False), model, EpsilonPlus()) as collector:
+    ...     for start in (0, 3):
+    ...         collector.update(x[start:start + 3], labels[start:start + 3])
     >>> relevance = collector.compute()
+    >>> relevance['0'].shape, relevance.info['samples']
+    (torch.Size([3]), 6)
     '''
 
-    criterion = 'relevance'
-    per_sample = True  # whether a sample's score has a meaning of its own
-
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
-                 initial: Initial = 'one-hot', *, classes: Iterable[int] | None = None,
-                 attributor: AttributorFactory | None = None, nonfinite: str = 'error', seed: int = 0,
-                 exemplars: int = 0):
+                 initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance',
+                 classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
+                 nonfinite: str = 'error', seed: int = 0, exemplars: int = 0):
+        self.criterion = collected_criterion(criterion)
         for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
             if value not in known:
-                raise PruneError(f'{option}={value!r} is unknown: use one of {", ".join(map(repr, known))}.')
-        if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
-            raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
-                             'SmoothGrad, or a function from a model to an Attributor.')
-        if isinstance(exemplars, bool) or not isinstance(exemplars, int) or exemplars < 0:
-            raise PruneError(f'exemplars={exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
-        if exemplars and not self.per_sample:
-            raise PruneError(f"criterion={self.criterion!r} has no score for single samples, so that it has no "
-                             "exemplars: use another criterion, e.g. 'relevance'.")
-        if not graph.groups:
-            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
-                             'locks them.')
-        self.graph, self.model, self.composite = graph, model, composite
-        self.aggregate, self.initial, self.classes = aggregate, initial, checked_classes(classes)
+                raise unknown(option, value, known)
+        self.graph, self.model = graph, model
+        self.composite = composite if self.criterion.lrp else Composite()
+        self.aggregate = self.criterion.aggregate if aggregate == 'auto' else aggregate
+        self.initial = self.criterion.initial if initial == 'auto' else initial
+        self.classes = checked_classes(classes)
+        check_initial(self.initial, self.classes)
         self.attributor, self.nonfinite, self.seed, self.exemplars = attributor, nonfinite, seed, exemplars
-        self.states, self.unread = self._find_states()
+        self._check_options()
+        self.sites, self.unread = self.criterion.sites(graph, model)
+        if not self.sites and not self.criterion.lrp:
+            raise PruneError(f'criterion={self.criterion.name!r} says nothing about any channel of this network: '
+                             f'{"; ".join(f"{name} ({why})" for name, why in self.unread.items())}. Use another.')
         self.canonizer = GraphCanonizer.from_recording(graph._recording)
-        reached = {state.group for state in self.states if state.value in self.canonizer.reached}
-        self.gates = {state.group for state in self.states} - reached
+        reached = {site.group for site in self.sites if site.value in self.canonizer.reached}
+        self.gates = {site.group for site in self.sites} - reached
         self.sums = Sums()
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
 
-    def _find_states(self) -> tuple[list[State], dict[str, str]]:
-        return find_states(self.graph)
+    def _check_options(self) -> None:
+        name, attributor = self.criterion.name, self.attributor
+        if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
+            raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
+                             'SmoothGrad, or a function from a model to an Attributor.')
+        if attributor is not None and not self.criterion.lrp:
+            raise PruneError(f"attributor= is for criterion='relevance'; {name!r} has a formula of its own.")
+        if not hasattr(self.seed, '__index__'):
+            raise PruneError(f'seed={self.seed!r} is no whole number: give e.g. 0.')
+        if isinstance(self.exemplars, bool) or not isinstance(self.exemplars, int) or self.exemplars < 0:
+            raise PruneError(f'exemplars={self.exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
+        if self.exemplars and not self.criterion.per_sample:
+            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no exemplars: use '
+                             "another criterion, e.g. 'relevance'.")
+        if not self.graph.groups:
+            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
+                             'locks them.')
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
-        places = [state.place for state in self.states]
-        return attributing(self.model, self.composite, self.canonizer, lambda network: Reader(network, places))
+        places = [site.place for site in self.sites]
+        reader = Keeper if self.criterion.activations else Reader
+        return attributing(self.model, self.composite, self.canonizer if self.criterion.lrp else None,
+                           lambda network: reader(network, places))
 
     @property
     def samples(self) -> int:
-        '''How many samples were counted so far.'''
+        '''The number of samples counted so far.'''
         return self.sums.samples
 
     @property
     def device(self) -> torch.device:
-        '''Where the network is.'''
+        '''The device of the network.'''
         return device_of(self.model)
 
     def __enter__(self) -> Collector:
@@ -194,18 +242,23 @@ class Collector:
 
     def _warn(self) -> None:
         self.notes = []
-        if self.criterion == 'relevance' and not self.is_lrp():
-            self.notes.append(f'{type(self.composite).__name__} holds no rule of LRP for any layer of this network: '
-                              'the scores are modified gradients, which are not conserved from layer to layer')
+        rules = type(self.composite).__name__
+        if self.criterion.lrp and not self.holds_lrp():
+            self.notes.append(f'{rules} holds no rule of LRP for any layer of this network: the scores are modified '
+                              'gradients, which are not conserved from layer to layer')
+        if self.criterion.lrp and self.aggregate == 'signed' and suitable_aggregate(self._registered) == 'abs':
+            self.notes.append(f"aggregate='signed' does not suit {rules}: its rules mix positive and negative "
+                              'contributions, so that the relevance of a channel that matters in both ways sums to '
+                              "about zero, and it is removed first. Use aggregate='abs' or 'auto'")
         if self.unread:
             self.notes.append('the relevance of some groups cannot be read, so they will be kept whole: '
                               + '; '.join(f'{name} ({why})' for name, why in self.unread.items()))
         for note in self.notes:
             warnings.warn(note, PruneWarning, stacklevel=3)
 
-    def is_lrp(self) -> bool:
-        '''Whether any rule in force is one of LRP.'''
-        return holds_lrp(self._registered)
+    def holds_lrp(self) -> bool:
+        '''Whether any rule in force is one of LRP; inside the ``with`` block only.'''
+        return self.criterion.lrp and holds_lrp(self._registered)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -222,8 +275,8 @@ class Collector:
         inputs: torch.Tensor, tuple or dict
             What the network is called with; moved to its device.
         target: torch.Tensor, callable, ``'predicted'`` or None
-            See :func:`zennit_prune.initial.initial_relevance`; may be None where ``initial`` is a function. Several
-            targets of a sample are aggregated one by one and averaged. A sample without any is not counted.
+            See :func:`zennit_prune.relevance._initial.initial_relevance`; may be None where ``initial`` is a function.
+            Several targets of a sample are aggregated one by one and averaged. A sample without any is not counted.
 
         Raises
         ------
@@ -231,29 +284,33 @@ class Collector:
             Outside the ``with`` block; for inputs or targets that do not fit; for relevance that is not finite. The
             batch is then not counted.
         '''
+        self.add(Batch(inputs, target))
+
+    def add(self, batch: Batch) -> None:
+        '''Add a batch whose values may have been checked already; see :meth:`update`.'''
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
-        batch = Selection(inputs, target, self.classes, self.nonfinite == 'skip', self.sums.seen)
+        samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
         self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
-        scores = self._sampled(batch, spots) if len(batch.numbers) else {}
-        best = self._best(batch, scores, spots) if spots and len(batch.rows) else None
-        self.sums = self.sums.plus(scores, batch.size, batch.skipped, batch.reason, (inputs, target), best)
+        scores = self._sampled(samples, spots) if len(samples.numbers) else {}
+        best = self._best(samples, scores, spots) if spots and len(samples.rows) else None
+        self.sums = self.sums.plus(scores, samples.size, samples.skipped, samples.reason, tuple(batch), best)
 
-    def _best(self, batch: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
-        '''Which samples of a batch matter most to each channel.'''
+    def _best(self, samples: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
+        '''The samples of a batch with the largest scores, for each channel.'''
         layout = tuple((group.name, group.size) for group in self.graph.groups)
-        classes = None if self._targets is None else self._targets[batch.rows.to(self._targets.device)]
-        return Best.of(layout, scores, batch.numbers[batch.rows], classes, self.exemplars, spots.only(batch.rows))
+        classes = None if self._targets is None else self._targets[samples.rows.to(self._targets.device)]
+        return Best.of(layout, scores, samples.numbers[samples.rows], classes, self.exemplars, spots.only(samples.rows))
 
-    def _sampled(self, batch: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
-        '''By group, the scores of the samples that count; the mean over a sample's targets.'''
+    def _sampled(self, samples: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
+        '''By group, the scores of the samples that count: the mean over each sample's targets.'''
         totals: dict[str, torch.Tensor] = {}
-        weight = torch.zeros(())
+        weight = torch.zeros((), device='cpu')
         try:
-            for relevance, share in self._measured(batch.inputs, batch.target):
+            for quantities, share in self._measured(samples.batch):
                 if spots is not None:
-                    spots.see(self.states, relevance, share)
-                for name, values in self._scores(relevance, len(share)).items():
+                    spots.see(self.sites, quantities, share)
+                for name, values in self._scores(quantities, len(share)).items():
                     share = share.to(values)
                     values = torch.where(share[:, None] > 0, values * share[:, None], 0)
                     totals[name] = totals[name] + values if name in totals else values
@@ -262,19 +319,44 @@ class Collector:
             self._forget_batch()
         if not weight.any():
             return {}
-        lost = sorted({state.group for state in self.states} - set(totals) - self.gates)
+        lost = sorted({site.group for site in self.sites} - set(totals) - self.gates)
         if lost:
             raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
                              'these channels, or a canonizer hides them. Start from an output that depends on them, or '
                              'trace with them in ignore.')
-        return batch.counted(totals, weight > 0)
+        return samples.counted(totals, weight > 0)
 
-    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        '''For each target: the relevance at every state, shaped as the tensor there, and the weight of each sample.'''
-        inputs = differentiable(inputs, self._network)
+    def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        '''For each target: the quantity at every site, shaped as the tensor there, and the weight of each sample.'''
+        quantity, nothing = self.criterion.quantity, torch.empty(0, device=self.device)
+        if not self.criterion.gradients:
+            output = self._run_forward(batch)
+            yield ({place: quantity(values, nothing) for place, values in self._activations().items()},
+                   torch.ones(len(output), device=output.device))
+            return
+        for arrived, share in self._propagated(batch):
+            values = self._activations()
+            yield {place: quantity(values.get(place, nothing), gradient) for place, gradient in arrived.items()}, share
+
+    def _activations(self) -> dict[Place, torch.Tensor]:
+        '''The values of the last pass by place, where the criterion looks at them.'''
+        return dict(self._reader.values) if self.criterion.activations else {}
+
+    def _run_forward(self, batch: Batch) -> torch.Tensor:
+        '''The output of the network, for criteria that need no target.'''
+        if self.classes is not None and of_classes(batch.target, self.classes) is None:
+            raise PruneError(f'classes={self.classes} needs a label for each sample, as '
+                             f'criterion={self.criterion.name!r} looks at no output.')
+        inputs = differentiable(batch, self._network)
+        with torch.no_grad():
+            return main_output(call_network(self._network, inputs))
+
+    def _propagated(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
+        '''For each target: the relevance or gradient that arrives at every site, and the weight of each sample.'''
+        inputs = differentiable(batch, self._network)
         with torch.enable_grad():
             output = main_output(call_network(self._network, inputs))
-        found = starts(output, target, self.initial, self.classes)
+        found = starts(output, batch.target, self.initial, self.classes)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
         if not caught:
@@ -290,28 +372,43 @@ class Collector:
             yield relevance, share
 
     def _forget_batch(self) -> None:
-        '''Zennit's hooks keep tensors and handles of every pass until they are removed.'''
+        '''Remove the tensors and handles that Zennit's hooks keep after every pass.'''
         self._reader.clear()
         for hook in list(self._registered.hook_refs):
             hook.remove()
 
-    def _scores(self, relevance: Mapping[Place, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
-        '''By group, the score of every sample and channel: the mean over the group's states.'''
+    def _scores(self, quantities: Mapping[Place, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
+        '''By group, the score of every sample and channel: the mean over the group's sites.'''
         totals: dict[str, torch.Tensor] = {}
         covered: dict[str, torch.Tensor] = {}
-        for state in self.states:
-            if state.place in relevance:
-                values = self._aggregated(state, relevance[state.place], batch)
-                here = torch.bincount(state.positions.reshape(-1), minlength=state.size + 1)[:state.size] > 0
-                totals[state.group] = totals[state.group] + values if state.group in totals else values
-                covered[state.group] = covered.get(state.group, torch.zeros(state.size)) + here
+        for site in self.sites:
+            if site.place in quantities:
+                values = self._score(site, quantities[site.place], batch)
+                here = torch.bincount(site.positions.reshape(-1), minlength=site.size + 1)[:site.size] > 0
+                totals[site.group] = totals[site.group] + values if site.group in totals else values
+                covered[site.group] = covered.get(site.group, torch.zeros(site.size, device='cpu')) + here
         return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
-    def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        return aggregated(self.aggregate, state, relevance, batch)
+    def _score(self, site: ActivationSite, quantity: torch.Tensor, batch: int) -> torch.Tensor:
+        '''The score of every sample and channel at one site, shape (batch, size of the group).'''
+        sums = aggregated(self.aggregate, site, quantity, batch)
+        if self.criterion.per_element:
+            one_sample = torch.ones_like(quantity[:quantity.shape[0] // batch])
+            sums = sums / site.per_sample(one_sample, 1).clamp(min=1)
+        return self.criterion.score(sums, site)
 
     def merge(self, other: Collector) -> Collector:
-        '''Add what another collector of the same network, rules and settings saw.
+        '''Add the sums of another collector of the same network, rules and settings.
+
+        Parameters
+        ----------
+        other: Collector
+            It is left as it is.
+
+        Returns
+        -------
+        Collector
+            This one.
 
         Raises
         ------
@@ -323,15 +420,25 @@ class Collector:
         return self
 
     def settings(self) -> dict[str, Any]:
-        '''What must be equal where sums are to be added, as JSON values.'''
-        return {'criterion': self.criterion, 'groups': {group.name: group.size for group in self.graph.groups},
+        '''The settings that must be equal where sums are to be added, as JSON values.'''
+        return {'criterion': self.criterion.name, 'groups': {group.name: group.size for group in self.graph.groups},
                 'composite': described(self.composite), 'aggregate': self.aggregate,
                 'initial': described(self.initial), 'classes': self.classes and list(self.classes),
                 'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
                 'exemplars': self.exemplars or None}
 
     def check_fits(self, settings: Mapping[str, Any], what: str, used: bool = True) -> None:
-        '''Compare with the settings of ``what``; an aggregate that is not yet decided is taken from there.'''
+        '''Raise unless settings equal those of this collector; an undecided aggregate is adopted from them.
+
+        Parameters
+        ----------
+        settings: mapping
+            As :meth:`settings` returns them.
+        what: str
+            The collectors compared, for the message.
+        used: bool
+            Whether the settings belong to sums that hold anything; if not, only the network must be equal.
+        '''
         mine = self.settings()
         if settings.get('groups') != mine['groups']:
             raise PruneError(f'{what} are for different networks: their groups differ.')
@@ -342,7 +449,7 @@ class Collector:
                 raise PruneError(f'{what} differ in {key}: {value!r} and {settings.get(key)!r}.')
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write what was added so far to one safetensors file, from which :meth:`load` goes on.'''
+        '''Write the sums so far to one safetensors file, from which :meth:`load` goes on.'''
         self.sums.save(path, {**self.settings(), 'weights': fingerprint(tensors_by_module(self.model))})
 
     def load(self, path: str | os.PathLike[str]) -> Collector:
@@ -365,11 +472,29 @@ class Collector:
     def compute(self) -> Relevance:
         '''The mean over all samples so far.
 
+        Returns
+        -------
+        Relevance
+            ``.info`` says how the scores came about, ``.exemplars`` holds the reference samples of each channel.
+
         Raises
         ------
         PruneError
-            If no sample was counted.
+            If no sample was counted, or all relevance is zero.
         '''
+        sums = self.sums
+        self._check_sums()
+        if sums.skipped:
+            warnings.warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}', PruneWarning,
+                          stacklevel=2)
+        finish = self.criterion.finish
+        counts = torch.tensor(sums.counts, dtype=torch.float64, device='cpu').clamp(min=1).unsqueeze(1)
+        halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
+        return Relevance({name: finish(values.sum(0) / sums.samples) for name, values in halves.items()},
+                         {name: finish(values / counts) for name, values in halves.items()}, self._info(),
+                         None if sums.best is None else Exemplars(sums.best))
+
+    def _check_sums(self) -> None:
         sums = self.sums
         if not sums.samples:
             why = 'the loader is empty, or no batch was added.'
@@ -377,28 +502,25 @@ class Collector:
                 among = f' among classes={self.classes}' if self.classes else ''
                 why = sums.reason or f'none of {sums.seen} has a target{among}.'
             raise PruneError(f'there was no sample to collect relevance from: {why}')
-        if sums.skipped:
-            warnings.warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}', PruneWarning,
-                          stacklevel=2)
         if not any(values.any() for values in sums.halves.values()):
             raise PruneError("all relevance is zero: the targets do not depend on any channel, or the network's last "
                              'layer is zero.')
+
+    def _info(self) -> dict[str, Any]:
+        '''How the scores came about, as JSON values.'''
+        sums, notes = self.sums, [*self.notes]
         held = sorted(self.gates - set(sums.halves))
-        notes = [*self.notes, f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
-                              'channels have no scores and are kept'] if held else [*self.notes]
-        counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
-        halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
-        info = {'criterion': self.criterion, 'composite': named(self.composite), 'aggregate': self.aggregate,
-                'initial': named(self.initial), 'samples': sums.samples, 'notes': notes}
-        if self.classes:
-            info['classes'] = list(self.classes)
-        if self.attributor:
-            info['attributor'] = named(self.attributor)
-        if sums.skipped:
-            info['skipped'] = sums.skipped
+        if held:
+            notes.append(f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
+                         'channels have no scores and are kept')
         if sums.best is not None and sums.best.dropped:
             notes.append(f'exemplars: means of the first {len(sums.best.classes)} classes were kept, without those of '
                          f'{sums.best.dropped} samples of others')
-        return Relevance({name: values.sum(0) / sums.samples for name, values in halves.items()},
-                         {name: values / counts for name, values in halves.items()}, info,
-                         None if sums.best is None else Exemplars(sums.best))
+        return {'criterion': self.criterion.name,
+                **({'composite': named(self.composite)} if self.criterion.lrp else {}),
+                'aggregate': self.aggregate,
+                **({'initial': named(self.initial)} if self.criterion.gradients else {}),
+                'samples': sums.samples, 'notes': notes,
+                **({'classes': list(self.classes)} if self.classes else {}),
+                **({'attributor': named(self.attributor)} if self.attributor else {}),
+                **({'skipped': sums.skipped} if sums.skipped else {})}

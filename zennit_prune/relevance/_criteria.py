@@ -1,49 +1,216 @@
-'''Criteria that look at data, each a :class:`Collector` of the plain network: gradients and activations, no rules.
+'''Criteria: by what channels are scored, each a value that says where to read what, and how it becomes a score.
 
-Where a channel is read after its norm and nonlinearity, that is the last value that its norms and activations alone
-have made of it (``Flow.settled``); a residual stream, which several layers read, has several such values, over which
-the score is averaged. What is measured there is averaged over the value's elements (over space), per sample.
+A :class:`Criterion` describes a criterion that looks at data; one collector computes all of them. The criteria that
+look at no data are functions of a graph, a network and a seed. ``CRITERIA`` has both by name: whoever adds a criterion
+adds an entry there.
 
-The criteria that people compare relevance with and that do not look at data.
-
-Each gives a :class:`Relevance` for a graph and a network; ``measures.py`` has those that look at data.
+Criteria with a formula of their own run the plain network, without rules. Where they read a channel behind its norm and
+nonlinearity, that is the last value that norms and activations alone compute from it (``Flow.settled``); a residual
+stream, which several layers read, has several such values, over which the score is averaged.
 '''
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zennit.core import Composite
 
 from ..errors import PruneError, PruneWarning
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup, Member
-from ..tracing._boundaries import Place
 from ..tracing._parametrized import computed_tensors
 from ..tracing._recorded import Operation
-from ..util._networks import tensors_in
-from ._attribute import Attribution, Reader, attributing, call_network, differentiable, main_output
-from ._collect import Collector
-from ._initial import Initial, of_classes
+from ..util._options import unknown
+from ._initial import Initial
 from ._relevance import Relevance
-from ._states import Flow, State, find_states
+from ._sites import ActivationSite, Flow, find_sites
+
+FindSites = Callable[[ChannelGraph, nn.Module], tuple[list[ActivationSite], dict[str, str]]]
+Quantity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    '''How a criterion scores channels: where it reads, what, and how that becomes a score.
+
+    For each sample, the collector computes ``quantity`` at every activation site, sums it over space as the aggregate
+    says, and turns the sums into the sample's ``score``. These are averaged over the sites of a group and over samples;
+    ``finish`` makes the score of the mean.
+
+    Parameters
+    ----------
+    name: str
+        Its name, for ``criterion=``.
+    sites: callable
+        From a graph and a network to the activation sites, and the reason for each group without any.
+    quantity: callable
+        From the activation and the gradient (or relevance) at a site, shaped as the tensor there, to what is summed,
+        of the same shape.
+    aggregate: str
+        What ``aggregate='auto'`` stands for; ``'auto'`` itself where the rules decide.
+    initial: str or callable
+        What ``initial='auto'`` stands for.
+    lrp: bool
+        Whether the composite's rules are in force; else the plain network runs.
+    activations, gradients: bool
+        What ``quantity`` looks at; it gets an empty tensor in place of the other. Gradients need labels.
+    per_element: bool
+        Take the mean over space in place of the sum.
+    score: callable
+        From the sums, shape (samples, channels), and their site to the scores of single samples, shaped alike.
+    finish: callable
+        From the mean over samples, shape (channels,), to the score of a channel.
+    per_sample: bool
+        Whether the score of a single sample means something, so that reference samples can be kept for each channel.
+
+    Examples
+    --------
+    The mean squared activation of a channel:
+
+    >>> import torch
+    >>> import zennit_prune as zp
+    >>> from zennit_prune.relevance import CRITERIA, Criterion
+    >>> energy = Criterion('energy', CRITERIA['activation'].sites, lambda activation, gradient: activation ** 2,
+    ...                    'sumabs', 'one-hot', activations=True, gradients=False)
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> x = torch.rand(6, 4)
+    >>> scores = zp.Pruner(model, None, x, progress=False).collect([x], energy, progress=False)['0']
+    >>> torch.allclose(scores, model[:2](x).double().square().mean(0))
+    True
+    '''
+
+    name: str
+    sites: FindSites
+    quantity: Quantity
+    aggregate: str
+    initial: Initial
+    lrp: bool = False
+    activations: bool = False
+    gradients: bool = True
+    per_element: bool = True
+    score: Callable[[torch.Tensor, ActivationSite], torch.Tensor] = lambda sums, site: sums
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean
+    per_sample: bool = True
+
+
+Computed = Callable[[ChannelGraph, nn.Module, int], Relevance]
+
+
+def _behind_activations(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationSite], dict[str, str]]:
+    return find_sites(graph, Flow.settled)
+
+
+def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationSite], dict[str, str]]:
+    '''The sites where layers with weights read channels, each with the sums of the absolute weights.'''
+    flow, tensors = Flow(graph), computed_tensors(model)
+    sites: list[ActivationSite] = []
+    missing = {}
+    for group in graph.groups:
+        found = [replace(site, weights=weights) for value, operation in flow.consumed(group)
+                 for weights in [_weights_read(graph, group, operation, tensors)] for site in flow.sites(group, value)]
+        sites += found
+        if not found:
+            missing[group.name] = 'no layer reads its channels with a weight, or not where it can be seen'
+    return sites, missing
+
+
+def _weights_read(graph: ChannelGraph, group: ChannelGroup, operation: Operation,
+                  tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    '''The sums of the absolute weights with which an operation reads the channels of a group.'''
+    total = torch.zeros(group.size, dtype=torch.float64, device='cpu')
+    axes = graph._recording.axes
+    numbers = {number for labels in operation.consumers for number in graph._roles.axis[labels].flat}
+    read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}
+    for member in group.members:
+        if (member.parameter, member.dim) in read:
+            weight = tensors[member.parameter].detach().cpu().double().abs().unflatten(0, (member.blocks, -1))
+            sums = weight.movedim(member.dim + 1, 1).flatten(2).sum(2).flatten()
+            total += sums[torch.from_numpy(member.index)].sum(1)
+    return total
+
+
+def _times_weights(sums: torch.Tensor, site: ActivationSite) -> torch.Tensor:
+    assert site.weights is not None
+    return sums * (site.weights ** 2).to(sums)
+
+
+RELEVANCE = Criterion(
+    'relevance', lambda graph, model: find_sites(graph), lambda activation, relevance: relevance, 'auto', 'one-hot',
+    lrp=True, per_element=False)
+'''The relevance of a channel by LRP, summed over space and averaged over samples.
+
+Yeom et al., "Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning" (arXiv 1912.08881), section 3.
+'''
+
+GRADIENT = Criterion(
+    'gradient', _behind_activations, lambda activation, gradient: gradient, 'abs', 'cross-entropy')
+'''Mean over samples of ``|mean over space of dL/dz|``, z the channel behind its nonlinearity, L the loss.
+
+The gradient criterion that "Pruning by Explaining" (arXiv 1912.08881) compares with, in the absolute value per sample,
+and without its l2 normalization per layer.
+'''
+
+TAYLOR = Criterion(
+    'taylor', _behind_activations, lambda activation, gradient: gradient * activation, 'abs', 'cross-entropy',
+    activations=True)
+'''Mean over samples of ``|mean over space of z dL/dz|``, z the channel behind its nonlinearity, L the loss.
+
+The first-order estimate of how the loss changes when the channel is set to zero: Molchanov et al., "Pruning
+Convolutional Neural Networks for Resource Efficient Inference" (arXiv 1611.06440), without their l2 normalization
+per layer.
+'''
+
+TAYLOR_WEIGHTS = Criterion(
+    'taylor-weights', lambda graph, model: find_sites(graph, Flow.produced),
+    lambda activation, gradient: gradient * activation, 'abs', 'cross-entropy', activations=True, per_element=False,
+    score=lambda sums, site: sums ** 2)
+'''Mean over samples of ``(sum over w of w dL/dw)^2``, w the weights and the bias that produce the channel.
+
+The squared first-order estimate of Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv
+1906.10771), of a whole filter, with the gradient of each sample where the paper uses that of each batch, so that the
+batch size does not matter; averaged over the layers that produce the group.
+
+A layer's output z, before any norm, is linear in weights and bias, so that the sum over w of ``w dL/dw`` is the sum
+over space of ``z dL/dz``: gradients per sample at the cost of one backward pass. Each call of a reused layer counts as
+a layer.
+'''
+
+ACTIVATION = Criterion(
+    'activation', _behind_activations, lambda activation, gradient: activation, 'sumabs', 'cross-entropy',
+    activations=True, gradients=False)
+'''Mean over samples and space of ``|z|``, z the channel behind its nonlinearity; labels are not needed.
+
+Molchanov et al. (arXiv 1611.06440) compare with the mean activation, which is equal behind a ReLU; the absolute value
+suits other nonlinearities as well, and channels without any.
+'''
+
+WANDA = Criterion(
+    'wanda', _where_read, lambda activation, gradient: activation ** 2, 'sumabs', 'cross-entropy', activations=True,
+    gradients=False, per_element=False, score=_times_weights, finish=torch.sqrt, per_sample=False)
+'''Root of the mean over samples of ``(sum over i of |W[i, c]| times ||X[c]||)^2``; labels are not needed.
+
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695) score a weight by its
+absolute value times the l2 norm of the input that it reads. Here these are summed over all weights with which a layer
+reads channel c, kernel and output channels included: W is that layer's weight, and ``||X[c]||`` the norm over space of
+its input. Over samples, and over layers where several read the channel, the score is the root of the mean square: the
+norm over all samples, up to a constant.
+'''
 
 
 def random(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> Relevance:
-    '''Uniform random numbers: the baseline that every criterion has to beat.'''
+    '''Draw uniform random numbers: the baseline that every criterion has to beat.'''
     generator = torch.Generator().manual_seed(seed)
-    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in graph.groups}
+    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64, device='cpu')
+              for group in graph.groups}
     return Relevance(scores, info={'criterion': 'random', 'seed': seed})
 
 
 def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
-    '''The norm of the filters that bring forth a channel, averaged over the group's producers.
+    '''The norm of the filters that produce a channel, averaged over the layers that produce the group.
 
     ``order`` 1 is the criterion of Li et al., "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710): the sum of a
     filter's absolute weights; 2 takes the root of the sum of squares.
@@ -55,11 +222,11 @@ def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
 
 
 def geometric_median(graph: ChannelGraph, model: nn.Module) -> Relevance:
-    '''The sum of the l2 distances of a channel's filter to all filters of its layer, averaged over the producers.
+    '''The sum of the l2 distances of a channel's filter to all filters of its layer, averaged over producing layers.
 
     He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration" (arXiv
-    1811.00250): a filter near all others is one that they can stand in for. A channel that holds several filters of a
-    layer has the sum of theirs.
+    1811.00250): a filter near all others can be replaced by them. A channel that holds several filters of a layer has
+    the sum of their distances.
     '''
     return _averaged(graph, model, 'fpgm', lambda slices, index: torch.cdist(slices, slices).sum(1)[index].sum(1))
 
@@ -102,7 +269,8 @@ def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
     return Relevance(scores, info={'criterion': criterion})
 
 
-CRITERIA: dict[str, Callable[[ChannelGraph, nn.Module, int], Relevance]] = {
+CRITERIA: dict[str, Criterion | Computed] = {
+    **{criterion.name: criterion for criterion in (RELEVANCE, GRADIENT, TAYLOR, TAYLOR_WEIGHTS, ACTIVATION, WANDA)},
     'random': random,
     'l1': lambda graph, model, seed: weight_norm(graph, model, 1),
     'l2': lambda graph, model, seed: weight_norm(graph, model, 2),
@@ -111,220 +279,36 @@ CRITERIA: dict[str, Callable[[ChannelGraph, nn.Module, int], Relevance]] = {
 }
 
 
-class Measure(Collector):
-    '''What all criteria that look at data share.
+def looks_at_data(criterion: object) -> bool:
+    '''Whether ``criterion`` is a :class:`Criterion` or the name of one, so that a collector computes it.'''
+    return isinstance(CRITERIA.get(criterion) if isinstance(criterion, str) else criterion, Criterion)
 
-    Parameters
-    ----------
-    graph: ChannelGraph
-        The channels.
-    model: torch.nn.Module
-        The network that was traced; it is copied, never changed.
-    aggregate: str
-        As for :class:`Collector`; ``'auto'`` is what the criterion's formula says.
-    initial: str or callable
-        What the gradients start from, where the criterion needs any: ``'cross-entropy'``, or what else
-        :func:`zennit_prune.initial.initial_relevance` takes. For another loss, give a function of the output that
-        returns the gradient of each sample's loss.
 
-    options:
-        Those of :class:`Collector`, but for ``attributor``.
+def known_criterion(criterion: object) -> Criterion | Computed:
+    '''Look up a criterion by its name; a :class:`Criterion` is returned as it is.
 
     Raises
     ------
     PruneError
-        If the criterion says nothing about any channel of the network.
+        If there is no such name; with all names, and the nearest.
     '''
-
-    _reader: Keeper
-    per_element = True  # the mean over space, not the sum
-    aggregate_of_formula = 'abs'
-
-    def __init__(self, graph: ChannelGraph, model: nn.Module, aggregate: str = 'auto',
-                 initial: Initial = 'cross-entropy', **options: Any):
-        super().__init__(graph, model, Composite(),
-                         self.aggregate_of_formula if aggregate == 'auto' else aggregate, initial, **options)
-        if self.attributor is not None:
-            raise PruneError(f"attributor= is for criterion='relevance'; {self.criterion!r} has a formula of its own.")
-        if not self.states:
-            raise PruneError(f'criterion={self.criterion!r} says nothing about any channel of this network: '
-                             f'{"; ".join(f"{name} ({why})" for name, why in self.unread.items())}. Use another.')
-
-    def _find_states(self) -> tuple[list[State], dict[str, str]]:
-        return find_states(self.graph, Flow.settled)
-
-    def _attributing(self) -> AbstractContextManager[Attribution]:
-        places = [state.place for state in self.states]
-        return attributing(self.model, self.composite, None, lambda network: Keeper(network, places))
-
-    def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        values = super()._aggregated(state, relevance, batch)
-        if not self.per_element:
-            return values
-        one_sample = torch.ones_like(relevance[:relevance.shape[0] // batch])
-        return values / state.per_sample(one_sample, 1).clamp(min=1)
-
-    def compute(self) -> Relevance:
-        relevance = super().compute()
-        relevance.info.pop('composite', None)
-        return relevance
+    if isinstance(criterion, Criterion):
+        return criterion
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
+        raise unknown('criterion', criterion, CRITERIA, ', or a function of (graph, model, loader)')
+    return CRITERIA[criterion]
 
 
-class Keeper(Reader):
-    '''A reader that keeps the tensors of the last pass themselves, too.'''
+def collected_criterion(criterion: object) -> Criterion:
+    '''Look up a criterion that looks at data.
 
-    def __init__(self, network: nn.Module, places: Sequence[Place]):
-        super().__init__(network, places)
-        self.values: dict[Place, torch.Tensor] = {}
-        network.register_forward_pre_hook(lambda *_: self.values.clear())
-
-    def _catch(self, place: Place, value: Any) -> None:
-        super()._catch(place, value)
-        tensors = tensors_in(value)
-        if place.position < len(tensors):  # a copy, for the network may go on to write into it
-            value = tensors[place.position].detach()
-            self.values[place] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-
-class Gradient(Measure):
-    '''Mean over samples of ``|mean over space of dL/dz|``, z the channel after its nonlinearity, L the loss.
-
-    The gradient criterion that "Pruning by Explaining" (arXiv 1912.08881) compares with, in the absolute value per
-    sample, and without its l2 normalisation per layer.
+    Raises
+    ------
+    PruneError
+        If there is no such name, or the criterion looks at no data.
     '''
-
-    criterion = 'gradient'
-
-
-class Taylor(Measure):
-    '''Mean over samples of ``|mean over space of z dL/dz|``, z the channel after its nonlinearity, L the loss.
-
-    The first-order estimate of what the loss changes by when the channel is zero: Molchanov et al., "Pruning
-    Convolutional Neural Networks for Resource Efficient Inference" (arXiv 1611.06440), without their l2 normalisation
-    per layer.
-    '''
-
-    criterion = 'taylor'
-
-    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        for gradients, share in super()._measured(inputs, target):
-            yield {place: gradient * self._reader.values[place] for place, gradient in gradients.items()}, share
-
-
-class TaylorWeights(Taylor):
-    '''Mean over samples of ``(sum over w of w dL/dw)^2``, w the weights and the bias that bring forth the channel.
-
-    The squared first-order estimate of Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv
-    1906.10771), of a whole filter, with the gradient of each sample where the paper takes that of each batch, so that
-    the batch size does not matter; averaged over the group's producers.
-
-    Notes
-    -----
-    A layer's output z, before any norm, is linear in weights and bias, so that the sum over w of ``w dL/dw`` is the sum
-    over space of ``z dL/dz``: gradients per sample at the cost of one backward pass. Each call of a reused layer counts
-    as a producer.
-    '''
-
-    criterion = 'taylor-weights'
-    per_element = False
-
-    def _find_states(self) -> tuple[list[State], dict[str, str]]:
-        return find_states(self.graph, Flow.produced)
-
-    def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        return super()._aggregated(state, relevance, batch) ** 2
-
-
-class Activations(Measure):
-    '''Mean over samples and space of ``|z|``, z the channel after its nonlinearity; labels are not needed.
-
-    Molchanov et al. (arXiv 1611.06440) compare with the mean activation, the same after a ReLU; the absolute value
-    makes it fit for other nonlinearities, and for channels without any.
-    '''
-
-    criterion = 'activation'
-    aggregate_of_formula = 'sumabs'
-
-    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        if self.classes is not None and of_classes(target, self.classes) is None:
-            raise PruneError(f'classes={self.classes} needs a label for each sample, as criterion={self.criterion!r} '
-                             'looks at no output.')
-        inputs = differentiable(inputs, self._network)
-        with torch.no_grad():
-            output = main_output(call_network(self._network, inputs))
-        yield dict(self._reader.values), torch.ones(len(output), device=output.device)
-
-    def compute(self) -> Relevance:
-        relevance = super().compute()
-        relevance.info.pop('initial', None)
-        return relevance
-
-
-@dataclass(eq=False)
-class Read(State):
-    '''Where a layer reads channels; ``weights`` holds the sum of the absolute weights with which it reads each.'''
-
-    weights: torch.Tensor
-
-
-class Wanda(Activations):
-    '''Root of the mean over samples of ``(sum over i of |W[i, c]| times ||X[c]||)^2``; labels are not needed.
-
-    Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695) score a weight by
-    its absolute value times the l2 norm of the input that it reads. Here these are summed over all weights with which a
-    layer reads channel c, kernel and output channels included: W is the consumer's weight, and ``||X[c]||`` the norm
-    over space of its input. Over samples, and over consumers where there are several, the root of the mean square is
-    taken: the norm over all samples, but for a constant.
-    '''
-
-    criterion = 'wanda'
-    per_element = False
-    per_sample = False
-
-    def _find_states(self) -> tuple[list[State], dict[str, str]]:
-        flow, tensors = Flow(self.graph), computed_tensors(self.model)
-        states: list[State] = []
-        missing = {}
-        for group in self.graph.groups:
-            found = [Read(**vars(state), weights=weights) for value, operation in flow.consumed(group)
-                     for weights in [self._reading(group, operation, tensors)] for state in flow.state(group, value)]
-            states += found
-            if not found:
-                missing[group.name] = 'no layer reads its channels with a weight, or not where it can be seen'
-        return states, missing
-
-    def _reading(self, group: ChannelGroup, operation: Operation, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        '''The sums of the absolute weights with which an operation reads the channels of a group.'''
-        total = torch.zeros(group.size, dtype=torch.float64)
-        axes = self.graph._recording.axes
-        numbers = {number for labels in operation.consumers for number in self.graph._roles.axis[labels].flat}
-        read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}
-        for member in group.members:
-            if (member.parameter, member.dim) in read:
-                weight = tensors[member.parameter].detach().cpu().double().abs().unflatten(0, (member.blocks, -1))
-                sums = weight.movedim(member.dim + 1, 1).flatten(2).sum(2).flatten()
-                total += sums[torch.from_numpy(member.index)].sum(1)
-        return total
-
-    def _measured(self, inputs: Any, target: Any) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        for values, share in super()._measured(inputs, target):
-            yield {place: value ** 2 for place, value in values.items()}, share
-
-    def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        assert isinstance(state, Read)
-        squares = super()._aggregated(state, relevance, batch)
-        return squares * (state.weights ** 2).to(squares)
-
-    def compute(self) -> Relevance:
-        squares = super().compute()
-        return Relevance({name: values.sqrt() for name, values in squares.items()},
-                         {name: values.sqrt() for name, values in squares._halves.items()}, squares.info)
-
-
-MEASURES: dict[str, Callable[..., Measure]] = {
-    'gradient': Gradient,
-    'taylor': Taylor,
-    'taylor-weights': TaylorWeights,
-    'activation': Activations,
-    'wanda': Wanda,
-}
+    found = known_criterion(criterion)
+    if not isinstance(found, Criterion):
+        raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
+                         f'{", ".join(repr(name) for name in CRITERIA if looks_at_data(name))}.')
+    return found

@@ -1,6 +1,6 @@
-'''``Exemplars``: the reference samples that matter most to each channel, and where in them.
+'''``Exemplars``: for each channel, the reference samples with the most relevance, and where in them it lies.
 
-The samples that matter most to each channel, kept while batches go by, in memory that does not grow with them.
+They are selected while batches go by (``Best``), in memory that does not grow with the number of samples.
 '''
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from ..errors import PruneError
 from ..util._display import table
-from ._states import State
+from ._sites import ActivationSite
 
 MOST_CLASSES = 100
 Layout = tuple[tuple[str, int], ...]
@@ -23,7 +23,7 @@ Layout = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, eq=False)
 class Best:
-    '''What is kept of the samples so far; merging makes a new one. The C channels of all groups lie side by side.
+    '''Scores and numbers of the samples kept so far, for the C channels of all groups side by side; immutable.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Best:
     classes: tuple of int
         The classes seen, in the order they came, at most ``MOST_CLASSES``.
     dropped: int
-        How many samples of further classes there were.
+        The number of samples of further classes.
     values, samples, positions: torch.Tensor
         Shape (C, k): the largest scores of single samples, descending; the samples' numbers, -1 where there are fewer;
         where relevance is largest, as a position in the flattened grid, -1 where that cannot be told.
@@ -64,7 +64,7 @@ class Best:
     @classmethod
     def of(cls, layout: Layout, scores: Mapping[str, torch.Tensor], numbers: torch.Tensor, classes: torch.Tensor | None,
            count: int, spots: Spots) -> Best:
-        '''Of one batch.
+        '''Select from one batch.
 
         Parameters
         ----------
@@ -73,25 +73,25 @@ class Best:
         scores: mapping of str to torch.Tensor
             Shape (samples, channels) by group.
         numbers: torch.Tensor
-            int64: what the samples are called.
+            int64: the numbers of the samples.
         classes: torch.Tensor, optional
             int64: their classes, -1 for none.
         count: int
-            How many samples to keep for each channel.
+            The number of samples to keep for each channel.
         spots: Spots
             Says where relevance is largest.
         '''
         like = next(iter(scores.values()))
         rows = torch.cat([scores[name] if name in scores else like.new_zeros(len(like), size)
                           for name, size in layout], 1)
-        owner = torch.repeat_interleave(torch.tensor([size for _, size in layout])).to(rows.device)
+        owner = torch.repeat_interleave(torch.tensor([size for _, size in layout], device='cpu')).to(rows.device)
         numbers = numbers.to(rows.device)
         classes = torch.full_like(numbers, -1) if classes is None else classes.to(numbers)
         values, order = rows.T.sort(dim=1, descending=True, stable=True)
         values, order = values[:, :count], order[:, :count]
-        mass = rows.abs()
-        totals = rows.new_zeros(len(rows), len(layout)).index_add_(1, owner, mass)[:, owner]
-        shares, at = (mass / totals.clamp(min=torch.finfo(rows.dtype).tiny)).max(0)
+        absolute = rows.abs()
+        totals = rows.new_zeros(len(rows), len(layout)).index_add_(1, owner, absolute)[:, owner]
+        shares, at = (absolute / totals.clamp(min=torch.finfo(rows.dtype).tiny)).max(0)
         found = classes.unique().tolist()
         found = [number for number in found if number >= 0]
         wanted = torch.tensor(found, dtype=torch.int64, device=rows.device)
@@ -105,12 +105,12 @@ class Best:
                    members.sum(1)).capped()
 
     def numbered_from(self, first: int) -> Best:
-        '''The same, if that many samples went by before.'''
+        '''Renumber the samples, where ``first`` samples went by before.'''
         return replace(self, samples=torch.where(self.samples < 0, self.samples, self.samples + first),
                        share_samples=self.share_samples + first)
 
     def merged(self, other: Best) -> Best:
-        '''With another, of later samples; of equals, the earlier come first.'''
+        '''Merge with what is kept of later samples; of equal scores, the earlier come first.'''
         device, count = other.values.device, self.values.shape[1]
         mine = self.to(device)
         for name, grid in other.grids.items():
@@ -136,7 +136,7 @@ class Best:
                     torch.where(more, other.share_classes, mine.share_classes), sums, counts).capped()
 
     def capped(self) -> Best:
-        '''Without the classes that came after the first hundred.'''
+        '''Drop the classes that came after the first hundred.'''
         if len(self.classes) <= MOST_CLASSES:
             return self
         return replace(self, classes=self.classes[:MOST_CLASSES], class_sums=self.class_sums[:MOST_CLASSES],
@@ -144,7 +144,7 @@ class Best:
                        dropped=self.dropped + int(self.class_counts[MOST_CLASSES:].sum()))
 
     def to(self, device: torch.device | str) -> Best:
-        '''The same on a device.'''
+        '''Move all tensors to a device.'''
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
@@ -154,13 +154,13 @@ class Best:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def to_json(self) -> str:
-        '''All that is no tensor.'''
+        '''Return everything that is no tensor, as JSON.'''
         return json.dumps({'layout': self.layout, 'present': self.present, 'grids': dict(self.grids),
                            'classes': self.classes, 'dropped': self.dropped})
 
     @classmethod
     def load(cls, text: str, tensors: Mapping[str, torch.Tensor], source: str) -> Best:
-        '''The inverse of :meth:`to_json` and :meth:`tensors`.
+        '''Read what :meth:`to_json` and :meth:`tensors` returned.
 
         Raises
         ------
@@ -181,9 +181,9 @@ class Best:
 
 
 class Spots:
-    '''Where in the tensors of a batch the relevance of a channel is largest.
+    '''Find where in the tensors of a batch the relevance of a channel is largest.
 
-    A group with several states is looked at in one of them, see :func:`looked_at`.
+    Of a group with several activation sites, one is used, see :func:`looked_at`.
 
     Parameters
     ----------
@@ -194,26 +194,26 @@ class Spots:
     def __init__(self, absolute: bool):
         self.absolute = absolute
         self.grids: dict[str, tuple[int, ...]] = {}
-        self._read: dict[str, tuple[State, torch.Tensor]] = {}
-        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._read: dict[str, tuple[ActivationSite, torch.Tensor]] = {}
+        self._rows = torch.zeros(0, dtype=torch.int64, device='cpu')
 
-    def see(self, states: Sequence[State], relevance: Mapping[Any, torch.Tensor], share: torch.Tensor) -> None:
-        '''Add the relevance for one of the targets of each sample, which has a ``share`` in the scores.'''
-        by_group: dict[str, list[State]] = {}
-        for state in states:
-            if state.place in relevance:
-                by_group.setdefault(state.group, []).append(state)
+    def see(self, sites: Sequence[ActivationSite], relevance: Mapping[Any, torch.Tensor], share: torch.Tensor) -> None:
+        '''Add the relevance for one of the targets of each sample, which has a ``share`` of the scores.'''
+        by_group: dict[str, list[ActivationSite]] = {}
+        for site in sites:
+            if site.place in relevance:
+                by_group.setdefault(site.group, []).append(site)
         for name, found in by_group.items():
-            state = looked_at(found, lambda state: relevance[state.place].shape, len(share))
-            values = relevance[state.place]
-            grid = grid_of(state, values.shape, len(share))
+            site = looked_at(found, lambda site: relevance[site.place].shape, len(share))
+            values = relevance[site.place]
+            grid = grid_of(site, values.shape, len(share))
             if grid is None:
                 continue
             self.grids[name] = grid
             if name in self._read:
                 weight = share.to(values).view(-1, *[1] * (values.dim() - 1))
                 values = self._read[name][1] + torch.where(weight > 0, values * weight, 0)
-            self._read[name] = state, values
+            self._read[name] = site, values
 
     def only(self, rows: torch.Tensor) -> Spots:
         '''Count these samples of the batch only.'''
@@ -226,10 +226,10 @@ class Spots:
         result, start = torch.full_like(order, -1), 0
         for name, size in layout:
             if name in self._read and name in scores:
-                state, values = self._read[name]
-                channels = _places(state).to(order.device)
-                last = len(state.dims)
-                values = values.movedim(state.dims, tuple(range(1, last + 1))).flatten(1, last)
+                site, values = self._read[name]
+                channels = _places(site).to(order.device)
+                last = len(site.dims)
+                values = values.movedim(site.dims, tuple(range(1, last + 1))).flatten(1, last)
                 picked = values[rows[start:start + size], channels.clamp(min=0).unsqueeze(1)]
                 picked = (picked.abs() if self.absolute else picked).reshape(*picked.shape[:2], -1)
                 result[start:start + size] = torch.where(channels.unsqueeze(1) >= 0, picked.argmax(2), -1)
@@ -237,39 +237,46 @@ class Spots:
         return result
 
 
-def looked_at(states: Sequence[State], shape: Callable[[State], Sequence[int]], batch: int) -> State:
-    '''The state that positions are in: the last of those with the finest grid that hold most of the channels.'''
-    def key(state: State) -> tuple[int, int, int]:
-        return (int((_places(state) >= 0).sum()), math.prod(grid_of(state, shape(state), batch) or ()), state.value)
+def looked_at(sites: Sequence[ActivationSite], shape: Callable[[ActivationSite], Sequence[int]],
+              batch: int) -> ActivationSite:
+    '''The site that positions are in: the last of those with the finest grid that hold most of the channels.'''
+    def key(site: ActivationSite) -> tuple[int, int, int]:
+        return (int((_places(site) >= 0).sum()), math.prod(grid_of(site, shape(site), batch) or ()), site.value)
 
-    return states[0] if len(states) == 1 else max(states, key=key)
+    return sites[0] if len(sites) == 1 else max(sites, key=key)
 
 
-def grid_of(state: State, shape: Sequence[int], batch: int) -> tuple[int, ...] | None:
-    '''The dimensions of a state that hold neither samples nor channels; None where samples are cut to pieces.'''
+def grid_of(site: ActivationSite, shape: Sequence[int], batch: int) -> tuple[int, ...] | None:
+    '''The dimensions of a site that hold neither samples nor channels; None where samples are cut to pieces.'''
     if shape[0] != batch:
         return None
-    return tuple(size for dim, size in enumerate(shape) if dim and dim not in state.dims)
+    return tuple(size for dim, size in enumerate(shape) if dim and dim not in site.dims)
 
 
-def _places(state: State) -> torch.Tensor:
-    '''For each channel, the first of the places in the state's (flattened) dimensions that hold it; -1 for none.'''
-    found, first = np.unique(state.positions.numpy().reshape(-1), return_index=True)
-    places = np.full(state.size + 1, -1)
+def _places(site: ActivationSite) -> torch.Tensor:
+    '''For each channel, the first of the places in the site's (flattened) dimensions that hold it; -1 for none.'''
+    found, first = np.unique(site.positions.numpy().reshape(-1), return_index=True)
+    places = np.full(site.size + 1, -1)
     places[found] = first
-    return torch.from_numpy(places[:state.size])
+    return torch.from_numpy(places[:site.size])
 
 
 class Exemplars:
-    '''For each channel of each group, the samples with the most relevance; print it for a table.
+    '''For each channel of each group, the reference samples with the most relevance; print it for a table.
 
-    Made by ``pruner.collect(loader, exemplars=8)``; tensors are on the CPU.
+    Made by ``pruner.collect(loader, exemplars=8)`` as ``relevance.exemplars``; tensors are on the CPU. Of several
+    processes, the samples of rank 0 come first, then those of rank 1.
+
+    Parameters
+    ----------
+    best: Best
+        What a collector kept.
 
     Attributes
     ----------
     samples: dict of str to torch.Tensor
         By group, int64, shape (channels, k): the number of the sample in the loader's order, the most relevant first;
-        -1 where there are fewer. Of several processes, the samples of rank 0 come first, then those of rank 1.
+        -1 where there are fewer.
     values: dict of str to torch.Tensor
         float64, shape (channels, k): the relevance of the channel for that sample, aggregated as the scores are; 0
         where there is none.
@@ -287,7 +294,30 @@ class Exemplars:
         float64, shape (channels,): the largest relevance for any sample.
     shares, share_samples, share_classes: dict of str to torch.Tensor
         Shape (channels,): the largest share of a channel in the absolute relevance of its group for a single sample,
-        the number of that sample, and its class (-1 where it has none).
+        from 0 to 1, the number of that sample, and its class (-1 where it has none).
+
+    References
+    ----------
+    Achtibat et al., "From attribution maps to human-understandable explanations through Concept Relevance Propagation"
+    (arXiv 2206.03208), section on relevance maximization (RelMax).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from zennit.composites import EpsilonPlus
+    >>> import zennit_prune as zp
+    >>> from zennit_prune.looking import receptive_field
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(12, 2))
+    >>> x, labels = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    >>> pruner = zp.Pruner(model, EpsilonPlus(), x, progress=False)
+    >>> exemplars = pruner.collect((x, labels), exemplars=2, progress=False).exemplars
+    >>> exemplars.samples['0'].shape, exemplars.grids['0'], exemplars.classes
+    (torch.Size([3, 2]), (2, 2), [0, 1])
+    >>> fields = receptive_field(model, x, '0')
+    >>> exemplars.crops(x, '0', 1, fields).shape
+    torch.Size([2, 1, 3, 3])
     '''
 
     def __init__(self, best: Best):
@@ -311,7 +341,7 @@ class Exemplars:
         self.share_samples, self.share_classes = cut(best.share_samples), cut(best.share_classes)
 
     def crops(self, images: Any, group: str, channel: int, fields: torch.Tensor) -> torch.Tensor:
-        '''What a channel saw where it mattered most: a crop of each of its samples.
+        '''Crop each of a channel's samples to the part that the position of largest relevance sees.
 
         Parameters
         ----------
@@ -373,6 +403,6 @@ class Exemplars:
 def _unravelled(flat: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
     '''Positions in a grid, shape (channels, k, dimensions of the grid).'''
     if not grid:
-        return torch.zeros(*flat.shape, 0, dtype=torch.int64)
+        return torch.zeros(*flat.shape, 0, dtype=torch.int64, device=flat.device)
     positions = torch.from_numpy(np.stack(np.unravel_index(flat.clamp(min=0).numpy(), grid), -1))
     return positions.masked_fill(flat.unsqueeze(-1) < 0, -1)

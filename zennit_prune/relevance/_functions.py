@@ -1,4 +1,4 @@
-'''Which modules a call of a torch function becomes, so that rules for modules make it sound.
+'''The modules that a call of a torch function becomes, so that a composite's rules for modules apply to it.
 
 A composite chooses its rules by the types of modules. Where Zennit has no type for an operation, it becomes one of the
 type whose usual rule does what the literature asks for:
@@ -18,16 +18,13 @@ layer, group, RMS norm         ``BatchNorm``     passes relevance on (the identi
 product of two signals         ``BatchNorm``     passes half to each (the uniform rule of arXiv 2402.05602)
 matmul of two signals          ``Sum``           half to each, split by what each element adds (arXiv 2402.05602)
 softmax of an attention        ``Sum``           x_i (R_i - s_i sum_j R_j) for softmax s of x (arXiv 2402.05602)
-masks and biases before it     ``Sum``           take a share by what they add, as the biases of layers do
+masks and biases before it     ``Sum``           absorb a share by what they add, as the biases of layers do
 =============================  ================  ====================================================================
 
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
 pools; where it does not, the preflight says so.
 
-Run the call of a torch function through modules, so that a composite's rules apply to it.
-
-Zennit chooses a rule by the type of a module. The modules made here have a type (``nn.ReLU``, ``zennit.layer.Sum``) and
-compute whatever function they are given; ``functions.py`` says which call becomes what.
+The modules made here have one of these types and compute whatever function they are given.
 '''
 from __future__ import annotations
 
@@ -66,7 +63,7 @@ class Functional(nn.Module):
 
 
 class FunctionalLayer(Functional):
-    '''The same with a weight and a bias, which rules modify.'''
+    '''A module of some linear type, with a weight and a bias that rules modify, that computes a given function.'''
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.function(input, self.weight, self.bias)
@@ -74,7 +71,7 @@ class FunctionalLayer(Functional):
 
 @lru_cache(None)
 def functional(kind: Any) -> type[Any]:
-    '''The class of modules that a composite takes for a ``kind``.'''
+    '''Make the class of modules that a composite treats as a ``kind``.'''
     layer = issubclass(kind, Linear.__subclass__)
 
     def initialize(self: nn.Module) -> None:
@@ -96,24 +93,24 @@ class Equivalent:
     kinds: tuple of type
         The class of each module.
     signals: tuple of int
-        To which of the tensors that the function is given relevance flows; the others are held constant.
+        The positions of the tensors that relevance flows to; the other arguments are held constant.
     in_place: int or None
         The tensor that the function writes into.
-    takes: bool
-        Whether rules take relevance by design, as for a bias or for the constant term of a softmax.
+    absorbs: bool
+        Whether rules absorb relevance by design, as for a bias or for the constant term of a softmax.
     '''
 
     kinds: tuple[type[nn.Module], ...]
     signals: tuple[int, ...]
     in_place: int | None = None
-    takes: ClassVar[bool] = False
+    absorbs: ClassVar[bool] = False
 
     def modules(self) -> list[Any]:
         '''New modules, one of each kind.'''
         return [functional(kind)() for kind in self.kinds]  # type: ignore[arg-type]
 
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
-        '''Do with the modules what the function does.'''
+        '''Compute the function with the modules.'''
         def exchange(tensors: dict[int, torch.Tensor]) -> torch.Tensor:
             position = count()
 
@@ -137,7 +134,7 @@ class Equivalent:
         modules: sequence of torch.nn.Module
             Those of :meth:`modules`.
         tensors: list of torch.Tensor
-            What the function was given.
+            The arguments of the function.
         call: callable
             Calls the function with other tensors at some positions, and constants elsewhere.
         '''
@@ -150,7 +147,7 @@ class Equivalent:
 
 
 class Broadcast(Equivalent):
-    '''Signals are given the shape of the result before, so that a rule can pass relevance on as it is.'''
+    '''A function whose signals are expanded to the shape of the result, so that relevance passes on as it is.'''
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
@@ -158,9 +155,9 @@ class Broadcast(Equivalent):
 
 
 class Softmax(Equivalent):
-    '''Of scores that may be masked with minus infinity, which times a relevance of zero would not be a number.'''
+    '''A softmax of scores, whose masks of minus infinity are made finite, as infinity times zero is not a number.'''
 
-    takes = True
+    absorbs = True
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         finite = [tensor.clamp(min=torch.finfo(tensor.dtype).min) for tensor in tensors]
@@ -168,7 +165,7 @@ class Softmax(Equivalent):
 
 
 class Addition(Equivalent):
-    '''The operands are stacked and summed, as in Zennit's own canonizers.'''
+    '''An addition, whose operands are stacked and summed, as in Zennit's own canonizers.'''
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         modules[0].function = partial(torch.sum, dim=-1)
@@ -176,13 +173,13 @@ class Addition(Equivalent):
 
 
 class Shift(Addition):
-    '''An addition of a constant that takes its share.'''
+    '''An addition of a constant that absorbs its share of relevance.'''
 
-    takes = True
+    absorbs = True
 
 
 class Difference(Addition):
-    '''An addition of what each operand contributes, with its sign and factor.'''
+    '''An addition of operands with signs and factors, which are applied before.'''
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         operands = dict(zip(self.signals, torch.broadcast_tensors(*(tensors[signal] for signal in self.signals))))
@@ -208,7 +205,7 @@ class Carried(torch.autograd.Function):
 class Layer(Equivalent):
     '''A linear layer; ``weights`` says which tensors are its weight and its bias.'''
 
-    takes = True
+    absorbs = True
     weights: tuple[int, ...] = ()
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
@@ -227,7 +224,7 @@ class Layer(Equivalent):
 class Attention(Equivalent):
     '''``scaled_dot_product_attention`` in evaluation mode, in its parts: product, softmax, product.'''
 
-    takes = True
+    absorbs = True
 
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
         return self._attend(modules, *args, **kwargs)
@@ -293,7 +290,7 @@ def equivalents(calls: Sequence[FunctionCall], outputs: Sequence[int]) -> list[t
 
 
 class Origins:
-    '''Which call made a value, views and factors aside.'''
+    '''Find the call that produced a value, views and factors aside.'''
 
     def __init__(self, calls: Sequence[FunctionCall]):
         self._made: dict[int, FunctionCall] = {}
@@ -305,7 +302,7 @@ class Origins:
         return next(reversed(list(self.path(value))), None)
 
     def path(self, value: int) -> Iterator[FunctionCall]:
-        '''The views and factors between a value and the call that made it, from the value on, and that call.'''
+        '''Yield the views and factors from a value back to the call that produced it, and that call.'''
         call = self._made.get(value)
         while call is not None:
             yield call
@@ -320,7 +317,7 @@ class Origins:
 
 
 def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) -> Equivalent | None:
-    '''What a call becomes; is it the ``last`` in the network, does it add a constant that ``shifts`` a softmax?'''
+    '''The equivalent of a call, given whether it is the network's ``last`` and whether it ``shifts`` a softmax.'''
     name, active, in_place = call.site.function.strip('_'), call.active, call.in_place
     first = tuple(active[:1])
     if name in LAYERS:
@@ -352,7 +349,7 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) 
 
 
 def _product(call: FunctionCall, summands: int) -> Equivalent | None:
-    '''A product of tensors; the ``summands`` in front of the factors are biases.'''
+    '''The equivalent of a product of tensors; the ``summands`` in front of the factors are biases.'''
     factors = range(summands, len(call.arguments))
     signals = tuple(call.active)
     constants = [position for position in factors if position not in signals]
@@ -373,7 +370,7 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shif
         plain = name == 'add' and not operation.scalars
         return (Addition if plain else Difference)((Sum,), active, in_place)
     if name == 'add' or (name == 'sub' and operation.active[0]):
-        if shifts and len(call.arguments) == 2:  # a mask or position bias takes its share, or scores of zero would not
+        if shifts and len(call.arguments) == 2:  # a mask or position bias absorbs its share; else scores of 0 would not
             return Shift((Sum,), active, in_place)
         return None  # a constant was added
     if len(active) == 2:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PruneError
-from ._states import accumulation_dtype
+from ..util._options import nearest, unknown
+from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
 UNKNOWN = 255  # what segmentation masks hold where nobody knows the class
@@ -18,8 +19,8 @@ Initial = str | Callable[[torch.Tensor], torch.Tensor]
 class Start(NamedTuple):
     '''One target of every sample.
 
-    ``relevance`` gives the relevance at the output as a function of the output, as Zennit's ``attr_output`` does;
-    ``given`` says which samples have such a target; ``classes``, which class it is, -1 where it is not one alone.
+    ``relevance`` gives the relevance at the output as a function of the output, as Zennit's ``attr_output`` does.
+    ``given`` says which samples have such a target. ``classes`` holds its class, -1 where it is not a single one.
     '''
 
     relevance: Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +48,7 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     initial: str or callable
         ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
         target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
-        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output taken for logits, averaged over
+        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output read as logits, averaged over
         the positions that have a target. Or a function of the output.
 
     Returns
@@ -68,14 +69,12 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
 
 
 def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None = None) -> list[Start]:
-    '''What :func:`initial_relevance` averages: one start for each of a sample's targets.
+    '''Return one start for each of a sample's targets; :func:`initial_relevance` averages them.
 
-    With ``classes``, targets of other classes are none, and predictions and rivals are taken among these.
+    Where ``classes`` are given, targets of others are ignored, and predictions and rivals are chosen among these.
     '''
     output = output.detach()
-    if callable(target) and callable(initial):
-        raise PruneError('both target and initial are functions of the output: give one of them as a function; it '
-                         'returns all of the initial relevance.')
+    check_target(target, initial)
     function = target if callable(target) else initial if callable(initial) else None
     if function is not None:
         if classes is not None and of_classes(target, classes) is None:
@@ -83,9 +82,7 @@ def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequenc
                              'function.')
         everyone = torch.ones(output.shape[:1], dtype=torch.bool, device=output.device)
         return [Start(lambda seen: _from_function(function, seen), everyone)]
-    if initial not in INITIAL:
-        known = ', '.join(map(repr, INITIAL))
-        raise PruneError(f'initial={initial!r} is unknown: use one of {known} or a function of the output.')
+    check_initial(initial, classes)
 
     def start(rows: torch.Tensor) -> Start:
         given = rows != 0
@@ -95,10 +92,23 @@ def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequenc
     return [start(rows) for rows in target_rows(output, target, classes)]
 
 
+def check_initial(initial: Initial, classes: Sequence[int] | None = None) -> None:
+    '''Raise unless relevance can start as ``initial`` says, as far as that is known without an output.'''
+    if not callable(initial) and initial not in INITIAL:
+        raise unknown('initial', initial, INITIAL, ' or a function of the output')
+    if initial == 'contrastive' and classes is not None and len(classes) < 2:
+        raise _no_rival()
+
+
+def _no_rival() -> PruneError:
+    return PruneError("initial='contrastive' needs a second class as the rival: give at least two classes, or use "
+                      "'one-hot'.")
+
+
 def shares(found: Sequence[Start]) -> list[torch.Tensor]:
-    '''The weight of each start for each sample, such that all samples with any target weigh 1.'''
+    '''The weight of each start for each sample, such that the weights of a sample with any target sum to 1.'''
     given = [start.given.to(accumulation_dtype(start.given.device)) for start in found]
-    number = sum(given, torch.zeros(())).clamp(min=1)
+    number = sum(given, torch.zeros((), device='cpu')).clamp(min=1)
     return [each / number for each in given]
 
 
@@ -129,8 +139,7 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
         positions = (rows != 0).any(1).reshape(len(rows), -1).sum(1).clamp(min=1)
         return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / positions.view(-1, *[1] * (rows.dim() - 1))
     if len(classes or range(output.shape[1])) < 2:
-        raise PruneError("initial='contrastive' needs a second class as the rival: give at least two classes, or use "
-                         "'one-hot'.")
+        raise _no_rival()
     rivals = _among(output.masked_fill(rows != 0, -torch.inf), classes)
     rival = torch.zeros_like(output).scatter_(1, rivals.argmax(1, keepdim=True), 1.0)
     return rows - rival * rows.sum(1, keepdim=True) * (rivals.amax(1, keepdim=True) > -torch.inf)
@@ -145,9 +154,8 @@ def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None
     if classes is not None and max(classes) >= number:
         raise PruneError(f'class {max(classes)} in classes={tuple(classes)} is unknown: the network has {number} '
                          f'classes, 0 to {number - 1}.')
+    check_target(target)
     if isinstance(target, str):
-        if target != 'predicted':
-            raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or 'predicted'.")
         target = _among(output, classes).argmax(1)
     if target is None:
         raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, target='predicted', or a "
@@ -161,6 +169,16 @@ def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None
         wanted[list(classes)] = 1
         rows = [each * wanted.view(-1, *[1] * (output.dim() - 2)) for each in rows]
     return rows
+
+
+def check_target(target: Any, initial: Initial = 'one-hot') -> None:
+    '''Raise for a target of an unknown name, and where both target and ``initial`` are functions.'''
+    if isinstance(target, str) and target != 'predicted':
+        raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or "
+                         f"'predicted'{nearest(target, ['predicted']) or '.'}")
+    if callable(target) and callable(initial):
+        raise PruneError('both target and initial are functions of the output: give one of them as a function; it '
+                         'returns all of the initial relevance.')
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
@@ -218,11 +236,16 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
+def as_labels(target: Any) -> torch.Tensor:
+    '''Labels as a tensor: one stays where it is, and what is none goes to the CPU.'''
+    return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
+
+
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:
     '''Which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
     if classes is None or target is None or isinstance(target, str) or callable(target):
         return None
-    target = torch.as_tensor(target)
+    target = as_labels(target)
     if target.dim() != 1 or target.is_floating_point():
         return None
     return torch.isin(target, torch.tensor(classes, device=target.device))

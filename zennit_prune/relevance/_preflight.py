@@ -1,10 +1,10 @@
-'''Is relevance sound on this network? Follow it from the output to the input, and name what makes it or loses it.
+'''``Preflight``: follow relevance from the output to the input, and name the operations that do not conserve it.
 
-LRP conserves relevance: what an operation receives it passes on in full. Where an operation has no rule that does so,
-relevance multiplies or vanishes, and channels are ranked by where they sit instead of by what they do. What the rules
-of layers take (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of LRP, and so
-is the constant term of a softmax. It is told apart: it is counted at the layers, the unsound rest at the operations
-between them.
+LRP conserves relevance: an operation passes on in full what it receives. Where an operation has no rule that does so,
+relevance multiplies or vanishes, and channels are ranked by where they sit instead of by what they do. Relevance that
+the rules of layers absorb (for biases and stabilizers, or because z-plus finds nothing positive to give to) is part of
+LRP, and so is the constant term of a softmax. The two are told apart: absorbed relevance is counted at the layers, the
+conservation error at the operations between them.
 '''
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ._canonize import GraphCanonizer, rules_of
 from ._functions import Equivalent
 from ._initial import initial_relevance
 
-TOLERANCE = 0.05  # of the initial relevance, made or lost between layers
-ROUNDING = 1e-3  # of the mass, which the tolerance grows with: of large shares that cancel, little is left
+TOLERANCE = 0.05  # of the initial relevance, created or lost between layers
+ROUNDING = 1e-3  # of the L1 norm, with which the tolerance grows: of large shares that cancel, little is left
 FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
 CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
@@ -39,44 +39,59 @@ NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
 
 class Stage(NamedTuple):
-    '''A tensor that all relevance flows through; numbers are over the initial relevance.
+    '''A tensor that all relevance flows through; numbers are relative to the initial relevance.
 
     Attributes
     ----------
     name: str
         The module that returns it, or the function and its module; the first is ``'output'``, the last ``'input'``.
     sum: float
-        The sum of relevance there: that at the output, which is 1 unless the start cancels, ``- taken + made``.
-    mass: float
-        The sum of its absolute values: a sum of 1 can hide a large mass.
-    taken: float
-        What the rules of the layers behind took for biases and stabilizers, or found nothing to give to.
-    made: float
-        What the operations between these layers made, or, negative, lost: 0 on a sound network.
+        The sum of relevance: that at the output, which is 1 unless the start cancels, minus ``absorbed`` plus
+        ``conservation_error``.
+    l1_norm: float
+        The sum of absolute relevance; a sum of 1 can hide a large norm.
+    absorbed: float
+        Relevance absorbed by the rules of the layers behind, by biases and stabilizers.
+    conservation_error: float
+        Relevance created (or, negative, lost) by the operations between these layers: 0 on a sound network.
     '''
 
     name: str
     sum: float
-    mass: float
-    taken: float
-    made: float
+    l1_norm: float
+    absorbed: float
+    conservation_error: float
 
 
 @dataclass
 class Account:
-    '''What one call received from behind and passed on, over the initial relevance; masses are sums of absolutes.'''
+    '''The relevance that one call received and passed on, relative to the initial relevance.
+
+    Attributes
+    ----------
+    function: str
+        The function, or ``''`` for a module with a rule.
+    module: str
+        The module, or the one that calls the function.
+    is_layer: bool
+        Whether it may absorb relevance.
+    received, passed: float
+        The sums of relevance.
+    received_l1, passed_l1: float
+        The sums of absolute relevance.
+    '''
 
     function: str
     module: str
     is_layer: bool = False
     received: float = 0.0
-    received_mass: float = 0.0
+    received_l1: float = 0.0
     passed: float = 0.0
-    passed_mass: float = 0.0
+    passed_l1: float = 0.0
 
     @property
-    def made(self) -> float:
-        '''What was added to relevance; negative where some was lost.'''
+    def conservation_error(self) -> float:
+        '''The relevance created; negative where some was lost or absorbed.'''
         return self.passed - self.received
 
     def __str__(self) -> str:
@@ -85,16 +100,41 @@ class Account:
 
 @dataclass(frozen=True)
 class Preflight:
-    '''What became of the initial relevance.
+    '''The relevance at every stage from the output to the input, and where it is unsound; print it for a table.
 
-    Attributes
+    Made by :meth:`zennit_prune.Pruner.preflight`.
+
+    Parameters
     ----------
     stages: tuple of Stage
-        From the output to the input.
+        The tensors that all relevance flows through, from the output to the input.
     problems: tuple of str
-        What is unsound, for people to read; empty on a sound network.
+        Sentences that say where relevance is unsound; empty on a sound network.
     accounts: tuple of Account
-        What each function, and each module with a rule, passed on of what it received; from the output to the input.
+        The relevance that each function, and each module with a rule, received and passed on, from the output to the
+        input.
+
+    References
+    ----------
+    Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance Propagation",
+    PLOS ONE 10 (2015), equation 2: the relevance of every layer sums to the output.
+
+    Examples
+    --------
+    The bias of the first layer adds a fifth of its output, and absorbs as much relevance:
+
+    >>> import torch
+    >>> from zennit.composites import EpsilonPlus
+    >>> import zennit_prune as zp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2, bias=False))
+    >>> for parameter in model.parameters():
+    ...     _ = torch.nn.init.constant_(parameter, 0.25)
+    >>> x = torch.ones(2, 4)
+    >>> found = zp.Pruner(model, EpsilonPlus(), x, progress=False).preflight(x)
+    >>> found.sound
+    True
+    >>> [(stage.name, round(stage.sum, 3), round(stage.absorbed, 3)) for stage in found.stages]
+    [('output', 1.0, 0.0), ('1', 1.0, 0.0), ('input', 0.8, 0.2)]
     '''
 
     stages: tuple[Stage, ...]
@@ -107,9 +147,9 @@ class Preflight:
         return not self.problems
 
     def __str__(self) -> str:
-        rows = [(stage.name, *(f'{value:.3g}' for value in stage[1:4]), f'{round(stage.made, 4) + 0.0:.3g}')
-                for stage in self.stages]
-        return '\n'.join([table(('stage', 'sum', 'mass', 'taken by layers', 'made between'), rows),
+        rows = [(name, *(f'{value:.3g}' for value in values), f'{round(error, 4) + 0.0:.3g}')
+                for name, *values, error in self.stages]
+        return '\n'.join([table(('stage', 'sum', 'L1 norm', 'absorbed by layers', 'conservation error'), rows),
                           *(self.problems or ['Relevance is sound.'])])
 
 
@@ -125,10 +165,15 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
         The rules.
     recording: Recording
         The trace of the network.
-    x: torch.Tensor, tuple or dict
+    x: torch.Tensor, tuple, dict or Batch
         A few inputs.
     target, initial:
-        Where relevance starts, as for :class:`zennit_prune.Collector`.
+        Where relevance starts, see :func:`zennit_prune.relevance._initial.initial_relevance`.
+
+    Returns
+    -------
+    Preflight
+        Stages, problems and accounts.
 
     Raises
     ------
@@ -146,26 +191,26 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
         key = next((key for key in keys if key in book), None)
         if key is not None:
             behind = [account for other, account in book.items() if positions[other] > positions[key]]
-            taken, made = (sum(account.made for account in behind if account.is_layer == layer)
-                           for layer in (True, False))
-            stages.append(Stage(name, book[key].received, book[key].received_mass, -taken, made))
+            absorbed, error = (sum(account.conservation_error for account in behind if account.is_layer == layer)
+                               for layer in (True, False))
+            stages.append(Stage(name, book[key].received, book[key].received_l1, -absorbed, error))
     accounts = tuple(account for key, account in reversed(book.items()) if key != 'input')
     return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
 
 
-def _takes(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
-    '''Whether a call may take relevance: as a layer does, or for constants (class tokens, pads) beside its input.'''
+def _may_absorb(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
+    '''Whether a call may absorb relevance, as a layer does, or by constants (class tokens, pads) beside its input.'''
     if equivalent is not None:
-        return equivalent.takes
+        return equivalent.absorbs
     names = {operation.name for operation in call.operations if any(operation.active)}
     return names == {'constant_pad_nd'} or (names <= CHOOSING and not all(tensor.requires_grad for tensor in tensors))
 
 
 def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
           ) -> tuple[dict[Any, Account], tuple[float, float]]:
-    '''The accounts of one pass, by what they are of, in the order of the forward pass; the input is the first.
+    '''The accounts of one pass by call, in the order of the forward pass, the input first.
 
-    Beside them, the sum and the mass that the pass started with.
+    Beside them, the sum and the L1 norm of the initial relevance.
     '''
     inputs = differentiable(x, network)
     leaves = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
@@ -197,7 +242,7 @@ class Bookkeeper(CallCounter):
         return super().__enter__()
 
     def open(self, key: Any, account: Account, outputs: Sequence[torch.Tensor]) -> None:
-        '''Open the account of what made some tensors.'''
+        '''Open the account of the call that returned some tensors.'''
         self._accounts[key] = account
         for tensor in outputs:
             self._watch(key, 'received', tensor)
@@ -214,7 +259,7 @@ class Bookkeeper(CallCounter):
             tensor.register_hook(add)
 
     def _aliased(self, key: Any, tensors: Any, active: Sequence[int] | None = None, in_place: int | None = None) -> Any:
-        '''The same tensors by names of their own: what flows back through them comes from one reader alone.'''
+        '''Return a view of each tensor, through which the relevance of a single reader flows back.'''
         found = tensors_in(tensors)
         watched = [position for position in active or () if found[position].requires_grad] or range(len(found))
         numbers = iter(range(len(found)))
@@ -233,10 +278,10 @@ class Bookkeeper(CallCounter):
         call = self._called.get(key)
         if call is None or any(frame.module in self._owners for frame in self._stack):
             return func(*args, **kwargs)
-        takes = _takes(call, self._equivalents.get(key), tensors_in((args, kwargs)))
+        absorbs = _may_absorb(call, self._equivalents.get(key), tensors_in((args, kwargs)))
         args, kwargs = self._aliased(key, (args, kwargs), call.active, call.in_place)
         result = func(*args, **kwargs)
-        self.open(key, Account(key.function.strip('_'), key.module, takes), tensors_in(result))
+        self.open(key, Account(key.function.strip('_'), key.module, absorbs), tensors_in(result))
         return result
 
     def _is_outermost_owner(self, frame: Frame) -> bool:
@@ -252,19 +297,19 @@ class Bookkeeper(CallCounter):
             self.open((frame.module, frame.call), Account('', frame.module, not between), tensors_in(output))
 
     def close(self, start: torch.Tensor) -> tuple[dict[Any, Account], tuple[float, float]]:
-        '''The accounts over the relevance that was started with, and that itself.'''
-        total, mass = float(start.double().sum()), float(start.double().abs().sum())
-        if not 0 < mass < torch.inf:
-            raise PruneError(f'the initial relevance has a mass of {mass:.3g}: start from an output that the network '
-                             'decides, e.g. the predicted class.')
-        cancels = abs(total) < 1e-3 * mass  # contrastive, say: there is no sum to speak of
-        scale = torch.tensor([mass if cancels else total, mass], dtype=torch.float64)
+        '''The accounts relative to the initial relevance, and its sum and L1 norm.'''
+        total, norm = float(start.double().sum()), float(start.double().abs().sum())
+        if not 0 < norm < torch.inf:
+            raise PruneError(f'the initial relevance has an L1 norm of {norm:.3g}: start from an output that the '
+                             'network decides, e.g. the predicted class.')
+        cancels = abs(total) < 1e-3 * norm  # contrastive, say: there is no sum to speak of
+        scale = torch.tensor([norm if cancels else total, norm], dtype=torch.float64, device='cpu')
         for (key, side), sums in self._sums.items():
             amounts = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
-            for name, amount in zip((side, f'{side}_mass'), amounts):
+            for name, amount in zip((side, f'{side}_l1'), amounts):
                 setattr(self._accounts[key], name, amount)
         for account in reversed(self._accounts.values()):
-            if not account.passed_mass < torch.inf:
+            if not account.passed_l1 < torch.inf:
                 raise PruneError(f'relevance is not finite any more behind {account}: a rule there divides by zero or '
                                  'overflows. Use a rule with a larger epsilon, or attribute in float32 or float64.')
         return self._accounts, (total / float(scale[0]), 1.0)
@@ -275,9 +320,9 @@ def _place(function: str, module: str) -> str:
 
 
 def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
-    '''The values that all relevance passes, from output to input: a name, and the keys of accounts of what made it.
+    '''The values that all relevance flows through, from output to input, with the keys of their accounts.
 
-    Of values that follow each other with nothing but norms and activations between, the last is taken.
+    Of values that follow each other with only norms and activations between them, the last is used.
     '''
     makers: defaultdict[int, list[Any]] = defaultdict(list)
     names: dict[int, str] = {}
@@ -309,30 +354,31 @@ def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[str]:
-    worst = max(stages, key=lambda stage: abs(stage.made))
-    if not abs(worst.made) <= TOLERANCE * max(1, ROUNDING * max(stage.mass for stage in stages)):
-        culprits = [account for account in accounts
-                    if not account.is_layer and abs(account.made) > 0.01 * abs(account.received) + 1e-3]
-        yield (f'Relevance is unsound: {abs(worst.made):.3g} times the initial one is '
-               f'{"made" if worst.made > 0 else "lost"} between the output and {worst.name!r}, by operations without a '
-               f'rule that conserves it: {_listed(culprits)}.')
-    heaviest = max(stages, key=lambda stage: stage.mass)
-    if heaviest.mass > EXPLODED:
-        culprits = [account for account in accounts if account.received_mass > 0.1]
-        culprits.sort(key=lambda account: account.received_mass / max(account.passed_mass, 1e-9))
-        yield (f'The absolute relevance at {heaviest.name!r} is {heaviest.mass:.3g} times the initial one: large '
+    worst = max(stages, key=lambda stage: abs(stage.conservation_error))
+    error = worst.conservation_error
+    if not abs(error) <= TOLERANCE * max(1, ROUNDING * max(stage.l1_norm for stage in stages)):
+        culprits = [account for account in accounts if not account.is_layer
+                    and abs(account.conservation_error) > 0.01 * abs(account.received) + 1e-3]
+        yield (f'Relevance is unsound: {abs(error):.3g} times the initial one is {"created" if error > 0 else "lost"} '
+               f'between the output and {worst.name!r}, by operations without a rule that conserves it: '
+               f'{_listed(culprits)}.')
+    largest = max(stages, key=lambda stage: stage.l1_norm)
+    if largest.l1_norm > EXPLODED:
+        culprits = [account for account in accounts if account.received_l1 > 0.1]
+        culprits.sort(key=lambda account: account.received_l1 / max(account.passed_l1, 1e-9))
+        yield (f'The absolute relevance at {largest.name!r} is {largest.l1_norm:.3g} times the initial one: large '
                f'positive and negative shares cancel. It grows most in {_listed(culprits[:3])}.')
-    lightest = min(stages, key=lambda stage: stage.mass)
-    if lightest.mass < FADED:
+    smallest = min(stages, key=lambda stage: stage.l1_norm)
+    if smallest.l1_norm < FADED:
         culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
         culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
-        yield (f'Relevance fades: {lightest.mass:.2g} of the initial one arrives at {lightest.name!r}, so that '
-               'channels in front are ranked below those behind. Most is taken for biases, or where z-plus finds '
+        yield (f'Relevance fades: {smallest.l1_norm:.2g} of the initial one arrives at {smallest.name!r}, so that '
+               'channels in front are ranked below those behind. Most is absorbed by biases, or where z-plus finds '
                f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
 
 
 def _listed(accounts: Sequence[Account]) -> str:
-    '''The first few, from the output, with what they make of relevance.'''
+    '''The first few accounts, from the output, with the relevance they received and passed on.'''
     shown = [f'{account} ({account.received:.3g} becomes {account.passed:.3g})' for account in accounts[:3]]
     more = [f'{len(accounts) - 3} more'] if len(accounts) > 3 else []
     return ', '.join([*shown, *more]) or 'no function or module that can be named'

@@ -1,7 +1,4 @@
-'''``Relevance``: one score for every channel of every group, with what it takes to judge and to keep it.
-
-How far a ranking of channels depends on the samples it was collected from.
-'''
+'''``Relevance``: one score for every channel of every group; ``Reliability``: how far its ranking can be trusted.'''
 from __future__ import annotations
 
 import json
@@ -23,16 +20,33 @@ from ._exemplars import Best, Exemplars
 
 @dataclass(frozen=True)
 class Reliability:
-    '''The split-half reliability of a ranking, from Spearman's rank correlation between halves of the samples.
+    '''The split-half rank correlation of scores: Spearman's, between the scores of two halves of the samples.
 
-    Attributes
+    Parameters
     ----------
     groups: dict of str to float
-        The correlation within each group of at least two channels; 1 is a ranking that does not change, 0 is chance.
+        The correlation within each group of at least two channels, from -1 to 1; 1 is a ranking that does not depend on
+        the samples, 0 is chance.
     network: float
-        The correlation over all channels of all groups together, the ranking that a plan draws on.
+        The correlation over all channels of all groups together, the ranking that a plan is made from.
     samples: int
-        How many samples there are; a half has half of them.
+        The number of samples; a half has half of them.
+
+    References
+    ----------
+    Spearman, "Correlation calculated from faulty data", and Brown, "Some experimental results in the correlation of
+    mental abilities", both British Journal of Psychology 3 (1910): the correlation ``r`` of halves becomes
+    ``2 r / (1 + r)`` for the whole.
+
+    Examples
+    --------
+    >>> import torch
+    >>> halves = {'conv1': torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])}
+    >>> found = Reliability.of(halves, samples=20)
+    >>> round(found.network, 2), round(found.full, 2), found.needed(0.95)
+    (0.8, 0.89, 48)
+    >>> print(found)
+    ranking of the whole network: 0.80 between halves of 10 references; about 48 would reach 0.95
     '''
 
     groups: Mapping[str, float]
@@ -41,17 +55,27 @@ class Reliability:
 
     @classmethod
     def of(cls, halves: Mapping[str, torch.Tensor], samples: int) -> Reliability:
-        '''From the scores of two halves by group, shape (2, channels).'''
+        '''Compute the correlations from the scores of two halves by group, shape (2, channels).'''
         return cls({name: spearman(*values) for name, values in halves.items() if values.shape[1] > 1},
                    spearman(*torch.cat(list(halves.values()), 1)), samples)
 
     @property
     def full(self) -> float:
-        '''The correlation to expect between the scores of all samples and those of as many others (Spearman-Brown).'''
+        '''The correlation to expect between the scores of all samples and of as many others (Spearman-Brown).'''
         return 2 * self.network / (1 + self.network) if self.network > 0 else self.network
 
     def needed(self, correlation: float = 0.95) -> int | None:
-        '''About how many samples would reach a correlation (Spearman-Brown); None where the halves do not agree.
+        '''The number of samples that would reach a correlation, estimated by Spearman and Brown's formula.
+
+        Parameters
+        ----------
+        correlation: float
+            The :attr:`full` correlation wanted, between 0 and 1.
+
+        Returns
+        -------
+        int or None
+            None where the halves do not agree at all.
 
         Raises
         ------
@@ -72,12 +96,12 @@ class Reliability:
                    else f'about {needed:,} would reach 0.95'))
 
     def to_dict(self) -> dict[str, Any]:
-        '''JSON values, for :meth:`from_dict`.'''
+        '''Return JSON values, for :meth:`from_dict`.'''
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any, source: str) -> Reliability:
-        '''The inverse of :meth:`to_dict`.
+        '''Read what :meth:`to_dict` returned.
 
         Raises
         ------
@@ -112,23 +136,37 @@ PANELS = 5  # in a row
 
 
 class Relevance:
-    '''Scores of channels by group; higher is kept.
+    '''Scores of channels by group; channels with the highest are kept. Print it for a table.
 
     Parameters
     ----------
     scores: mapping of str to torch.Tensor
-        For each group name, one finite number per channel of the group.
+        For each group name, shape (channels,): one finite number for each channel of the group. They are copied to
+        float64 on the CPU.
     halves: mapping of str to torch.Tensor, optional
-        The scores from the even and from the odd samples alone, shape (2, channels), for :meth:`stability`.
+        By group, shape (2, channels): the scores of the even and of the odd samples alone, for :meth:`reliability`.
     info: mapping, optional
-        How the scores came about, as JSON values.
+        How the scores came about, as JSON values: ``'criterion'``, ``'samples'``, ``'notes'`` and more.
     exemplars: Exemplars, optional
-        The samples that matter most to each channel.
+        The reference samples with the highest scores for each channel.
 
     Raises
     ------
     PruneError
         If scores are not one-dimensional or not finite.
+
+    Examples
+    --------
+    >>> relevance = Relevance({'conv1': [0.5, 2.0, 1.0], 'conv2': [3.0, 1.0]})
+    >>> relevance['conv1']
+    tensor([0.5000, 2.0000, 1.0000], dtype=torch.float64)
+    >>> list(relevance), 'conv3' in relevance
+    (['conv1', 'conv2'], False)
+    >>> print(relevance)
+    group  channels  least  median  most  reliability
+    -----  --------  -----  ------  ----  -----------
+    conv1         3    0.5       1     2
+    conv2         2      1       1     3
     '''
 
     def __init__(self, scores: Mapping[str, Any], halves: Mapping[str, torch.Tensor] | None = None,
@@ -139,7 +177,7 @@ class Relevance:
         for name, values in scores.items():
             if values is None:
                 raise PruneError(f'there are no scores for group {name!r}: leave it out to keep it whole.')
-            values = torch.as_tensor(values).detach().to('cpu', torch.float64, copy=True).contiguous()
+            values = torch.as_tensor(values, device='cpu').detach().to(torch.float64, copy=True).contiguous()
             if values.dim() != 1:
                 raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per '
                                  'channel.')
@@ -170,40 +208,36 @@ class Relevance:
         '''Pairs of group name and scores.'''
         return self._scores.items()
 
-    def stability(self) -> dict[str, float]:
-        '''How far the ranking depends on the samples: Spearman's rank correlation of the scores from two halves.
+    def reliability(self) -> Reliability:
+        '''How far the ranking depends on the samples: the rank correlation of the scores of two halves.
 
         Returns
         -------
-        dict of str to float
-            For each group with at least two channels; 1 is a ranking that does not change, 0 is chance.
+        Reliability
+            For each group and for the whole network, and the number of samples that would be enough.
 
         Raises
         ------
         PruneError
             If the scores were not collected from at least two samples.
         '''
-        return dict(self.reliability().groups)
-
-    def reliability(self) -> Reliability:
-        '''The same for the whole network, and how many samples would be enough.
-
-        Raises
-        ------
-        PruneError
-            As :meth:`stability`.
-        '''
         if not self.has_halves:
-            raise PruneError('stability needs relevance collected from at least two samples.')
+            raise PruneError('reliability needs relevance collected from at least two samples: collect from more.')
         return Reliability.of(self._halves, self.info['samples'])
 
     @property
     def has_halves(self) -> bool:
-        '''Whether the scores were collected from at least two samples, so that halves of these can be compared.'''
+        '''Whether the scores were collected from at least two samples, so that halves can be compared.'''
         return bool(self._halves) and self.info.get('samples', 0) > 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write everything to one safetensors file, without code.'''
+        '''Write everything to one safetensors file, which holds tensors and JSON only.
+
+        Parameters
+        ----------
+        path: path-like
+            The file; it appears when it is complete.
+        '''
         tensors = {f'scores.{name}': values for name, values in self._scores.items()}
         tensors.update({f'halves.{name}': values for name, values in self._halves.items()})
         metadata = {'info': json.dumps(self.info)}
@@ -215,6 +249,16 @@ class Relevance:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relevance:
         '''Read what :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+
+        Returns
+        -------
+        Relevance
+            With its reference samples, where there were any.
 
         Raises
         ------
@@ -238,11 +282,12 @@ class Relevance:
         Parameters
         ----------
         path: path-like, optional
-            Where to write the picture; its suffix says of what kind.
+            A file to write the figure to; its suffix says of what kind.
 
         Returns
         -------
         matplotlib.figure.Figure
+            A panel for each group.
 
         Raises
         ------
@@ -252,10 +297,10 @@ class Relevance:
         return _plotted(self, path)
 
     def _table(self) -> Table:
-        stability = self.stability() if self.has_halves else {}
+        reliability = self.reliability().groups if self.has_halves else {}
         rows = [(name, len(values), float(values.min()), float(values.median()), float(values.max()),
-                 f'{stability[name]:.2f}' if name in stability else '') for name, values in self._scores.items()]
-        return ('group', 'channels', 'least', 'median', 'most', 'stability'), rows
+                 f'{reliability[name]:.2f}' if name in reliability else '') for name, values in self._scores.items()]
+        return ('group', 'channels', 'least', 'median', 'most', 'reliability'), rows
 
     def __str__(self) -> str:
         return table(*self._table())
@@ -270,7 +315,7 @@ class Relevance:
 
 
 def _plotted(relevance: Relevance, path: str | os.PathLike[str] | None = None) -> Any:
-    '''A panel for every group: its scores in ascending order.'''
+    '''Draw a panel for every group, with its scores in ascending order.'''
     scores: Mapping[str, Any] = dict(relevance.items())
     wide = min(PANELS, len(scores) or 1)
     high = math.ceil((len(scores) or 1) / wide)

@@ -1,14 +1,12 @@
-'''Which samples of a batch count: those of the wanted classes, with a target, and finite.'''
+'''``Selection``: the samples of a batch that count, which are of the wanted classes, have a target and are finite.'''
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..errors import PruneError
-from ..util._loaders import batch_size, only
-from ..util._networks import map_tensors, tensors_in
+from ..util._loaders import Batch
 from ._initial import of_classes
 
 
@@ -17,63 +15,69 @@ class Selection:
 
     Parameters
     ----------
-    inputs, target:
+    batch: Batch
         The batch.
     classes: sequence of int, optional
         Labels of samples that count; where only the output can tell, all are kept here.
     skip: bool
-        Leave out what is not finite, instead of raising an error.
+        Leave out samples that are not finite, instead of raising an error.
     seen: int
-        How many samples went by before.
+        The number of samples before this batch.
 
     Attributes
     ----------
-    inputs, target:
-        Those of the samples that are left; zeros stand for inputs that are not finite.
+    batch: Batch
+        The samples that are left; zeros stand for inputs that are not finite.
     size: int
         The number of samples in the whole batch.
     numbers: torch.Tensor
-        Which of them are left.
+        The positions in the whole batch of the samples that are left.
     skipped: int
-        How many were left out because something was not finite.
+        The number of samples left out because something was not finite.
     reason: str
         What was not finite, for the first of them.
     rows: torch.Tensor
         Which of the samples left have counted in the end.
+
+    Raises
+    ------
+    PruneError
+        If an input is not finite, unless ``skip``.
     '''
 
-    def __init__(self, inputs: Any, target: Any, classes: Sequence[int] | None, skip: bool, seen: int):
-        self.inputs, self.target, self.size = inputs, target, batch_size(inputs)
-        self.skip, self.seen = skip, seen
+    def __init__(self, batch: Batch, classes: Sequence[int] | None, skip: bool, seen: int):
+        self.size, self.skip, self.seen = batch.size, skip, seen
         self.skipped, self.reason = 0, ''
-        self.numbers = torch.arange(self.size)
-        self.rows = torch.zeros(0, dtype=torch.int64)
-        wanted = of_classes(target, classes)
+        self.numbers = torch.arange(self.size, device='cpu')
+        self.rows = torch.zeros(0, dtype=torch.int64, device='cpu')
+        wanted = of_classes(batch.target, classes)
         if wanted is not None and len(wanted) == self.size:
-            self.numbers = self.numbers[wanted.cpu()]
-            self.inputs, self.target = only(inputs, self.size, wanted), torch.as_tensor(target)[wanted]
-        self._broken = torch.zeros(len(self.numbers), dtype=torch.bool)
-        for tensor in tensors_in(self.inputs):
-            if self._per_sample(tensor):
-                self._broken |= ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1).cpu()
+            self.numbers, batch = self.numbers[wanted.cpu()], batch.only(wanted)
+        self._broken = ~batch.finite
         if self._broken.any():
             self._note(self._broken, 'its input holds values that are not finite (NaN or infinite): check the data')
-            self.inputs = map_tensors(self._zeroed, self.inputs)
-
-    def _per_sample(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_floating_point() and tensor.dim() > 0 and len(tensor) == len(self.numbers) > 0
-
-    def _zeroed(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._per_sample(tensor):
-            return tensor
-        broken = self._broken.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
-        return tensor.masked_fill(broken, 0)
+            batch = batch.zeroed()
+        self.batch = batch
 
     def counted(self, scores: Mapping[str, torch.Tensor], given: torch.Tensor) -> dict[str, torch.Tensor]:
-        '''The scores, shape (samples, channels) by group, of the samples that have a target and are finite.'''
+        '''The scores of the samples that have a target and are finite.
+
+        Parameters
+        ----------
+        scores: mapping of str to torch.Tensor
+            By group, shape (samples, channels).
+        given: torch.Tensor
+            Shape (samples,), bool: which samples have a target.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            By group, shape (samples that count, channels).
+        '''
         given = given.cpu()
         if len(given) != len(self.numbers):  # the network makes other samples of its inputs
-            self.numbers, self._broken = torch.arange(len(given)), torch.zeros(len(given), dtype=torch.bool)
+            self.numbers = torch.arange(len(given), device='cpu')
+            self._broken = torch.zeros_like(given)
         finite = torch.stack([torch.isfinite(values).all(1) for values in scores.values()]).cpu()
         wrong = given & ~finite.all(0) & ~self._broken
         if wrong.any():

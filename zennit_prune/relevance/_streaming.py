@@ -13,8 +13,9 @@ from ..errors import PruneError, PruneWarning
 from ..util._distributed import gathered, in_step, rank_and_world
 from ..util._files import check_folder
 from ..util._fingerprint import fingerprint
-from ..util._loaders import batches, only
+from ..util._loaders import Batch, batches
 from ._collect import Collector
+from ._initial import check_target
 from ._preflight import preflight
 from ._relevance import Relevance
 from ._selection import Selection
@@ -31,16 +32,28 @@ def collect(collector: Collector, loader: Iterable[Any], target: Any = None, pro
     Parameters
     ----------
     collector: Collector
-        A fresh one.
+        A collector that holds nothing yet.
     loader: iterable
-        See :func:`zennit_prune.loaders.batches`.
-    target:
+        See :func:`zennit_prune.util._loaders.batches`.
+    target: object, optional
         In place of the loader's labels.
     progress: bool
         Show a progress bar on standard error, on rank 0.
     checkpoint: path-like, optional
-        Where to keep what was added so far; each of many processes has a file of its own beside it.
+        A file for the sums so far; each of many processes has a file of its own beside it.
+
+    Returns
+    -------
+    Relevance
+        The scores; of several processes, all get the same bits.
+
+    Raises
+    ------
+    PruneError
+        As :meth:`Collector.update` and :meth:`Collector.compute`; for a checkpoint of something else; on all processes,
+        if any of them fails.
     '''
+    check_target(target, collector.initial)
     rank, world = rank_and_world()
     path = None
     if checkpoint is not None:
@@ -59,7 +72,7 @@ def collect(collector: Collector, loader: Iterable[Any], target: Any = None, pro
 
 
 def share(collector: Collector) -> None:
-    '''Give the collectors of all processes the sums of all, added up by rank, so that they are the same bits.'''
+    '''Give the collector of every process the sums of all, added up by rank, so that they are the same bits.'''
     total = Sums()
     for settings, sums in gathered((collector.settings(), collector.sums.portable()), collector.device):
         collector.check_fits(settings, 'the collectors of the processes')
@@ -69,10 +82,10 @@ def share(collector: Collector) -> None:
 
 def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: bool, checks: bool, path: Path | None,
            wait: bool) -> Generator[None, None, None]:
-    '''Add the batches one by one, the first after a check; whatever ends it early leaves a checkpoint.'''
-    def stream() -> Iterator[tuple[Any, Any]]:
-        for inputs, labels in batches(loader, collector.criterion if progress else None):
-            yield inputs, labels if target is None else target
+    '''Add the batches one by one, the first after a preflight; whatever ends it early leaves a checkpoint.'''
+    def stream() -> Iterator[Batch]:
+        for batch in batches(loader, collector.criterion.name if progress else None):
+            yield batch if target is None else batch.with_target(target)
 
     with collector:
         rest = stream()
@@ -82,10 +95,11 @@ def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: b
                 _resume(collector, rest, path)
         kept, when = collector.sums, time.monotonic()
         try:
-            for inputs, labels in rest:
+            for batch in rest:
+                batch = batch.to(collector.device)
                 if checks and not collector.sums.batches:
-                    _check(collector, inputs, labels)
-                collector.update(inputs, labels)
+                    _check(collector, batch)
+                collector.add(batch)
                 if path is not None and time.monotonic() - when >= EVERY:
                     collector.save(path)
                     kept, when = collector.sums, time.monotonic()
@@ -98,15 +112,17 @@ def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: b
                 collector.save(path)
 
 
-def _check(collector: Collector, inputs: Any, target: Any) -> None:
+def _check(collector: Collector, batch: Batch) -> None:
     '''Warn if relevance is not sound on the first samples of a batch.'''
-    batch = Selection(inputs, target, collector.classes, True, 0)
-    if collector.criterion != 'relevance' or not collector.is_lrp() or batch.skipped or not len(batch.numbers):
+    if not collector.holds_lrp():
         return
-    x, labels = only((batch.inputs, batch.target), len(batch.numbers), slice(CHECKED))
+    samples = Selection(batch, collector.classes, True, 0)
+    if samples.skipped or not len(samples.numbers):
+        return
+    first = samples.batch.only(slice(CHECKED))
     try:
-        found = preflight(collector.model, collector.composite, collector.graph._recording, x, labels,
-                          collector.initial)
+        found = preflight(collector.model, collector.composite, collector.graph._recording, first,
+                          first.target, collector.initial)
     except PruneError:
         return  # the collector says what is wrong with a batch
     collector.notes += found.problems
@@ -114,16 +130,16 @@ def _check(collector: Collector, inputs: Any, target: Any) -> None:
         warnings.warn(problem, PruneWarning, stacklevel=5)
 
 
-def _resume(collector: Collector, stream: Iterator[Any], path: Path) -> None:
+def _resume(collector: Collector, stream: Iterator[Batch], path: Path) -> None:
     '''Load a checkpoint, and pass over the batches that it holds.'''
     collector.load(path)
     remedy = f'give the same batches in the same order (seed shuffling and augmentation), or remove {str(path)!r}.'
-    batch = None
+    batch: Batch | None = None
     for number in range(collector.sums.batches):
         batch = next(stream, None)
         if batch is None:
             raise PruneError(f'{str(path)!r} holds {collector.sums.batches} batches, but the loader yields {number}: '
                              f'{remedy}')
-    if collector.sums.last_batch not in (None, fingerprint(batch)):
+    if collector.sums.last_batch not in (None, fingerprint(batch and tuple(batch))):
         raise PruneError(f'{str(path)!r} does not fit the loader: its batch {collector.sums.batches} was another one; '
                          f'{remedy}')

@@ -1,4 +1,4 @@
-'''What a pass adds up: sums over samples for each group, and how far it came.'''
+'''``Sums``: the sums of scores over samples for each group, with the progress of the pass.'''
 from __future__ import annotations
 
 import json
@@ -20,26 +20,26 @@ BEST = 'best/'  # before the names of their tensors; those of groups have no sla
 
 @dataclass(frozen=True)
 class Sums:
-    '''Sums of scores over samples; adding makes new ones, so that who is interrupted has all of a batch or none.
+    '''Sums of scores over samples. Immutable: an update is atomic per batch.
 
     Attributes
     ----------
     halves: dict of str to torch.Tensor
         By group, shape (2, channels): the sums over the even and the odd samples.
     counts: tuple of int
-        How many samples either half holds.
+        The number of samples in either half.
     seen: int
-        How many samples went by, counted or not.
+        The number of samples so far, counted or not.
     batches: int
-        How many batches they came in.
+        The number of batches so far.
     skipped: int
-        How many samples were left out because something was not finite.
+        The number of samples left out because something was not finite.
     reason: str
         What was not finite, for the first of them.
     last: object
         The last batch, or its fingerprint where these sums were read from a file.
     best: Best, optional
-        The samples that matter most to each channel, where these are asked for.
+        The reference samples of each channel, where these are wanted.
     '''
 
     halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class Sums:
 
     @property
     def samples(self) -> int:
-        '''How many samples were counted.'''
+        '''The number of samples counted.'''
         return sum(self.counts)
 
     def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any,
              best: Best | None = None) -> Sums:
-        '''With a batch of ``size`` more; ``values``, shape (samples, channels), are from those that count.
+        '''Add a batch of ``size`` samples; ``values``, shape (samples, channels), are the scores of those that count.
 
-        ``best`` numbers them from the start of the batch.
+        ``best`` numbers samples from the start of the batch.
         '''
         odd = self.samples % 2
         number = len(next(iter(values.values()), ()))
@@ -71,14 +71,14 @@ class Sums:
                     _joined(self.best, best, self.seen))
 
     def merged(self, other: Sums) -> Sums:
-        '''With all that ``other`` holds.'''
+        '''Add the sums of later samples.'''
         return Sums(_added(self.halves, other.halves), (self.counts[0] + other.counts[0],
                                                         self.counts[1] + other.counts[1]),
                     self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
                     self.reason or other.reason, best=_joined(self.best, other.best, self.seen))
 
     def portable(self) -> Sums:
-        '''The same on the CPU, without the last batch.'''
+        '''Move the sums to the CPU and drop the last batch, to send them to another process.'''
         return replace(self, halves={name: values.cpu() for name, values in self.halves.items()}, last=None,
                        best=self.best and self.best.to('cpu'))
 
@@ -100,7 +100,7 @@ class Sums:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> tuple[Sums, dict[str, Any]]:
-        '''What :meth:`save` wrote: the sums and the settings.
+        '''Read the sums and the settings that :meth:`save` wrote.
 
         Raises
         ------
@@ -125,7 +125,7 @@ def _added(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> 
 
 
 def _joined(old: Best | None, new: Best | None, seen: int) -> Best | None:
-    '''What was kept before and what came after ``seen`` samples.'''
+    '''Merge the reference samples kept before with those of a batch after ``seen`` samples.'''
     if old is None or new is None:
         return old if new is None else new.numbered_from(seen)
     return old.merged(new.numbered_from(seen))

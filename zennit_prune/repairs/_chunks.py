@@ -1,4 +1,4 @@
-'''The inputs of a repair: a bounded choice of what is given, in parts that run at once, and in folds.'''
+'''The inputs of a repair: a bounded subset of what is given, in chunks that run at once, and in folds.'''
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PruneError
-from ..util._loaders import batch_size, only
-from ..util._networks import check_finite, map_tensors, tensors_in
+from ..util._networks import map_tensors, tensors_in
 from ._references import KEPT, References, joined
 from ._regression import FOLDS
 
@@ -21,7 +20,7 @@ SHIFT = 16  # pictures are moved by one of so many parts of their size
 
 
 class Chunk(NamedTuple):
-    '''Inputs that run at once, the fold of each, and whether they are variants of others.'''
+    '''Inputs that run at once, the fold of each, and whether they are variants of other inputs.'''
 
     inputs: Any
     folds: torch.Tensor
@@ -29,14 +28,14 @@ class Chunk(NamedTuple):
 
 
 class Inputs:
-    '''What a network is repaired with: all of up to 1,024 inputs, of more a random choice; equal ones once.
+    '''The inputs that a network is repaired with: at most 1,024, a uniform subset of more; duplicates are dropped.
 
     Parameters
     ----------
     data: torch.Tensor, dict or iterable
         Inputs, or a loader; labels are ignored.
     device: torch.device
-        Where they go.
+        Where chunks are moved when they run.
 
     Attributes
     ----------
@@ -51,13 +50,13 @@ class Inputs:
 
     def __init__(self, data: Any, device: torch.device):
         references = References([data] if isinstance(data, (dict, torch.Tensor)) else data, KEPT)
-        for inputs, _ in references:
-            check_finite(tensors_in(inputs))
+        for batch in references:
+            batch.check_finite()
         self.device = device
         self._batches = list(joined(references.chosen()))
         self._starts = [0]
-        for inputs in self._batches:
-            self._starts.append(self._starts[-1] + batch_size(inputs))
+        for batch in self._batches:
+            self._starts.append(self._starts[-1] + batch.size)
         if not self._starts[-1]:
             raise PruneError('there is no input to repair with: the data are empty.')
         first: dict[tuple[int, ...], int] = {}
@@ -69,10 +68,10 @@ class Inputs:
         self._folds[self.order] = torch.arange(len(self.order)) % FOLDS
 
     def _keys(self) -> Iterator[tuple[int, ...]]:
-        '''By which equal inputs are known: in different folds, one would tell the answer for the other.'''
-        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+        '''Yield a key for each input; equal inputs have equal keys, and must not be in different folds.'''
+        for batch, (start, end) in zip(self._batches, pairwise(self._starts)):
             rows = [tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
-                    for tensor in tensors_in(inputs) if tensor.dim() and len(tensor) == end - start]
+                    for tensor in tensors_in(batch.inputs) if tensor.dim() and len(tensor) == end - start]
             for number in range(end - start):
                 yield tuple(hash(row[number].tobytes()) for row in rows)
 
@@ -80,19 +79,19 @@ class Inputs:
         return len(self.order)
 
     def limit(self, count: int) -> None:
-        '''Go on with so many, at random.'''
+        '''Keep a random subset of ``count`` inputs.'''
         self.order = self.order[:max(count, LEAST)]
 
     def chunks(self, chosen: torch.Tensor, varied: bool = False) -> list[Chunk]:
-        '''Some inputs in parts; with variants, pictures come three times, all in one fold.'''
+        '''Cut the chosen inputs into chunks; where ``varied``, every picture comes three times, in one fold.'''
         return list(self._chunks(chosen.sort().values, varied))
 
     def _chunks(self, chosen: torch.Tensor, varied: bool) -> Iterator[Chunk]:
-        for inputs, (start, end) in zip(self._batches, pairwise(self._starts)):
+        for batch, (start, end) in zip(self._batches, pairwise(self._starts)):
             inside = (start <= chosen) & (chosen < end)
             for where, folds in _parts(chosen[inside] - start, self._folds[chosen[inside]]):
-                part = only(inputs, end - start, where)
-                part = map_tensors(lambda tensor: wide(tensor.detach().to(self.device)), part)
+                part = batch.only(where).to(self.device).inputs
+                part = map_tensors(lambda tensor: wide(tensor.detach()), part)
                 yield Chunk(part, folds)
                 if varied and all(tensor.dim() == 4 for tensor in tensors_in(part)):
                     for variant in (_mirrored, _moved):
@@ -100,17 +99,17 @@ class Inputs:
 
 
 def _mirrored(pictures: torch.Tensor) -> torch.Tensor:
-    '''The mirror images, moved down and to the right: they meet the strides of layers at other pixels.'''
+    '''Mirror pictures and move them down and to the right, to other positions in the strides of layers.'''
     return _shifted(pictures.flip(-1), 1, 1)
 
 
 def _moved(pictures: torch.Tensor) -> torch.Tensor:
-    '''The pictures moved up, and to the right by half as much.'''
+    '''Move pictures up, and to the right by half as much.'''
     return _shifted(pictures, -1, 0.5)
 
 
 def _shifted(pictures: torch.Tensor, down: float, right: float) -> torch.Tensor:
-    '''Moved by shares of ``1 / SHIFT`` of their size, at least a pixel; the edge is repeated.'''
+    '''Move pictures by shares of ``1 / SHIFT`` of their size, at least a pixel; the edge is repeated.'''
     for dim, way in ((2, down), (3, right)):
         size = pictures.shape[dim]
         pixels = copysign(ceil(abs(way) * size / SHIFT), way)
@@ -120,7 +119,7 @@ def _shifted(pictures: torch.Tensor, down: float, right: float) -> torch.Tensor:
 
 
 def _parts(*aligned: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    '''At most ``CHUNK`` of each, equally many: BatchNorm cannot be estimated from a single input that is left.'''
+    '''Cut tensors into equal parts of at most ``CHUNK``, as BatchNorm cannot be estimated from one leftover input.'''
     size = len(aligned[0])
     pieces = -(-size // CHUNK)
     for first, end in pairwise(size * piece // pieces for piece in range(pieces + 1)) if size else ():
@@ -128,5 +127,5 @@ def _parts(*aligned: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    '''In float32, what has less.'''
+    '''Convert half precision to float32.'''
     return tensor.float() if tensor.dtype in HALVES else tensor

@@ -23,7 +23,7 @@ from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
 from ..tracing._parametrized import copy_values, plain
-from ..util._loaders import batch_size
+from ..util._loaders import Batch, batch_size
 from ..util._networks import copied, device_of, map_tensors, tensors_in
 from ..util._options import unknown
 from ._chunks import Chunk, Inputs, wide
@@ -214,7 +214,7 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
             return result
         if fitted and method == 'refit' and classes_matter:
             chunks = inputs.chunks(inputs.order)
-            warn_of_missing_classes(_widened(model), ((chunk.inputs, None) for chunk in chunks), stacklevel=4)
+            warn_of_missing_classes(_widened(model), (Batch(chunk.inputs) for chunk in chunks), stacklevel=4)
         copy_values(network, result)
     return result
 

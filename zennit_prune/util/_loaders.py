@@ -1,10 +1,15 @@
-'''Read batches from anything that yields them, several times over, and hold out a share of the samples.'''
+'''``Batch``: samples with their target, checked and moved once; and batches from whatever yields them.
+
+Loaders that are read many times, and a share of their samples held out, are made here as well.
+'''
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
@@ -12,9 +17,151 @@ from tqdm.auto import tqdm
 from ..errors import PruneError
 from ._networks import map_tensors, tensors_in
 
+BATCH = 32  # samples, where a tensor is cut into batches
 
-def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tuple[Any, Any]]:
-    '''Pairs of inputs and target (None where there is none) from whatever yields batches.
+
+class Pair(NamedTuple):
+    '''The inputs of a network, and the target that belongs to them.'''
+
+    inputs: Any
+    target: Any = None
+
+
+class Batch(Pair):
+    '''Samples with their target, made where they enter the library; it unpacks as ``inputs, target``.
+
+    Values are checked at most once: what is sliced, moved or stripped of its target keeps the result.
+
+    Parameters
+    ----------
+    inputs: torch.Tensor, tuple, list or dict
+        What a network is called with.
+    target: object, optional
+        Labels, or anything else that :func:`zennit_prune.relevance._initial.initial_relevance` takes.
+    '''
+
+    _finite: torch.Tensor | None = None
+    _rest_is_finite: bool = True
+
+    @classmethod
+    def of(cls, value: Any) -> Batch:
+        '''The batch that a loader yielded: a pair of inputs and target, or inputs alone.
+
+        Raises
+        ------
+        PruneError
+            If it is something else.
+        '''
+        if isinstance(value, Batch):
+            return value
+        if isinstance(value, (tuple, list)) and len(value) in (1, 2):
+            return cls(*value)
+        if isinstance(value, (torch.Tensor, dict)):
+            return cls(value)
+        raise PruneError('a batch is (inputs, labels), inputs alone, or a dict of inputs; a '
+                         f'{type(value).__name__} is not.')
+
+    @property
+    def size(self) -> int:
+        '''The number of samples.'''
+        return batch_size(self.inputs)
+
+    @property
+    def finite(self) -> torch.Tensor:
+        '''Which samples hold finite values only, shape (size,), bool, on the CPU.'''
+        if self._finite is None:
+            size = self.size
+            finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool, device='cpu'), True
+            for tensor in filter(_may_be_infinite, tensors_in(self.inputs)):
+                if _goes_by_samples(tensor, size):
+                    finite &= torch.isfinite(tensor).reshape(size, -1).all(1).cpu()
+                else:
+                    self._rest_is_finite &= bool(torch.isfinite(tensor).all())
+            self._finite = finite
+        return self._finite
+
+    def check_finite(self) -> None:
+        '''Refuse inputs that hold values that are not finite.
+
+        Raises
+        ------
+        PruneError
+            With the shape of the first such input.
+        '''
+        if not (self.finite.all() and self._rest_is_finite):
+            tensor = next(tensor for tensor in tensors_in(self.inputs) if not torch.isfinite(tensor).all())
+            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
+                             'infinite): check the data.')
+
+    def only(self, samples: torch.Tensor | slice) -> Batch:
+        '''Some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
+        size = self.size
+        inputs, target = only((self.inputs, _indexable(self.target, size)), size, samples)
+        at = samples.to('cpu') if isinstance(samples, torch.Tensor) else samples
+        return self._derived(inputs, target, None if self._finite is None else self._finite[at])
+
+    def to(self, device: torch.device) -> Batch:
+        '''The batch on a device; itself if it is there.'''
+        if all(tensor.device == device for tensor in tensors_in(tuple(self))):
+            return self
+        inputs, target = map_tensors(lambda tensor: tensor.to(device), tuple(self))
+        return self._derived(inputs, target, self._finite)
+
+    def with_target(self, target: Any) -> Batch:
+        '''The inputs with another target, or with None.'''
+        return self if target is self.target else self._derived(self.inputs, target, self._finite)
+
+    def zeroed(self) -> Batch:
+        '''The batch with zeros in place of the samples that are not finite, so that it can run.'''
+        broken, size = ~self.finite, self.size
+
+        def zero(tensor: torch.Tensor) -> torch.Tensor:
+            if not _may_be_infinite(tensor) or not _goes_by_samples(tensor, size):
+                return tensor
+            return tensor.masked_fill(broken.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+        return self._derived(map_tensors(zero, self.inputs), self.target, torch.ones_like(broken))
+
+    def joined(self, others: Sequence[Batch]) -> Batch:
+        '''Concatenate the inputs of several batches, without targets; tensors without samples are those of this one.
+
+        Shapes must agree but for the number of samples.
+        '''
+        size = self.size
+
+        def join(*parts: Any) -> Any:
+            by_samples = isinstance(parts[0], torch.Tensor) and parts[0].dim() and len(parts[0]) == size
+            return torch.cat(parts) if by_samples else parts[0]
+
+        inputs = tree_map(join, self.inputs, *(other.inputs for other in others))
+        return self._derived(inputs, None, torch.cat([batch.finite for batch in (self, *others)]))
+
+    def _derived(self, inputs: Any, target: Any, finite: torch.Tensor | None) -> Batch:
+        batch = Batch(inputs, target)
+        batch._finite, batch._rest_is_finite = finite, self._rest_is_finite
+        return batch
+
+
+def _may_be_infinite(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _goes_by_samples(tensor: torch.Tensor, size: int) -> bool:
+    return tensor.dim() > 0 and len(tensor) == size > 0
+
+
+def _indexable(target: Any, size: int) -> Any:
+    '''Labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
+    if isinstance(target, (list, tuple, np.ndarray)) and len(target) == size:
+        try:
+            return torch.as_tensor(target, device='cpu')
+        except (TypeError, ValueError, RuntimeError):  # several tensors, say
+            return target
+    return target
+
+
+def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[Batch]:
+    '''Yield batches from whatever yields them.
 
     Samples that a ``DistributedSampler`` repeats to give every process as many are left out.
 
@@ -23,7 +170,12 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
     loader: iterable
         Yields (inputs, target) pairs, or inputs alone; a pair of tensors is cut into batches of 32.
     progress: str, optional
-        What a progress bar on standard error says.
+        The label of a progress bar on standard error; None shows none.
+
+    Yields
+    ------
+    Batch
+        Its target is None where there is none.
     '''
     left = _own_samples(loader)
     loader = as_loader(loader)
@@ -31,45 +183,37 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[tupl
         total = len(loader)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a DataLoader of an IterableDataset
         total = None
-    for batch in tqdm(loader, progress, total, disable=progress is None, leave=False):
-        inputs, target = _pair(batch)
+    for value in tqdm(loader, progress, total, disable=progress is None, leave=False):
+        batch = Batch.of(value)
         if left is not None:
-            size = batch_size(inputs)
+            size = batch.size
             if size > left:
-                inputs, target = only((inputs, target), size, slice(left))
+                batch = batch.only(slice(left))
             left -= min(size, left)
-            if not batch_size(inputs):
+            if not batch.size:
                 return
-        yield inputs, target
+        yield batch
 
 
 def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
-    '''What yields batches as it is; a tensor, or a pair of tensors, as a list of batches of 32.'''
+    '''Cut a tensor, or a pair of tensors, into a list of batches of 32; pass on what yields batches.'''
     if isinstance(loader, torch.Tensor):
-        return list(loader.split(32))
+        return list(loader.split(BATCH))
     if isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, torch.Tensor) for part in loader):
         if len(loader[0]) != len(loader[1]):
             raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
-        return list(zip(loader[0].split(32), loader[1].split(32)))
+        return list(zip(loader[0].split(BATCH), loader[1].split(BATCH)))
     if not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
         advice = ' Wrap it in a torch.utils.data.DataLoader.' if isinstance(loader, Dataset) else ''
         raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.{advice}')
     return loader
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        return batch[0], None
-    if isinstance(batch, (torch.Tensor, dict)):
-        return batch, None
-    raise PruneError('a batch is (inputs, labels), inputs alone, or a dict of inputs; a '
-                     f'{type(batch).__name__} is not.')
-
-
 def _own_samples(loader: Any) -> int | None:
-    '''How many samples a ``DistributedSampler`` gives this process before it repeats some; None for other samplers.'''
+    '''The number of samples that a ``DistributedSampler`` gives this process before it repeats any.
+
+    None for other samplers.
+    '''
     for sampler in (getattr(loader, 'sampler', None), getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)):
         if isinstance(sampler, DistributedSampler):
             size = len(sampler.dataset)  # type: ignore[arg-type]
@@ -83,7 +227,7 @@ def batch_size(inputs: Any) -> int:
 
 
 def only(batch: Any, size: int, samples: Any) -> Any:
-    '''Some samples of a batch: every tensor as long as the batch is indexed.'''
+    '''Some samples of a batch of ``size``: every tensor of that length is indexed.'''
     def index(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or len(tensor) != size:
             return tensor
@@ -92,11 +236,8 @@ def only(batch: Any, size: int, samples: Any) -> Any:
     return map_tensors(index, batch)
 
 
-BATCH = 32
-
-
 def many_times(loader: Iterable[Any]) -> Iterable[Any]:
-    '''What can be read again and again: tensors are shuffled each time, an iterator is held in memory.'''
+    '''Make a loader that can be read many times: tensors are shuffled each time, an iterator is held in memory.'''
     tensors = (loader,) if isinstance(loader, torch.Tensor) else loader
     if isinstance(tensors, tuple) and tensors and all(isinstance(part, torch.Tensor) for part in tensors):
         if len({len(part) for part in tensors}) > 1:
@@ -106,7 +247,19 @@ def many_times(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def held_out(loader: Any, share: float) -> tuple[Iterable[Any], Iterable[Any]]:
-    '''What is left of a loader, and the share held out: samples of a ``DataLoader``, whole batches of a list.
+    '''Split off a share of a loader: samples of a ``DataLoader``, whole batches of a list.
+
+    Parameters
+    ----------
+    loader: torch.utils.data.DataLoader, list or tuple
+        The data.
+    share: float
+        The share to hold out, between 0 and 1.
+
+    Returns
+    -------
+    tuple of iterable
+        The rest, and the share held out.
 
     Raises
     ------

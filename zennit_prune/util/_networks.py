@@ -92,14 +92,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
 
 
-def check_finite(inputs: Iterable[torch.Tensor]) -> None:
-    '''Refuse inputs that are not finite.'''
-    for tensor in inputs:
-        if not torch.isfinite(tensor).all():
-            raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
-                             'infinite): check the data.')
-
-
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     '''Apply a function to all tensors in nested tuples, lists and dicts.'''
     return tree_map_only(torch.Tensor, function, value)

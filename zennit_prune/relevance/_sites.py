@@ -1,10 +1,10 @@
-'''Where the relevance of a channel is read: the tensors that carry its complete value.
+'''Activation sites: the tensors that carry a channel's complete value, where its relevance is read.
 
 For a plain convolution that is its output. In a residual stream it is the first value and the output of every coupling
-operation: what a branch adds is a summand, and what one branch reads is a part. A depthwise convolution gives a channel
-a new value, with a bias that goes when the channel goes, so the channel is read after it: a channel that is dead before
-may be a constant that matters behind. A norm whose statistics depend on the sample is no different; before it,
-relevance sums to zero. Nor is a gated linear unit, which makes one value of two.
+operation; what a branch adds is only a summand, and what one branch reads is only a part. A depthwise convolution gives
+a channel a new value, with a bias that is removed with the channel, so the channel is read behind it: a channel that is
+zero before it may be a constant that matters behind. The same holds for a norm whose statistics depend on the sample
+(before it, relevance sums to zero), and for a gated linear unit, which makes one value of two.
 '''
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MOVES = {'view', 'permute', 'transpose', 't', 'unsqueeze', 'squeeze'}
 
 
 @dataclass(eq=False)
-class State:
-    '''One tensor in which channels of a group can be read.
+class ActivationSite:
+    '''A tensor in which channels of a group can be read.
 
     Attributes
     ----------
@@ -42,7 +42,10 @@ class State:
     positions: torch.Tensor
         int64, shaped as these dimensions: the position in the group, or its size where something else sits.
     size: int
-        The size of the group.
+        The number of channels of the group.
+    weights: torch.Tensor, optional
+        float64, shape (size,): the sum of the absolute weights with which a layer reads each channel there, for
+        criteria that ask for it.
     '''
 
     group: str
@@ -51,14 +54,15 @@ class State:
     dims: tuple[int, ...]
     positions: torch.Tensor
     size: int
+    weights: torch.Tensor | None = None
 
     def per_sample(self, relevance: torch.Tensor, batch: int) -> torch.Tensor:
-        '''Sum over space, tokens and whatever the channel's removal takes along.
+        '''Sum over space, tokens and all positions that are removed with the channel.
 
         Parameters
         ----------
         relevance: torch.Tensor
-            As the tensor is shaped; its first dimension may hold several entries of each sample.
+            Shaped as the tensor; its first dimension may hold several entries of each sample.
         batch: int
             The number of samples.
 
@@ -78,7 +82,7 @@ class State:
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    '''float64 where the device has it.'''
+    '''The type that sums are taken in: float64 where the device has it, else float32.'''
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
@@ -90,24 +94,39 @@ def keeps_elements(name: str) -> bool:
     return is_pointwise or 'batch_norm' in name or name == 'view'
 
 
-def find_states(graph: ChannelGraph, values: Callable[[Flow, ChannelGroup], Iterable[int]] | None = None
-                ) -> tuple[list[State], dict[str, str]]:
-    '''All states of all groups, or the tensors that hold other ``values``; and, for groups without any, why.'''
+Values = Callable[['Flow', ChannelGroup], Iterable[int]]
+
+
+def find_sites(graph: ChannelGraph, values: Values | None = None) -> tuple[list[ActivationSite], dict[str, str]]:
+    '''Find the activation sites of all groups.
+
+    Parameters
+    ----------
+    graph: ChannelGraph
+        The groups.
+    values: callable, optional
+        From a :class:`Flow` and a group to the numbers of the values to read; :meth:`Flow.complete` by default.
+
+    Returns
+    -------
+    tuple of (list of ActivationSite, dict of str to str)
+        The sites; and, for each group without any, the reason.
+    '''
     flow = Flow(graph)
-    states: list[State] = []
+    sites: list[ActivationSite] = []
     missing: dict[str, str] = {}
     for group in graph.groups:
-        found = [state for value in (values or Flow.complete)(flow, group) for state in flow.state(group, value)]
+        found = [site for value in (values or Flow.complete)(flow, group) for site in flow.sites(group, value)]
         if not found:
             missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns'
-        unique = {(state.place.side, state.place.module, state.place.call, state.place.position,
-                   state.place.site): state for state in found}
-        states += unique.values()
-    return states, missing
+        unique = {(site.place.side, site.place.module, site.place.call, site.place.position, site.place.site): site
+                  for site in found}
+        sites += unique.values()
+    return sites, missing
 
 
 class Flow:
-    '''Which operation writes and reads which value, in evaluation mode.'''
+    '''The operations that write and read each value in evaluation mode, and the channels that the value carries.'''
 
     def __init__(self, graph: ChannelGraph):
         self.graph = graph
@@ -146,7 +165,7 @@ class Flow:
                     self._renewing[number].append(operation)
 
     def _numbers(self, arrays: list[Labels]) -> list[int]:
-        '''The groups that label arrays hold channels of.'''
+        '''The numbers of the groups whose channels are in label arrays.'''
         return sorted({number for labels in arrays for number in np.unique(self.owner[labels]).tolist() if number >= 0})
 
     def carries(self, value: int, group: ChannelGroup) -> Field | None:
@@ -164,7 +183,7 @@ class Flow:
                 yield value
 
     def settled(self, group: ChannelGroup) -> Iterator[int]:
-        '''The same, each after the norms and activations that alone read it.'''
+        '''The complete values, each behind the norms and activations that are its only readers.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         for value in self.complete(group):
             last = value
@@ -178,11 +197,11 @@ class Flow:
             yield last
 
     def produced(self, group: ChannelGroup) -> Iterator[int]:
-        '''The values that weights bring forth.'''
+        '''The values that layers with weights produce.'''
         return self._written(group, self._producing[self.number[group.name]])
 
     def consumed(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
-        '''The values that weights read, and where.'''
+        '''The values that layers with weights read, each with the operation that reads it.'''
         for operation in self.operations:
             if self.number[group.name] in self._numbers(operation.consumers):
                 for value, active in zip(operation.reads, operation.active):
@@ -196,13 +215,13 @@ class Flow:
                     yield value
 
     def _before_moves(self, value: int) -> int:
-        '''Back to where a value, then of another shape, enters or leaves a module or function.'''
+        '''The value before views and permutations, where it enters or leaves a module or function.'''
         while value not in self.places and value in self.writer and self.writer[value].name in MOVES:
             value = self.writer[value].reads[0]
         return value
 
     def is_complete(self, value: int, group: ChannelGroup) -> bool:
-        '''Whether anything reads the value, perhaps after norms and activations, but to turn it into another state.'''
+        '''Whether anything but a coupling operation reads the value, perhaps behind norms and activations.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         front, seen = [value], {value}
         while front:
@@ -217,8 +236,8 @@ class Flow:
                 seen.update(onward)
         return False
 
-    def state(self, group: ChannelGroup, value: int) -> Iterator[State]:
-        '''The state at a value: where it, or the only thing computed from it, enters or leaves a module or function.'''
+    def sites(self, group: ChannelGroup, value: int) -> Iterator[ActivationSite]:
+        '''The site of a value: where it, or what alone is computed from it, enters or leaves a module or function.'''
         while True:
             field = self.carries(value, group)
             if field is None:
@@ -226,16 +245,16 @@ class Flow:
             places = sorted(self.places.get(value, ()),
                             key=lambda place: ('output', 'input', 'function').index(place.side))
             if places and 0 not in field.dims:
-                yield self._state(group, value, field, places[0])
+                yield self._site(group, value, field, places[0])
                 return
             readers = self.readers[value]
             if len(readers) != 1 or readers[0].contracted or sum(readers[0].active) != 1 or not readers[0].writes:
                 return
             value = readers[0].writes[0]
 
-    def _state(self, group: ChannelGroup, value: int, field: Field, place: Place) -> State:
+    def _site(self, group: ChannelGroup, value: int, field: Field, place: Place) -> ActivationSite:
         position = np.full(len(self.graph._solution.group) + 1, group.size)
         position[group.channels] = np.arange(group.size)
         labels = np.squeeze(field.labels, tuple(dim for dim in range(field.labels.ndim) if dim not in field.dims))
         positions = torch.from_numpy(position[self.graph._solution.channel[labels]])
-        return State(group.name, value, place, field.dims, positions, group.size)
+        return ActivationSite(group.name, value, place, field.dims, positions, group.size)
