@@ -7,7 +7,7 @@ from .looking._heatmap import channel_heatmap, heatmap, heatmap_image
 from .looking._receptive import receptive_field
 from .looking._report import report
 from .pipeline import _presets as presets
-from .pipeline._choose import Choice, choose
+from .pipeline._choose import Choice
 from .pipeline._finetune import finetune
 from .pipeline._pruner import Pruner, prune
 from .pipeline._result import Result, Step
@@ -29,6 +29,6 @@ __version__ = '0.1.0'
 __all__ = ['Agreement', 'Budget', 'ChannelGraph', 'ChannelGroup', 'Choice', 'Collector', 'Cost', 'Exemplars',
            'GraphCanonizer', 'LatencyTable', 'Member', 'Plan', 'PruneError', 'PruneWarning', 'Pruner', 'Relevance',
            'Reliability', 'Result', 'Risk', 'Step', 'Sweep', 'VerificationError', 'agreement', 'channel_heatmap',
-           'choose', 'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
+           'class_losses', 'cost', 'finetune', 'heatmap', 'heatmap_image', 'latency', 'load', 'presets',
            'prune', 'receptive_field', 'register_operation', 'repair', 'report', 'risky', 'save', 'sweep', 'trace',
            'verify']

@@ -19,7 +19,7 @@ from zennit_prune.planning._cost import CostModel
 
 OPTIONS = st.fixed_dictionaries({
     'min_channels': st.integers(1, 4),
-    'floor': st.sampled_from([0.0, 0.1, 0.34, 0.5]),
+    'min_share': st.sampled_from([0.0, 0.1, 0.34, 0.5]),
     'round_to': st.sampled_from([None, 1, 2, 3, 4]),
     'per_cost': st.booleans(),
 })
@@ -47,7 +47,7 @@ def skewed(pruner: zp.Pruner, seed: int) -> zp.Relevance:
 
 def ladder(group: zp.ChannelGroup, blocks: int, options: dict[str, Any]) -> list[int]:
     '''How many channels may be left of a group, descending; equally many of each block.'''
-    least = max(options['min_channels'], math.ceil(options['floor'] * group.size - 1e-9))
+    least = max(options['min_channels'], math.ceil(options['min_share'] * group.size - 1e-9))
     step = options['round_to'] or 1
     return [group.size, *(left for left in range(group.size - 1, 0, -1)
                           if left >= least and left % step == 0 and left % blocks == 0)]
@@ -115,7 +115,7 @@ def test_what_was_removed_first_is_put_back_too() -> None:
     pruner, costs = traced('fat')
     scores = zp.Relevance({'0': torch.arange(1, 41).double(), '2': torch.arange(1, 61) / 1e6})
     for share in np.linspace(0.1, 0.5, 25).tolist():
-        plan = pruner.plan(scores, zp.Budget(params=share), floor=0.05, per_cost=False)
+        plan = pruner.plan(scores, zp.Budget(params=share), min_share=0.05, per_cost=False)
         removed = np.array([len(plan.removed.get(group.name, ())) for group in pruner.graph.groups])
         whole = costs('params', 0 * removed)
         assert removed[0]

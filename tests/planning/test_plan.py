@@ -200,10 +200,10 @@ def test_limits_are_kept(net: str) -> None:
     budget = zp.Budget(flops=0.8)
     for options in (
         {'min_channels': 3},
-        {'floor': 0.5},
+        {'min_share': 0.5},
         {'round_to': 2},
         {'round_to': 3, 'min_channels': 2},
-        {'floor': 0.34, 'round_to': 2},
+        {'min_share': 0.34, 'round_to': 2},
         {'per_cost': False},
     ):
         plan = pruner.plan(relevance, budget, **options)
@@ -211,7 +211,7 @@ def test_limits_are_kept(net: str) -> None:
             gone = len(plan.removed.get(group.name, ()))
             left = group.size - gone
             assert left >= min(options.get('min_channels', 1), group.size)
-            assert left >= math.ceil(options.get('floor', 0) * group.size - 1e-9)
+            assert left >= math.ceil(options.get('min_share', 0) * group.size - 1e-9)
             assert not gone or left % options.get('round_to', 1) == 0
         assert zp.cost(plan.apply(model, verify=False), x).flops <= 0.8 * zp.cost(model, x).flops
 
@@ -222,9 +222,9 @@ def test_limits_are_kept(net: str) -> None:
         ({'min_channels': 0}, 'min_channels=0'),
         ({'min_channels': True}, 'min_channels=True'),
         ({'min_channels': 1.5}, 'min_channels=1.5'),
-        ({'floor': -0.1}, 'floor=-0.1'),
-        ({'floor': 1.1}, 'floor=1.1'),
-        ({'floor': float('nan')}, 'floor=nan'),
+        ({'min_share': -0.1}, 'min_share=-0.1'),
+        ({'min_share': 1.1}, 'min_share=1.1'),
+        ({'min_share': float('nan')}, 'min_share=nan'),
         ({'round_to': 0}, 'round_to=0'),
         ({'round_to': 1.5}, 'round_to=1.5'),
     ],
@@ -246,7 +246,7 @@ def test_lowest_scores_go_first() -> None:
 def test_budget_out_of_reach_names_the_nearest() -> None:
     pruner = zp.Pruner(chain(), None, images())
     relevance = scores(pruner.graph)
-    for options in ({}, {'min_channels': 4}, {'floor': 0.7}):
+    for options in ({}, {'min_channels': 4}, {'min_share': 0.7}):
         with pytest.raises(zp.PruneError, match='out of reach') as error:
             pruner.plan(relevance, zp.Budget(params=0.001), **options)
         nearest = int(str(error.value).split('original (')[1].split(' of ')[0].replace(',', ''))

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import PruneError
 from ..looking._heatmap import heatmap, heatmap_image
 from ..looking._report import report
-from ..pipeline._iterate import costs_left
+from ..pipeline._step import costs_left
 from ..planning._cost import Budget
 from ..planning._plan import Plan
 from ..planning._storage import save
@@ -127,7 +127,7 @@ def execute(job: Job, cut: bool) -> Outcome:
              'removed': {name: list(positions) for name, positions in plan.removed.items()},
              'accuracy': {name: score.accuracy for name, score in scores.items()},
              'same_prediction': {name: score.same(scores['before']) for name, score in scores.items()},
-             'stability': relevance.reliability().network if relevance.has_halves else None,
+             'reliability': relevance.reliability().network if relevance.has_halves else None,
              'files': files, 'seconds': round(time.perf_counter() - began, 3)}
     return Outcome(facts, '\n\n'.join([*[str(plan)] * (not cut), _summary(job, plan, scores),
                                        '\n'.join(f'wrote {name}' for name in files)]))
@@ -175,7 +175,8 @@ def _planned(job: Job, relevance: Relevance, budget: Budget | None) -> Plan:
 
 def _repaired(job: Job, small: nn.Module, plan: Plan, references: References) -> nn.Module:
     job.say(f'repairing: {job.options.repair}')
-    return repair(small, job.network, plan, references.inputs(job.device), job.options.repair, job.options.progress)
+    return repair(small=small, model=job.network, plan=plan, data=references.inputs(job.device),
+                  method=job.options.repair, progress=job.options.progress)
 
 
 def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:

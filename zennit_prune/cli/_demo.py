@@ -133,7 +133,7 @@ def run(folder: Path, epochs: int = EPOCHS) -> Plan:
         raise PruneError('the saved network does not compute what was saved.')
     print(f'Removed, verified and saved: an ordinary {type(small).__name__}, so it can be trained on.\n')
 
-    repaired = repair(small, network, plan, data[chosen])
+    repaired = repair(small=small, model=network, plan=plan, data=data[chosen])
     trained = train(copy.deepcopy(small), data, truth, FURTHER)
     print(_summary(folder, test_data, test_truth, network, {
         '': small, '... repaired without labels': repaired, f'... or trained on for {FURTHER} epochs': trained}))

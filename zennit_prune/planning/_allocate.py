@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
-from ._cost import Budget, CostModel, written
+from ..graph._groups import ChannelGroup
+from ._cost import Budget, CostModel, cost_model, written
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 
 
-def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int = 1,
-             floor: float = 0.0, round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
+def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budget, min_channels: int | None = None,
+             min_share: float = 0.0, round_to: int | None = None, per_cost: bool = True) -> dict[str, list[int]]:
     '''Remove the channels of lowest score, or of lowest score per cost saved, until the budget holds.
 
     The cost left is within the budget, and no channel that is removed (with ``round_to``, no such step) fits in any
@@ -32,9 +33,9 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         A score for each channel of each group; higher is kept. Groups without scores are kept whole.
     budget: Budget
         How much is to be left.
-    min_channels: int
-        At least so many channels of each group are kept.
-    floor: float
+    min_channels: int, optional
+        The least number of channels of each group that are kept; 1 by default.
+    min_share: float
         At least this share of each group is kept.
     round_to: int, optional
         Groups that lose channels keep a multiple of this many.
@@ -51,7 +52,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     PruneError
         If the budget is out of reach, with the nearest that is; if it asks for no removal; for arguments out of range.
     '''
-    _check(min_channels, floor, round_to)
+    check_reachable(graph, budget, min_channels, min_share, round_to, costs, scores)
     layers = np.array([max(len(group.layers('producer')), 1) for group in graph.groups])
     savings = costs.savings(budget.unit)
     divisors = savings / layers  # a score is a mean over a stream's layers, and so is its divisor
@@ -65,8 +66,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
         score = np.asarray(scores[group.name], float)
         orders[number] = group.in_turn(score)
         ascending = score[orders[number]] / (divisors[number] if per_cost else 1.0)
-        least = max(min_channels, math.ceil(floor * group.size - 1e-9))
-        sizes = np.array(_steps(group.size, least, round_to, group.step), int)
+        sizes = np.array(_steps(group, min_channels, min_share, round_to), int)
         starts = np.cumsum(sizes) - sizes
         means = np.add.reduceat(ascending[:sizes.sum()], starts) / sizes if len(sizes) else np.zeros(0)
         priorities += np.maximum.accumulate(means).tolist()
@@ -78,17 +78,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     def removed(count: int) -> npt.NDArray[np.float64]:
         return np.bincount(owner[:count], weights=step[:count], minlength=len(graph.groups)).astype(float)
 
-    whole = costs(budget.unit, removed(0))
-    limit = budget.limit(whole) * (1 + 1e-12)
-    if whole <= limit:
-        raise PruneError(f'{budget!r} leaves the network as it is: it has {written(budget.unit, whole)}. Ask for less.')
-    least_cost = costs(budget.unit, removed(len(owner)))
-    if least_cost > limit:
-        share, amount = math.ceil(least_cost / whole * 1e4) / 1e4, written(budget.unit, least_cost).split()[0]
-        raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels}, floor={floor} and '
-                         f'round_to={round_to} the nearest is {share:.4f} of the original ({amount} of '
-                         f'{written(budget.unit, whole)}). Allow more, lower these limits, or see graph.locked for '
-                         'what must stay.')
+    limit = _limit(costs, budget)
     low, high = 0, len(owner)
     while high - low > 1:
         middle = (low + high) // 2
@@ -145,17 +135,68 @@ def _closer(costs: CostModel, unit: str, limit: float, counts: npt.NDArray[np.fl
     return counts, [*taken, too_much[last]]
 
 
-def _steps(size: int, least: int, round_to: int | None, together: int = 1) -> list[int]:
-    '''How a group shrinks: ``together`` channels at a time, one of each block, or also to multiples of ``round_to``.'''
-    round_to = math.lcm(round_to or 1, together)
-    least, below = max(least, round_to), (size - 1) // round_to * round_to
-    return [size - below, *[round_to] * ((below - least) // round_to)] if below >= least else []
+def check_reachable(graph: ChannelGraph, budget: Budget, min_channels: int | None = None, min_share: float = 0.0,
+                    round_to: int | None = None, costs: CostModel | None = None,
+                    names: Container[str] | None = None) -> None:
+    '''Refuse a budget that no plan can hold, or that the network holds as it is; no scores and no data are needed.
+
+    Parameters
+    ----------
+    graph: ChannelGraph
+        The traced network.
+    budget: Budget
+        How much is to be left. A latency budget is checked only where ``costs`` knows latencies.
+    min_channels, min_share, round_to:
+        The limits for each group; see :func:`allocate`.
+    costs: CostModel, optional
+        The cost of pruned versions; the graph's own unless given.
+    names: container of str, optional
+        The groups that may lose channels, those that have scores; all of them by default.
+
+    Raises
+    ------
+    PruneError
+        If the budget is out of reach, with the nearest one that is not; if it asks for no removal; for limits out of
+        range.
+    '''
+    _check(min_channels, min_share, round_to)
+    if costs is None and budget.unit == 'latency':
+        return
+    costs = cost_model(graph) if costs is None else costs
+    unit, limit = budget.unit, _limit(costs, budget)
+    whole = costs(unit, np.zeros(len(graph.groups)))
+    if whole <= limit:
+        raise PruneError(f'{budget!r} leaves the network as it is: it has {written(unit, whole)}. Ask for less.')
+    savings = costs.savings(unit)
+    nearest = costs(unit, np.array([
+        sum(_steps(group, min_channels, min_share, round_to)) * (names is None or group.name in names) * (saving > 0)
+        for group, saving in zip(graph.groups, savings)], float))
+    if nearest > limit:
+        share, amount = math.ceil(nearest / whole * 1e4) / 1e4, written(unit, nearest).split()[0]
+        raise PruneError(f'{budget!r} is out of reach: with min_channels={min_channels or 1}, min_share={min_share} '
+                         f'and round_to={round_to} the nearest is {share:.4f} of the original ({amount} of '
+                         f'{written(unit, whole)}). Allow more, lower these limits, or see graph.locked for what must '
+                         'stay.')
 
 
-def _check(min_channels: int, floor: float, round_to: int | None) -> None:
-    if not isinstance(min_channels, int) or isinstance(min_channels, bool) or min_channels < 1:
+def _limit(costs: CostModel, budget: Budget) -> float:
+    '''The cost that may be left, with a margin for rounding errors.'''
+    return budget.limit(costs(budget.unit, np.zeros(len(costs.sizes)))) * (1 + 1e-12)
+
+
+def _steps(group: ChannelGroup, min_channels: int | None, min_share: float, round_to: int | None) -> list[int]:
+    '''How many channels a group loses step by step: one of each block, or also to multiples of ``round_to``.'''
+    round_to = math.lcm(round_to or 1, group.step)
+    least = max(min_channels or 1, math.ceil(min_share * group.size - 1e-9), round_to)
+    below = (group.size - 1) // round_to * round_to
+    return [group.size - below, *[round_to] * ((below - least) // round_to)] if below >= least else []
+
+
+def _check(min_channels: int | None, min_share: float, round_to: int | None) -> None:
+    if min_channels is not None and (not isinstance(min_channels, int) or isinstance(min_channels, bool)
+                                     or min_channels < 1):
         raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on.')
-    if not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
-        raise PruneError(f'floor={floor!r}: the share of each group that is kept is a number from 0 to 1.')
+    if not isinstance(min_share, (int, float)) or not 0 <= min_share <= 1:
+        raise PruneError(f'min_share={min_share!r}: the share of each group that is kept is a number from 0 to 1.')
     if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise PruneError(f'round_to={round_to!r}: give None or a whole number from 1 on.')

@@ -243,3 +243,11 @@ class CostModel:
         nothing = np.zeros(len(self.sizes))
         whole = self(unit, nothing)
         return np.array([whole - self(unit, row) for row in np.eye(len(self.sizes))])
+
+
+def cost_model(graph: ChannelGraph) -> CostModel:
+    '''The cost model of a graph, which is made once and kept with the graph.'''
+    if '_costs' not in vars(graph):
+        vars(graph)['_costs'] = CostModel(graph)
+    costs: CostModel = vars(graph)['_costs']
+    return costs
