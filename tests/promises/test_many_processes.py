@@ -121,7 +121,7 @@ def iterated(rank: int, folder: Path) -> zp.Relevance:
     evaluate = (lambda network: 0.9 - rank / 2)  # noqa: E731
     for callback in (stop, None):
         try:
-            result = pruner().iterate(uneven(rank), HALF, 0.2, repair='batchnorm', callback=callback, floor=0.5,
+            result = pruner().iterate(uneven(rank), HALF, 0.2, repair='batchnorm', callback=callback, min_score=0.5,
                                       evaluate=evaluate, checkpoint=folder / 'run', progress=False)  # fmt: skip
         except OSError:
             distributed.barrier()
@@ -179,7 +179,7 @@ def launch(folder: Path, steps: list[str]) -> list[subprocess.CompletedProcess[s
     '''Two processes that do these steps, waited for at most a minute.'''
     environment = {**os.environ, 'MEETING': steps[0].replace(' ', '-'), 'PYTHONPATH': os.pathsep.join(sys.path)}
     code = (
-        'import sys; from pathlib import Path; import test_distributed as t; '
+        'import sys; from pathlib import Path; from promises import test_many_processes as t; '
         't.main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])'
     )
     processes = [

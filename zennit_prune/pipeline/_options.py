@@ -35,15 +35,16 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
     def decorate(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
         called = function.__qualname__.removesuffix('.__init__')
         parameters = inspect.signature(function).parameters.values()
-        own = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         optional = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
         options = tuple(dict.fromkeys([*optional, *(name for other in passed_on for name in options_of(other))]))
+        names = [name for name in dict.fromkeys([*own, *options]) if name != 'self']
         for name in optional:
             OWNERS.setdefault(name, called)
 
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-            check_names(called, kwargs, options, own)
+            check_names(called, kwargs, names)
             preset: Mapping[str, Any] = getattr(args[0], '_defaults', {}) if own[0] == 'self' else {}
             given = {*own[:len(args)], *kwargs}
             kwargs.update({name: value for name, value in preset.items() if name in options and name not in given})
@@ -63,14 +64,14 @@ def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty)
 
 
-def check_names(called: str, names: Iterable[str], options: Iterable[str], others: Iterable[str] = ()) -> None:
-    '''Refuse names that are not among the options of what was called, nor among its ``other`` parameters.'''
-    options = list(options)
+def check_names(called: str, names: Iterable[str], known: Iterable[str]) -> None:
+    '''Refuse names that are not among the known options of what was called.'''
+    known = list(known)
     for name in names:
-        if name not in options and name not in others:
+        if name not in known:
             owner = OWNERS.get(name)
             hint = f' {name!r} is an option of {owner}.' if owner else ''
-            raise PruneError(f'{unknown(f"{called}: option", name, options)}{hint}')
+            raise PruneError(f'{unknown(f"{called}: option", name, known)}{hint}')
 
 
 def check_budget(budget: object) -> None:

@@ -176,7 +176,7 @@ class Pruner:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
         >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
         >>> pruner.preflight(torch.ones(2, 3, 8, 8)).problems
-        []
+        ()
         '''
         return preflight(self.model, self.composite, self.graph._recording, x, target, initial)
 
