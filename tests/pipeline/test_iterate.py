@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import zennit_prune as zp
 from zennit_prune.cli._demo import DigitNet
 from zennit_prune.pipeline import _step as steps
+from zennit_prune.pipeline._checkpoint import FORMAT
 from zennit_prune.repairs import _references as references
 from zennit_prune.repairs._references import References
+from zennit_prune.util._files import read_tensors, write_tensors
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     'chain': chain,
@@ -454,6 +456,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(zp.PruneError, match='is a file: name a folder'):
         run(tmp_path / 'file')
     assert (tmp_path / 'file').read_text() == 'something'
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_a_checkpoint_with_the_names_of_before_is_resumed(number: int, tmp_path: Path) -> None:
+    def stop_early(step: zp.Step) -> None:
+        if step.number == number:
+            raise Stopped
+
+    folder = tmp_path / 'run'
+    with pytest.raises(Stopped):
+        run(folder, min_score=0.0, callback=stop_early)
+    tensors, metadata = read_tensors(folder / 'state.safetensors', FORMAT)
+    settings, history = json.loads(metadata['settings']), json.loads(metadata['history'])
+    settings['floor'] = settings.pop('min_score')
+    for step in history:
+        step['stability'] = step.pop('reliability')
+    metadata.update(settings=json.dumps(settings), history=json.dumps(history))
+    write_tensors(folder / 'state.safetensors', tensors, metadata, FORMAT)
+    with pytest.raises(zp.PruneError, match='checkpoint of another run: its min_score was 0.0, and is 0.1 here'):
+        run(folder, min_score=0.1)
+    assert alike(run(folder, min_score=0.0), run(min_score=0.0)) and not folder.exists()
 
 
 def test_a_folder_with_other_files_stays(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 NAMED = ('relevance', *MEASURES, *CRITERIA)  # criteria
 Arguments = ParamSpec('Arguments')
 Returned = TypeVar('Returned')
-OWNERS: dict[str, str] = {}  # the method that each option belongs to
+OWNERS: dict[str, list[str]] = {}  # by option, the functions and methods that have it
 
 
 def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Arguments, Returned]],
@@ -40,7 +40,7 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
         options = tuple(dict.fromkeys([*optional, *(name for other in passed_on for name in options_of(other))]))
         names = [name for name in dict.fromkeys([*own, *options]) if name != 'self']
         for name in optional:
-            OWNERS.setdefault(name, called)
+            OWNERS.setdefault(name, []).append(called)
 
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
@@ -69,8 +69,7 @@ def check_names(called: str, names: Iterable[str], known: Iterable[str]) -> None
     known = list(known)
     for name in names:
         if name not in known:
-            owner = OWNERS.get(name)
-            hint = f' {name!r} is an option of {owner}.' if owner else ''
+            hint = f' {name!r} is an option of {", ".join(OWNERS[name])}.' if name in OWNERS else ''
             raise PruneError(f'{unknown(f"{called}: option", name, known)}{hint}')
 
 
