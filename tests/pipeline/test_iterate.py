@@ -474,7 +474,7 @@ def test_a_checkpoint_with_the_names_of_before_is_resumed(number: int, tmp_path:
         step['stability'] = step.pop('reliability')
     metadata.update(settings=json.dumps(settings), history=json.dumps(history))
     write_tensors(folder / 'state.safetensors', tensors, metadata, FORMAT)
-    with pytest.raises(zp.PruneError, match='checkpoint of another run: its min_score was 0.0, and is 0.1 here'):
+    with pytest.raises(zp.PruneError, match=r'of another run: its min_score was 0\.0, and is 0\.1 here'):
         run(folder, min_score=0.1)
     assert alike(run(folder, min_score=0.0), run(min_score=0.0)) and not folder.exists()
 

@@ -68,7 +68,7 @@ def test_it_cannot_be_applied_by_half() -> None:
     assert not hasattr(zp.presets.paper, 'options') and not hasattr(zp.presets.paper, 'keys')
     with pytest.raises(TypeError):
         paper().iterate(LOADER, CHANNELS, **zp.presets.paper)  # type: ignore[arg-type]
-    with pytest.raises(zp.PruneError, match='a Zennit composite is needed, an instance.*a preset as zp.presets.paper'):
+    with pytest.raises(zp.PruneError, match=r'a Zennit composite is needed, an instance.*preset as zp\.presets\.paper'):
         zp.Pruner(network(), zp.presets, images(1))  # type: ignore[arg-type]
 
 
