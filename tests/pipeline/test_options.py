@@ -164,3 +164,15 @@ def test_progress_is_one_setting_that_methods_inherit(setting: bool, capfd: pyte
         call(progress=not setting)
         assert bool(capfd.readouterr().err) != setting
     assert one.on(one.model).progress == setting and one.on(one.model, not setting).progress != setting
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    one = zp.Pruner(seeded(Residual()), None, images(1), progress=False)
+    for call in (one.prune, one.iterate):
+        with pytest.warns(zp.PruneWarning, match='the references show 1 of the 4') as caught:
+            call((images(8), labels(8)), HALF)
+        assert caught[0].filename == __file__
+    values = iter([1.0, 0.0])
+    with pytest.warns(zp.PruneWarning, match='is not reached') as caught:
+        one.iterate((), HALF, 0.2, 'l1', 'none', evaluate=lambda network: next(values), min_score=0.5)
+    assert caught[0].filename == __file__

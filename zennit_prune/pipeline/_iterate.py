@@ -95,7 +95,7 @@ class Loop:
         if file is not None:
             options['checkpoint'] = file.collecting
         with seeded(self.recipe.seed + number, self.recipe.device):
-            done = self.recipe.step(references, budget, number, earlier, **options)
+            done = self.recipe.step(references, budget, number, earlier, 7, **options)
             network = self._tuned(done.plan, done.network)
             step = self._seen(number, done.plan, network, reliability_of(done.relevance), began)
         return State(done.plan, network, state.relevance or done.relevance, (*state.history, step))

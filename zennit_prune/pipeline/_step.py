@@ -95,7 +95,7 @@ class Recipe:
         return References(loader, kept, self.collecting.get('classes'), self.seed)
 
     def step(self, references: References, budget: Budget, number: int = 1, earlier: Pruned | None = None,
-             **collecting: Any) -> Pruned:
+             stacklevel: int = 5, **collecting: Any) -> Pruned:
         '''Collect, plan, apply and repair: prune the network, or what an earlier step left of it, to a budget.
 
         Parameters
@@ -108,6 +108,8 @@ class Recipe:
             Of the step; it says what its random numbers start from.
         earlier: Pruned, optional
             The result of the step before.
+        stacklevel: int
+            How far up the user's call is, for a warning.
         **collecting:
             Options of :meth:`Pruner.collect` for this step.
         '''
@@ -126,7 +128,7 @@ class Recipe:
         if self.repair != 'none':
             inputs = references.inputs(self.device)
             if earlier is None and self.repair == 'refit' and references.classes is None:
-                warn_of_missing_classes(self.pruner.model, inputs, stacklevel=5)
+                warn_of_missing_classes(self.pruner.model, inputs, stacklevel)
             small = repaired(small=small, model=self.pruner.model, plan=plan, data=inputs, method=self.repair,
                              progress=self.progress)
         return Pruned(plan, small, relevance)
