@@ -25,7 +25,6 @@ from .pipeline import Pruner as Pruner
 from .pipeline import Result as Result
 from .pipeline import Step as Step
 from .pipeline import Sweep as Sweep
-from .pipeline import choose as choose
 from .pipeline import finetune as finetune
 from .pipeline import presets as presets
 from .pipeline import prune as prune

@@ -10,6 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
+from zennit_prune.pipeline import Choice
+from zennit_prune.pipeline._choose import CANDIDATES
+from zennit_prune.pipeline._choose import choose as chosen
 from zennit_prune.repairs._trial import Divergence, divergence, outputs
 
 QUIET: Any = {'progress': False}
@@ -22,6 +25,14 @@ def data(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pruner() -> zp.Pruner:
     return zp.Pruner(seeded(Residual()), None, images())
+
+
+def choose(one: zp.Pruner, loader: Any, criteria: Any = CANDIDATES, method: str = 'refit', seed: int = 0) -> Choice:
+    '''As ``criterion='auto'`` does, with other candidates.'''
+    def planned(references: Any, criterion: Any) -> zp.Plan:
+        return one.plan(one.collect(references, criterion, seed=seed, **QUIET), HALF)
+
+    return chosen(one.model, loader, planned, method, seed, False, criteria)
 
 
 def upside_down(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
@@ -38,7 +49,7 @@ def broken(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevanc
 def test_the_better_criterion_is_chosen(criteria: Any) -> None:
     one = pruner()
     before = snapshot(one.model)
-    choice = zp.choose(one, data(), HALF, criteria, 'none', **QUIET)
+    choice = choose(one, data(), criteria, 'none')
     assert choice.criterion == 'relevance' and same(before, snapshot(one.model))
     assert choice.divergences['relevance'].error < min(  # type: ignore[union-attr]
         found.error for name, found in choice.divergences.items() if name != 'relevance')  # type: ignore[union-attr]
@@ -52,26 +63,34 @@ def test_what_is_judged_was_held_out() -> None:
         seen.append(sum(len(inputs) for inputs, _ in loader))
         return zp.Relevance({group.name: torch.arange(group.size) for group in graph.groups})
 
-    choice = zp.choose(pruner(), data(40), HALF, [counting], **QUIET)
+    choice = choose(pruner(), data(40), [counting])
     assert seen == [30] and choice.criterion is counting
 
 
 def test_one_that_fails_is_named_and_the_others_go_on() -> None:
-    choice = zp.choose(pruner(), data(), HALF, [broken, 'l1'], 'none', **QUIET)
+    choice = choose(pruner(), data(), [broken, 'l1'], 'none')
     assert choice.criterion == 'l1' and 'it says nothing here' in str(choice)
     with pytest.raises(zp.PruneError, match=r'no criterion works: .*it says nothing here'):
-        zp.choose(pruner(), data(), HALF, [broken], **QUIET)
+        choose(pruner(), data(), [broken])
 
 
 @pytest.mark.parametrize('loader', [data(), iter([data(20), data(20)]),
                                     [(images(20), [0, 1, 2, 3] * 5), (images(20, seed=1), [0, 1, 2, 3] * 5)]])
 def test_auto_prunes_by_the_choice(loader: Any) -> None:
     one = pruner()
-    choice = zp.choose(one, list(loader) if not isinstance(loader, tuple) else loader, HALF, method='none', **QUIET) \
-        if not hasattr(loader, '__next__') else None
+    expected = None if hasattr(loader, '__next__') else choose(one, loader, method='none')
     result = one.prune(loader, HALF, 'auto', 'none', **QUIET)
-    if choice is not None:
-        assert result.relevance.info['criterion'] == choice.criterion
+    assert result.choice is not None and result.relevance.info['criterion'] == result.choice.criterion
+    assert list(result.choice.divergences) == list(CANDIDATES) and 'chosen' in str(result.choice)
+    assert expected is None or expected == result.choice
+    named = pruner().prune(data(), HALF, 'l1', 'none', **QUIET)
+    assert named.choice is None
+
+
+def test_candidates_that_lack_what_was_asked_for_are_not_chosen() -> None:
+    result = pruner().prune(data(), HALF, 'auto', 'none', exemplars=2, **QUIET)
+    assert result.choice is not None and 'has no exemplars' in str(result.choice.divergences['l1'])
+    assert result.relevance.exemplars is not None
 
 
 def test_auto_in_one_call_and_in_steps() -> None:
@@ -79,18 +98,17 @@ def test_auto_in_one_call_and_in_steps() -> None:
     small = zp.prune(model, None, data(), HALF, criterion='auto', repair='none', progress=False)
     assert zp.cost(small, images()).flops <= 0.5 * zp.cost(model, images()).flops
     result = pruner().iterate(data(), HALF, 0.25, 'auto', 'none', **QUIET)
-    assert len(result.history) == 3
+    assert len(result.history) == 3 and result.choice is not None
+    assert result.choice.criterion == result.relevance.info['criterion']
 
 
 def test_what_cannot_be_chosen() -> None:
     with pytest.raises(zp.PruneError, match="criterion='auto' depends on the budget"):
         pruner().collect(data(), 'auto', **QUIET)
     with pytest.raises(zp.PruneError, match=r'there are 7 references.*takes 8 at least'):
-        zp.choose(pruner(), data(7), HALF, **QUIET)
-    with pytest.raises(zp.PruneError, match="criteria='l1': give a list"):
-        zp.choose(pruner(), data(), HALF, 'l1', **QUIET)  # type: ignore[arg-type]
-    with pytest.raises(zp.PruneError, match="method='lsq' is unknown"):
-        zp.choose(pruner(), data(), HALF, method='lsq', **QUIET)
+        pruner().prune(data(7), HALF, 'auto', **QUIET)
+    with pytest.raises(zp.PruneError, match="repair='lsq' is unknown"):
+        pruner().prune(data(), HALF, 'auto', 'lsq', **QUIET)
 
 
 def test_a_loader_that_shuffles_is_read_alike() -> None:
@@ -98,10 +116,10 @@ def test_a_loader_that_shuffles_is_read_alike() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        seen.append(zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', **QUIET).divergences)
+        seen.append(choose(one, loader, ('relevance', 'l1'), 'none').divergences)
         assert torch.equal(before, torch.get_rng_state())
     assert seen[0] == seen[1]
-    assert seen[0] != zp.choose(one, loader, HALF, ('relevance', 'l1'), 'none', seed=1, **QUIET).divergences
+    assert seen[0] != choose(one, loader, ('relevance', 'l1'), 'none', seed=1).divergences
 
 
 def test_divergence_in_closed_form() -> None:

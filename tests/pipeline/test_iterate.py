@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
 from zennit_prune.cli._demo import DigitNet
-from zennit_prune.pipeline import _iterate as iterate
+from zennit_prune.pipeline import _step as steps
+from zennit_prune.pipeline._checkpoint import FORMAT
 from zennit_prune.repairs import _references as references
 from zennit_prune.repairs._references import References
+from zennit_prune.util._files import read_tensors, write_tensors
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     'chain': chain,
@@ -168,7 +170,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((model, plan, torch.cat([inputs for inputs, _ in data]), method, progress))
         return zp.repair(model, small, plan, data, 'none')
 
-    monkeypatch.setattr(iterate, 'repaired', repair)
+    monkeypatch.setattr(steps, 'repaired', repair)
     return calls
 
 
@@ -263,24 +265,24 @@ def test_the_network_survives(repair: str, tmp_path: Path) -> None:
 
 
 # --- when it ends
-def test_it_stops_before_the_floor() -> None:
+def test_it_stops_before_the_least_score() -> None:
     values = iter([0.9, 0.89, 0.88, 0.7, 0.95])
     with pytest.warns(zp.PruneWarning, match=r'not reached: step 3 would leave \d\d\.\d% of the flops and fall to 0.7'):
         result = pruner().iterate(data(), zp.Budget(flops=0.3), 0.1, repair='none',
-                                  evaluate=lambda network: next(values), floor=0.8, **QUIET)  # fmt: skip
+                                  evaluate=lambda network: next(values), min_score=0.8, **QUIET)  # fmt: skip
     assert [step.evaluation for step in result.history] == [0.9, 0.89, 0.88]
-    assert 'below floor=0.8' in result.stopped and result.stopped in str(result)
+    assert 'below min_score=0.8' in result.stopped and result.stopped in str(result)
     assert equal(result.plan.apply(chain()), result.model)
     left = zp.cost(result.model, images(1)).flops / zp.cost(chain(), images(1)).flops
     assert left == pytest.approx(result.history[-1].left['flops'])
 
 
 @pytest.mark.parametrize('bad', [0.1, float('nan')])
-def test_a_first_step_below_the_floor_leaves_the_original(bad: float) -> None:
+def test_a_first_step_below_the_least_score_leaves_the_original(bad: float) -> None:
     values = iter([0.9, bad])
     with pytest.warns(zp.PruneWarning, match='step 1 would'):
         result = pruner().iterate(data(), zp.Budget(flops=0.3), 0.1, repair='none',
-                                  evaluate=lambda network: next(values), floor=0.8, **QUIET)  # fmt: skip
+                                  evaluate=lambda network: next(values), min_score=0.8, **QUIET)  # fmt: skip
     assert not result.plan.removed and equal(result.model, chain()) and len(result.relevance)
 
 
@@ -292,8 +294,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     'step 2': ({'step': 2.0}, 'step=2.0: a step takes a share'),
     'step text': ({'step': 'all'}, "step='all': a step takes a share"),
     'repair': ({'repair': 'hope'}, "repair='hope' is unknown: use one of 'refit'"),
-    'floor': ({'floor': 0.9}, 'floor=0.9 needs evaluate='),
-    'floor too high': ({'floor': 0.9, 'evaluate': lambda network: 0.5}, 'the network itself is at 0.5'),
+    'min_score': ({'min_score': 0.9}, 'min_score=0.9 needs evaluate='),
+    'min_score too high': ({'min_score': 0.9, 'evaluate': lambda network: 0.5}, 'the network itself is at 0.5'),
     'evaluate': ({'evaluate': lambda network: None}, 'evaluate returned None: return a number'),
     'criterion': ({'criterion': 'luck'}, "criterion='luck' is unknown"),
     'folder': ({'checkpoint': '/nowhere/at/all'}, "no folder for '/nowhere/at/all'"),
@@ -328,16 +330,19 @@ def test_history_is_told_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     result = pruner().iterate(data(), zp.Budget(flops=0.5), 0.2, repair='none', callback=seen.append,
                               evaluate=lambda network: float(len(network)), **QUIET)  # fmt: skip
     assert tuple(seen) == result.history and [step.number for step in seen] == list(range(len(seen)))
-    assert seen[0].stability is None and all(-1 <= step.stability <= 1 for step in seen[1:])  # type: ignore[operator]
+    assert seen[0].reliability is None and all(-1 <= step.reliability <= 1 for step in seen[1:])  # type: ignore[operator]
     assert all(step.evaluation == 12 and step.seconds > 0 for step in seen)
     assert all(value == 1 for value in seen[0].left.values())
     result.save_history(tmp_path / 'history.json')
     saved = json.loads((tmp_path / 'history.json').read_text())
     assert tuple(zp.Step(**step) for step in saved['history']) == result.history and saved['stopped'] == result.stopped
     for one in (result, pruner().prune(data(), zp.Budget(flops=0.5), 'l1', 'none', **QUIET)):
-        one.plot(tmp_path / 'history.png')
+        figure = one.plot(tmp_path / 'history.png')
         Image.open(tmp_path / 'history.png').verify()
-        assert 'stability' in str(one) and 'steps: Budget(flops=0.5) is reached' in repr(one)
+        panels = [axes.get_legend().get_texts()[0].get_text() for axes in figure.axes]
+        assert panels == ['flops left', *['evaluation', 'reliability'] * (one is result)]
+        assert len(one.plot().axes) == len(panels)
+        assert 'reliability' in str(one) and 'steps: Budget(flops=0.5) is reached' in repr(one)
     with pytest.raises(zp.PruneError, match='no folder for'):
         result.plot(tmp_path / 'nowhere' / 'history.png')
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
@@ -370,7 +375,7 @@ def run(folder: Path | None = None, **options: Any) -> zp.Result:
 
 
 def alike(left: zp.Result, right: zp.Result) -> bool:
-    told = [[(step.number, step.left, step.evaluation, step.stability) for step in one.history]
+    told = [[(step.number, step.left, step.evaluation, step.reliability) for step in one.history]
             for one in (left, right)]  # fmt: skip
     return (equal(left.model, right.model) and left.plan.removed == right.plan.removed and told[0] == told[1]
             and all(torch.equal(left.relevance[name], right.relevance[name]) for name in right.relevance)
@@ -451,6 +456,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(zp.PruneError, match='is a file: name a folder'):
         run(tmp_path / 'file')
     assert (tmp_path / 'file').read_text() == 'something'
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_a_checkpoint_with_the_names_of_before_is_resumed(number: int, tmp_path: Path) -> None:
+    def stop_early(step: zp.Step) -> None:
+        if step.number == number:
+            raise Stopped
+
+    folder = tmp_path / 'run'
+    with pytest.raises(Stopped):
+        run(folder, min_score=0.0, callback=stop_early)
+    tensors, metadata = read_tensors(folder / 'state.safetensors', FORMAT)
+    settings, history = json.loads(metadata['settings']), json.loads(metadata['history'])
+    settings['floor'] = settings.pop('min_score')
+    for step in history:
+        step['stability'] = step.pop('reliability')
+    metadata.update(settings=json.dumps(settings), history=json.dumps(history))
+    write_tensors(folder / 'state.safetensors', tensors, metadata, FORMAT)
+    with pytest.raises(zp.PruneError, match=r'of another run: its min_score was 0\.0, and is 0\.1 here'):
+        run(folder, min_score=0.1)
+    assert alike(run(folder, min_score=0.0), run(min_score=0.0)) and not folder.exists()
 
 
 def test_a_folder_with_other_files_stays(tmp_path: Path) -> None:
@@ -549,7 +575,7 @@ def test_references_of_few_classes_are_warned_of(classes: int, warns: bool) -> N
 
 def test_what_the_repair_gets_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = spied(monkeypatch)
-    monkeypatch.setattr(iterate, 'KEPT', 5)
+    monkeypatch.setattr(steps, 'KEPT', 5)
     loader = DataLoader(TensorDataset(*data()), 4)
     pruner().prune(loader, zp.Budget(flops=0.5), **QUIET)
     assert len(calls[0][2]) == 5
@@ -576,12 +602,10 @@ def test_the_papers_rule_is_z_plus_without_biases() -> None:
 
 def test_presets_run() -> None:
     network, paper = NETWORKS['residual'](), zp.presets.paper
-    one = zp.Pruner(network, paper.composite(), images(1))
-    result = one.iterate(data(), zp.Budget(channels=0.8), **paper.options, **QUIET)
+    one = zp.Pruner(network, paper, images(1))
+    result = one.iterate(data(), zp.Budget(channels=0.8), **QUIET)
     assert result.relevance.info['aggregate'] == 'signed' and result.relevance.info['composite'] == 'LayerMapComposite'
     assert result.plan.removed and len(result.history) == 4 + 1
     assert equal(result.plan.apply(network), result.model)
-    best = zp.presets.recommended
-    small = zp.Pruner(network, best.composite(), images(1)).prune(
-        data(), zp.Budget(flops=0.6), **best.options, **QUIET)  # fmt: skip
+    small = zp.Pruner(network, zp.presets.recommended, images(1)).prune(data(), zp.Budget(flops=0.6), **QUIET)
     assert equal(small.model, zp.prune(network, None, data(), zp.Budget(flops=0.6), **QUIET))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
+from zennit_prune.pipeline import _sweep as sweeps
 from zennit_prune.pipeline._sweep import Row
 
 BUDGETS = [zp.Budget(flops=0.8), zp.Budget(flops=0.5)]
@@ -109,7 +110,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
         repaired = chain()
         return repaired
 
-    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', repair)
+    monkeypatch.setattr(sweeps, 'repaired', repair)
     found = run(pruner, criteria=['l1'], repairs=['none', 'refit'], seeds=[0])
     assert given == [('refit', True, True, True)] * 2
     assert [row.repair for row in found.rows] == ['none', 'refit'] * 2
@@ -117,7 +118,7 @@ def test_repairs_get_the_references(pruner: zp.Pruner, monkeypatch: pytest.Monke
 
 
 def test_evaluate_may_do_what_it_likes_to_its_network(pruner: zp.Pruner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zp.sweep.__globals__, 'repaired', lambda model, small, *_, **__: small)
+    monkeypatch.setattr(sweeps, 'repaired', lambda model, small, *_, **__: small)
     before = snapshot(pruner.model)
 
     def spoil(model: nn.Module) -> float:
@@ -228,8 +229,13 @@ def test_files_that_are_no_sweeps(pruner: zp.Pruner, text: str, tmp_path: Path) 
     ({'budgets': [zp.Budget(flops=0.5), zp.Budget(params=0.5)]}, 'one unit.*flops, params'),
     ({'budgets': [0.5]}, r'one unit.*0\.5'),
     ({'checkpoint': '/nowhere/sweep.json'}, 'there is no folder'),
-    ({'repairs': ['none', 'refitt']}, "repairs='refitt' is unknown: use one of 'refit'"),
-    ({'criteria': ['l1', 'luck']}, "criteria: 'luck' is unknown, use some of 'relevance'"),
+    ({'repairs': ['none', 'refitt']}, "repairs='refitt' is unknown: use one of 'refit'.*did you mean 'refit'"),
+    ({'criteria': ['l1', 'luck']}, "criterion='luck' is unknown: use one of 'relevance'"),
+    ({'collect': {'agregate': 'abs'}}, "sweep: collect: option='agregate' is unknown.*did you mean 'aggregate'"),
+    ({'collect': {'criterion': 'l1'}}, "sweep: collect: option='criterion' is unknown"),
+    ({'plan': {'rounds_to': 8}}, "sweep: plan: option='rounds_to' is unknown.*did you mean 'round_to'"),
+    ({'plan': {'aggregate': 'abs'}}, "'aggregate' is an option of Pruner.col"),
+    ({'budget': []}, "sweep: option='budget' is unknown: .*did you mean 'budgets'"),
 ])
 def test_calls_that_make_no_sense(pruner: zp.Pruner, changes: dict[str, Any], message: str) -> None:
     evaluate = Evaluate()
@@ -298,7 +304,8 @@ def test_saved_and_loaded(pruner: zp.Pruner, tmp_path: Path) -> None:
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip('matplotlib')
     for found in (made_up(), made_up(('none',))):
-        found.plot(tmp_path / 'sweep.png')
+        figure = found.plot(tmp_path / 'sweep.png')
+        assert [axes.get_ylabel() for axes in figure.axes] == ['accuracy'] and len(found.plot().axes) == 1
         image = Image.open(tmp_path / 'sweep.png').convert('RGB')
         colours = {colour for count, colour in image.getcolors(2 ** 20) if count > 50}
         assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours

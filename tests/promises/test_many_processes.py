@@ -121,7 +121,7 @@ def iterated(rank: int, folder: Path) -> zp.Relevance:
     evaluate = (lambda network: 0.9 - rank / 2)  # noqa: E731
     for callback in (stop, None):
         try:
-            result = pruner().iterate(uneven(rank), HALF, 0.2, repair='batchnorm', callback=callback, floor=0.5,
+            result = pruner().iterate(uneven(rank), HALF, 0.2, repair='batchnorm', callback=callback, min_score=0.5,
                                       evaluate=evaluate, checkpoint=folder / 'run', progress=False)  # fmt: skip
         except OSError:
             distributed.barrier()

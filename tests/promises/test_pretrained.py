@@ -91,10 +91,10 @@ def test_step_by_step_with_training_down_to_a_floor(loaders: ModuleType) -> None
                        progress=False) for tune in (None, learned)
     )  # fmt: skip
     assert accuracy(trained.model) == trained.history[-1].evaluation > max(0.6, plain.history[-1].evaluation - 0.02)
-    assert len(plain.history) == 5 and all(step.stability > 0.7 for step in plain.history[1:])
-    with pytest.warns(zp.PruneWarning, match='below floor=0.9'):
-        good = pruner.iterate((x, labels), zp.Budget(flops=0.3), 0.1, repair='batchnorm', evaluate=accuracy, floor=0.9,
-                              progress=False)
+    assert len(plain.history) == 5 and all(step.reliability > 0.7 for step in plain.history[1:])
+    with pytest.warns(zp.PruneWarning, match='below min_score=0.9'):
+        good = pruner.iterate((x, labels), zp.Budget(flops=0.3), 0.1, repair='batchnorm', evaluate=accuracy,
+                              min_score=0.9, progress=False)
     assert accuracy(good.model) == good.history[-1].evaluation >= 0.9
 
 

@@ -1,4 +1,4 @@
-'''The command line: ``zennit-prune``.'''
+'''The commands of ``zennit-prune``, their options and their help.'''
 from __future__ import annotations
 
 import contextlib
@@ -50,20 +50,20 @@ EXAMPLES = {
 
 
 class Terminated(BaseException):
-    '''The process was asked to end.'''
+    '''Raised when the process is asked to end.'''
 
 
 class Group(click.Group):
-    '''Remembers what was typed, for the report.'''
+    '''A group of commands that keeps the command line as it was typed, for the report.'''
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        '''As for any group.'''
+        '''Keep the arguments, then parse them as any group does.'''
         ctx.meta[ARGUMENTS] = shlex.join(['zennit-prune', *args])
         return super().parse_args(ctx, args)
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    '''Numbers with commas between.'''
+    '''Read numbers with commas between.'''
     try:
         return None if value is None else tuple(float(part) for part in value.split(','))
     except ValueError:
@@ -71,7 +71,7 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 def amount(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    '''A whole number, or a real one where there is a point.'''
+    '''Read a whole number, or a real one where there is a point.'''
     try:
         return None if value is None else int(value) if value.strip().isdigit() else float(value)
     except ValueError:
@@ -79,7 +79,7 @@ def amount(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 
 
 def source(ctx: click.Context, param: click.Parameter, value: str) -> Source:
-    '''``torchvision:NAME``, ``timm:NAME`` or ``FILE.py:FUNCTION``.'''
+    '''Read ``torchvision:NAME``, ``timm:NAME`` or ``FILE.py:FUNCTION``.'''
     try:
         return Source.parse(value)
     except PruneError as error:
@@ -89,12 +89,12 @@ def source(ctx: click.Context, param: click.Parameter, value: str) -> Source:
 FOLDER, FILE = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path, dir_okay=False)
 COUNT = click.IntRange(min=1)
 AMOUNTS = {
-    'flops': 'What is to be left: a share, as 0.5, or a number above 1. Exactly one budget is needed.',
-    'params': 'The same in parameters.',
-    'bytes': 'The same in bytes.',
-    'channels': 'The same in removable channels.',
-    'latency': 'The same in seconds for one image on this device.',
-    'latency_fraction': 'The same as a share of the time.',
+    'flops': 'The FLOPs that are to be left: a share, as 0.5, or a number above 1. Exactly one budget is needed.',
+    'params': 'Or the parameters that are to be left, as a share or a number.',
+    'bytes': 'Or the bytes that are to be left, as a share or a number.',
+    'channels': 'Or the removable channels that are to be left, as a share or a number.',
+    'latency': 'Or the seconds that one image may take on this device.',
+    'latency_fraction': 'Or the share of the time that is to be left.',
 }
 SHARED = [
     click.argument('model', callback=source),
@@ -105,8 +105,8 @@ SHARED = [
                  'trained with other classes than the public weights.'),
     click.option('--classes', default='auto', show_default=True, metavar='WAY|FILE', help='Which output belongs to '
                  "which sub-folder. sorted: in the order of names, as in training with torchvision's ImageFolder; "
-                 'auto: the same, if there are as many folders as outputs; numbers: names begin with the number of the '
-                 "output, from 0; names: they are those of torchvision's classes; none: labels are not used, the "
+                 'auto: as sorted, if there are as many folders as outputs; numbers: names begin with the number of '
+                 "the output, from 0; names: they are those of torchvision's classes; none: labels are not used, the "
                  'prediction is explained. Or a file: names of all outputs, line by line, or JSON {"folder": output}.'),
     click.option('--size', type=COUNT, metavar='PIXELS', help='Side of the square that the network sees. Default of '
                  "this and the next three: as torchvision or timm prepare images for the network's public weights."),
@@ -143,7 +143,7 @@ SHARED = [
 
 
 def shared(command: Callable[..., None]) -> Callable[..., None]:
-    '''Give a command the options of all, and what they say in its help.'''
+    '''Give a command the arguments and options that all commands share, and the part of its help that explains them.'''
     for option in reversed(SHARED):
         command = option(command)
     command.__doc__ = (command.__doc__ or '').replace('SOURCES', SOURCES)
@@ -151,7 +151,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def examples(command: str) -> str:
-    '''What stands at the end of a help text.'''
+    '''The examples at the end of a help text.'''
     return '\n'.join(['\b', 'Examples:', *(f'  zennit-prune {command} {line}' for line in EXAMPLES[command])])
 
 
@@ -229,7 +229,7 @@ def _as_json(outcome: Outcome, met: Sequence[str]) -> str:
 
 
 def _tell(met: list[str]) -> Callable[[str], None]:
-    '''Shows lines on standard error, and keeps warnings.'''
+    '''A function that shows lines on standard error and keeps warnings.'''
     def tell(line: str) -> None:
         if line.startswith('Warning: '):
             met.append(line.removeprefix('Warning: '))
@@ -240,7 +240,7 @@ def _tell(met: list[str]) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    '''One line in place of a traceback.'''
+    '''Show errors as one line in place of a traceback.'''
     try:
         yield
     except (PruneError, OSError) as error:
@@ -249,7 +249,7 @@ def clean_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_warnings(met: list[str]) -> Iterator[None]:
-    '''One line for each warning.'''
+    '''Show each warning as one line.'''
     tell = _tell(met)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: tell(f'Warning: {" ".join(str(message).split())}')

@@ -1,4 +1,4 @@
-'''What ``zennit-prune inspect`` and ``zennit-prune run`` do, step by step.'''
+'''The work of ``zennit-prune inspect`` and ``zennit-prune run``, step by step.'''
 from __future__ import annotations
 
 import time
@@ -13,7 +13,7 @@ from ..errors import PruneError
 from ..looking._heatmap import heatmap
 from ..looking._pictures import heatmap_image
 from ..looking._report import report
-from ..pipeline._iterate import costs_left
+from ..pipeline._step import costs_left
 from ..planning._cost import Budget
 from ..planning._plan import Plan
 from ..planning._storage import save
@@ -34,7 +34,7 @@ LABELS = {'params': 'parameters', 'flops': 'FLOPs per image', 'bytes': 'bytes', 
 
 
 class Score(NamedTuple):
-    '''What a network predicts for images.
+    '''The predictions of a network for images.
 
     Attributes
     ----------
@@ -48,12 +48,12 @@ class Score(NamedTuple):
     accuracy: float | None
 
     def same(self, other: Score) -> float | None:
-        '''The share that another network predicts likewise.'''
+        '''The share of images for which another network predicts the same class.'''
         return float((self.predicted == other.predicted).float().mean()) if len(self.predicted) else None
 
 
 class Outcome(NamedTuple):
-    '''Facts as JSON values, and the same to read.'''
+    '''The facts of a run as JSON values, and a text for people.'''
 
     facts: dict[str, Any]
     text: str
@@ -66,7 +66,7 @@ def files_of(job: Job, cut: bool) -> list[str]:
 
 
 def _check(job: Job, cut: bool) -> list[str]:
-    '''The files to write, after a look at what would keep them from being written in the end.'''
+    '''The files to write, after a check of what would keep them from being written in the end.'''
     names = files_of(job, cut)
     if job.options.report:
         needed('jinja2', 'report', 'report.html')
@@ -87,12 +87,12 @@ def foresee(job: Job, cut: bool) -> Outcome:
 
 
 def execute(job: Job, cut: bool) -> Outcome:
-    '''Explain a network, plan, and write what the plan takes; with ``cut``, also prune, repair and save.
+    '''Explain a network, plan, and write the plan with its pictures; with ``cut``, also prune, repair and save.
 
     Raises
     ------
     PruneError
-        Whatever keeps the result from being exact or from being written; then nothing is.
+        For whatever keeps the result from being exact or the files from being written; none of them is then.
     '''
     began, options, names = time.perf_counter(), job.options, _check(job, cut)
     _doubt(job, _score(job, job.network, job.drawn))
@@ -128,7 +128,7 @@ def execute(job: Job, cut: bool) -> Outcome:
              'removed': {name: list(positions) for name, positions in plan.removed.items()},
              'accuracy': {name: score.accuracy for name, score in scores.items()},
              'same_prediction': {name: score.same(scores['before']) for name, score in scores.items()},
-             'stability': relevance.reliability().network if relevance.has_halves else None,
+             'reliability': relevance.reliability().network if relevance.has_halves else None,
              'files': files, 'seconds': round(time.perf_counter() - began, 3)}
     return Outcome(facts, '\n\n'.join([*[str(plan)] * (not cut), _summary(job, plan, scores),
                                        '\n'.join(f'wrote {name}' for name in files)]))
@@ -144,7 +144,7 @@ def _score(job: Job, network: nn.Module, chosen: Sequence[int]) -> Score:
 
 
 def _doubt(job: Job, score: Score) -> None:
-    '''Say so if most folders are mostly predicted as something else than they are said to be.'''
+    '''Warn if the network predicts something else than the folder says for most images of most folders.'''
     labels = torch.tensor([job.found.labels[number] for number in job.drawn])
     mapping = job.mapping or {}
     usual = {name: int(score.predicted[labels == number].mode().values) for number, name in enumerate(mapping)}
@@ -162,13 +162,13 @@ def _collect(job: Job, references: References) -> Relevance:
     more: dict[str, Any] = {} if job.mapping is not None else {'target': 'predicted'}
     if options.criterion == 'relevance':
         more['exemplars'] = EXEMPLARS
-    return job.pruner.collect(references, options.criterion, seed=options.seed, progress=options.progress, **more)
+    return job.pruner.collect(references, options.criterion, seed=options.seed, **more)
 
 
 def _planned(job: Job, relevance: Relevance, budget: Budget | None) -> Plan:
     assert budget is not None
     job.say(f'planning by {budget!r}')
-    plan = job.pruner.plan(relevance, budget, round_to=job.options.round_to, progress=job.options.progress)
+    plan = job.pruner.plan(relevance, budget, round_to=job.options.round_to)
     if not plan.removed:
         raise PruneError(f'{budget!r} leaves the whole network: ask for less.')
     return plan
@@ -180,7 +180,7 @@ def _repaired(job: Job, small: nn.Module, plan: Plan, references: References) ->
 
 
 def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:
-    '''Inputs, targets and names of images to look at: some that are no references, where there are any.'''
+    '''Inputs, targets and names of images to look at, which are no references where there are others.'''
     images = job.images((job.rest or job.drawn)[:count])
     inputs = [images[number] if images.targets is None else images[number][0] for number in range(len(images))]
     target = 'predicted' if images.targets is None else torch.tensor(images.targets).to(job.device)
@@ -199,7 +199,7 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
 
 
 def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tuple[Any, Any]]:
-    '''Before and after, for the report.'''
+    '''Measurements before and after, for the report.'''
     before, after = scores['before'], scores[last]
     where = f'{len(job.rest)} images that are no references'
     found = {} if before.accuracy is None else {f'accuracy on {where}': (before.accuracy, after.accuracy)}

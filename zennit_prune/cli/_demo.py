@@ -76,7 +76,7 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def train(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int = 0) -> nn.Module:
-    '''Train in place with Adam and a one-cycle schedule; returns the network in evaluation mode.'''
+    '''Train in place with Adam and a one-cycle schedule, and return the network in evaluation mode.'''
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters())
     batches = -(-len(images) // BATCH)
@@ -103,7 +103,7 @@ def accuracy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def run(folder: Path, epochs: int = EPOCHS) -> Plan:
-    '''The whole tour; files go to ``folder``. Returns the plan.'''
+    '''Do the whole tour, write files to ``folder`` and return the plan.'''
     folder.mkdir(parents=True, exist_ok=True)
     data, truth, test_data, test_truth = load_digits()
     with torch.random.fork_rng(devices=[]):

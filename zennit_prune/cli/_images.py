@@ -106,7 +106,7 @@ def _from_file(names: Sequence[str], path: Path, outputs: int) -> dict[str, int]
 
 
 def _by_line(names: Sequence[str], lines: Sequence[str], where: str) -> dict[str, int]:
-    '''Each name's only line: the whole of it, or its first word.'''
+    '''The one line of each name, found by the whole line or by its first word.'''
     found = {}
     for name in names:
         wanted = _plain(name)
@@ -195,7 +195,7 @@ def find_images(folder: Path) -> Found:
 
 
 def split(found: Found, per_class: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    '''Draw references, ``per_class`` of every class, and of the rest images to measure on, at most ``held_out``.
+    '''Draw references, ``per_class`` of every class, and at most ``held_out`` of the other images to measure on.
 
     Returns
     -------
@@ -218,7 +218,7 @@ def _in_turns(parts: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Preparation:
-    '''From an image to a network's input.
+    '''The way from an image to the input of a network.
 
     Attributes
     ----------
@@ -240,7 +240,7 @@ class Preparation:
     origin: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        '''The input for one image, shape (C, size, size).'''
+        '''The input that an image becomes, shape (C, size, size).'''
         prepared: torch.Tensor = transforms.Compose([
             transforms.Resize(self.resize, self.interpolation), transforms.CenterCrop(self.size),
             transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float),
@@ -259,7 +259,7 @@ class Preparation:
 
 def preparation(source: Source, network: nn.Module, size: int | None = None, resize: int | None = None,
                 mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Preparation:
-    '''What was asked for, and for the rest what torchvision or timm say of the network's public weights.
+    '''The preparation that was asked for, completed by what torchvision or timm say of the network's public weights.
 
     Raises
     ------
@@ -290,7 +290,7 @@ def preparation(source: Source, network: nn.Module, size: int | None = None, res
 
 
 def _preset(source: Source, network: nn.Module) -> Preparation | None:
-    '''What a library says of its weights; None for files.'''
+    '''The preparation that a library names for its weights; None for files.'''
     if source.kind == 'torchvision':
         from torchvision import models
         weights = models.get_model_weights(source.place)['DEFAULT']

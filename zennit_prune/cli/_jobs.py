@@ -1,7 +1,4 @@
-'''What the command line is asked for, and all that is known before anything is computed.
-
-Composites by name, for the command line.
-'''
+'''The request of a command line, and all that is known before anything is computed; composites by name.'''
 from __future__ import annotations
 
 import inspect
@@ -60,7 +57,7 @@ LISTED = 20  # folders in the line about classes; --json has all
 
 @dataclass(frozen=True)
 class Options:
-    '''What the command line asks for; see ``zennit-prune run --help``. Either ``budget`` or ``plan`` is given.'''
+    '''The options of a command line; see ``zennit-prune run --help``. Either ``budget`` or ``plan`` is given.'''
 
     model: Source
     images: Path
@@ -93,12 +90,12 @@ class Options:
 
 @dataclass
 class Job:
-    '''A network, its images, and what is to be done with them.
+    '''A network, its images, and the work that is to be done with them.
 
     Parameters
     ----------
     options: Options
-        What was asked for.
+        The options that were given.
     say: callable
         Shows a line of progress.
 
@@ -113,7 +110,7 @@ class Job:
     mapping: dict of str to int, or None
         The output of every folder.
     class_names: list of str or None
-        What the outputs are called.
+        The names of the outputs.
     pruner: Pruner
         The traced network.
     given_plan: Plan or None
@@ -124,7 +121,7 @@ class Job:
     Raises
     ------
     PruneError
-        For whatever is missing or does not fit.
+        If anything is missing or does not fit.
     '''
 
     options: Options
@@ -141,7 +138,7 @@ class Job:
         example = self.images(self.drawn[:1], labelled=False)[0].unsqueeze(0).to(self.device)
         self._name_classes(example)
         composite = composite_by_name(options.composite, self.prepare.mean, self.prepare.std)
-        self.pruner = Pruner(self.network, composite, example, options.ignore)
+        self.pruner = Pruner(self.network, composite, example, options.ignore, progress=options.progress)
         groups = self.pruner.graph.groups
         self.say(f'{sum(group.size for group in groups):,} removable channels in {len(groups)} groups')
         self.given_plan = None if options.plan is None else _plan(options.plan, self.pruner)
@@ -154,7 +151,7 @@ class Job:
             'seed': options.seed, 'device': str(self.device)}
 
     def _network(self) -> tuple[nn.Module, str]:
-        '''The network, and where its weights are from.'''
+        '''The network, and the place where its weights are from.'''
         options = self.options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -190,7 +187,7 @@ class Job:
             self.say('Warning: no image is left to measure on: give more images, or ask for fewer references.')
 
     def _name_classes(self, example: torch.Tensor) -> None:
-        '''Say which output belongs to which folder.'''
+        '''Decide which output belongs to which folder, and say so.'''
         with torch.no_grad():
             try:
                 output = main_output(self.network(example))

@@ -26,7 +26,7 @@ NAMED = 4  # names in a message
 
 
 class Source(NamedTuple):
-    '''Where a network comes from.
+    '''The origin of a network.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ def build(source: Source, outputs: int | None = None) -> nn.Module:
     Parameters
     ----------
     source: Source
-        Which.
+        The origin of the network.
     outputs: int, optional
         The number of outputs of a network of torchvision or timm, where it is not the usual one.
 
@@ -112,7 +112,7 @@ def _registered(source: Source, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _called(source: Source) -> nn.Module:
-    '''What a function in a Python file returns. The file is executed, and may import its neighbours.'''
+    '''The network that a function in a Python file returns; the file is executed, and may import its neighbours.'''
     path = Path(source.place)
     if not path.is_file():
         raise PruneError(f'there is no file {source.place!r}.')
@@ -154,7 +154,7 @@ def load_weights(network: nn.Module, path: Path) -> list[str]:
     Returns
     -------
     list of str
-        What was done to the file's contents to make them fit, to be shown.
+        The changes to the file's contents that made them fit, to be shown.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def weights_url(source: Source) -> str | None:
-    '''Where the public weights of a network of torchvision are, for a hint.'''
+    '''The address of the public weights of a network of torchvision, for a hint.'''
     if source.kind != 'torchvision':
         return None
     from torchvision import models

@@ -5,11 +5,11 @@ this room may import all others but :mod:`zennit_prune.cli`.
 Start with ``_pruner.py``.
 '''
 from . import _presets as presets
-from ._choose import Choice, choose
+from ._choose import Choice
 from ._finetune import finetune
 from ._presets import Preset
 from ._pruner import Pruner, prune
 from ._result import Result, Step
 from ._sweep import Sweep, sweep
 
-__all__ = ['Choice', 'Preset', 'Pruner', 'Result', 'Step', 'Sweep', 'choose', 'finetune', 'presets', 'prune', 'sweep']
+__all__ = ['Choice', 'Preset', 'Pruner', 'Result', 'Step', 'Sweep', 'finetune', 'presets', 'prune', 'sweep']

@@ -22,7 +22,10 @@ FORMAT = 'zennit_prune iteration'
 
 
 class State(NamedTuple):
-    '''How far a run came: all that its next step depends on.'''
+    '''How far a run came: all that its next step depends on.
+
+    The network is the original itself before the first step.
+    '''
 
     plan: Plan
     network: nn.Module
@@ -74,17 +77,26 @@ class Checkpoint:
         self._relevance, self._state = self.folder / 'relevance.safetensors', self.folder / 'state.safetensors'
 
     def load(self, plan: Plan, model: nn.Module) -> State | None:
-        '''What :meth:`save` wrote last, None if nothing; ``plan`` is one for the whole of ``model``.
+        '''Read the last state that :meth:`save` wrote; None where there is none.
+
+        Parameters
+        ----------
+        plan: Plan
+            Any plan for the network.
+        model: torch.nn.Module
+            The network before the first step.
 
         Raises
         ------
         PruneError
-            If it is of another run.
+            If the checkpoint is of another run.
         '''
         if not self._state.exists():
             return None
         tensors, metadata = read_tensors(self._state, FORMAT)
         settings = json.loads(metadata['settings'])
+        if 'floor' in settings:  # as it was called before
+            settings['min_score'] = settings.pop('floor')
         for key, value in self.settings.items():
             if settings.get(key) != value:
                 raise PruneError(f'{str(self.folder)!r} is the checkpoint of another run: its {key} was '
@@ -92,11 +104,11 @@ class Checkpoint:
                                  'folder.')
         plan = Plan.from_dict(json.loads(metadata['plan']), plan.graph, str(self._state))
         relevance = Relevance.load(self._relevance) if self._relevance.exists() else None
-        history = tuple(Step(**step) for step in json.loads(metadata['history']))
+        history = tuple(_step(values) for values in json.loads(metadata['history']))
         return State(plan, filled(plan.graph._narrowed(model, plan.removed), tensors), relevance, history)
 
     def save(self, state: State) -> None:
-        '''Write a state; it replaces the last when it is complete.'''
+        '''Write a state, which replaces the last once it is complete.'''
         if state.relevance is not None and len(state.history) == 2:  # the first step's, and no other after
             state.relevance.save(self._relevance)
         metadata = {'settings': self.settings, 'plan': state.plan.to_dict(),
@@ -110,3 +122,10 @@ class Checkpoint:
             path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def _step(values: dict[str, Any]) -> Step:
+    '''A step from JSON values; before, the reliability was called stability.'''
+    if 'stability' in values:
+        values['reliability'] = values.pop('stability')
+    return Step(**values)

@@ -1,26 +1,25 @@
-'''``choose``: which criterion suits a network and a budget, judged without labels on references that were held out.'''
+'''Choose a criterion for a network and a budget, judged without labels on references that were held out.'''
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PruneError
-from ..planning._cost import Budget
+from ..planning._plan import Plan
 from ..repairs._references import KEPT, References
-from ..repairs._repair import checked_method, repaired
+from ..repairs._repair import repaired
 from ..repairs._trial import Divergence, divergence, outputs
 from ..util._display import table
 from ..util._fingerprint import named
 from ..util._isolation import seeded
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of
-
-if TYPE_CHECKING:
-    from ._pruner import Criterion, Pruner
+from ._options import AnyCriterion
 
 CANDIDATES = ('relevance', 'taylor', 'activation', 'l1')
 LEAST = 8  # samples
@@ -28,18 +27,19 @@ LEAST = 8  # samples
 
 @dataclass(frozen=True)
 class Choice:
-    '''What :func:`choose` returns; print it.
+    '''The criterion that ``criterion='auto'`` chose, and how all candidates did; ``result.choice``, print it.
 
     Attributes
     ----------
     criterion: str or callable
-        The best of the candidates.
+        The candidate with the least squared error of the outputs; of equals, the first.
     divergences: dict of str to Divergence or str
         By candidate, how far the outputs of the pruned and repaired network are from those of the original, on
-        references that were held out; or why it failed.
+        references that were held out (``.error``, the squared error, and ``.kl``, the Kullback-Leibler divergence of
+        the predictions, which a few confident mistakes decide, so that it is a worse guide); or why it failed.
     '''
 
-    criterion: Criterion
+    criterion: AnyCriterion
     divergences: Mapping[str, Divergence | str]
 
     def __str__(self) -> str:
@@ -48,58 +48,45 @@ class Choice:
         return table(('criterion', 'squared error', 'KL', ''), rows)
 
 
-def choose(pruner: Pruner, loader: Iterable[Any], budget: Budget, criteria: Sequence[Criterion] = CANDIDATES,
-           method: str = 'refit', seed: int = 0, progress: bool = True, *, collect: Mapping[str, Any] | None = None,
-           plan: Mapping[str, Any] | None = None) -> Choice:
-    '''Prune and repair with three quarters of the references by each criterion; compare outputs on the others.
+def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[Any], AnyCriterion], Plan], method: str,
+           seed: int, progress: bool, criteria: Sequence[AnyCriterion] = CANDIDATES) -> Choice:
+    '''Prune and repair with three quarters of the references by each criterion; compare outputs for the others.
 
     Parameters
     ----------
-    pruner: Pruner
+    model: torch.nn.Module
         The network.
     loader: iterable
         As for :meth:`Pruner.collect`; of more than 1,024 samples, a random choice is used. Labels are used by the
         criteria that need them, not by the comparison.
-    budget: Budget
-        What is to be left.
-    criteria: sequence of str or callable
-        See :meth:`Pruner.collect`. Of equals, the first is chosen.
+    planned: callable
+        Makes a plan from references by a criterion.
     method: str
         See :func:`zennit_prune.repair`.
     seed: int
-        For the split, the criteria and the loader's random choices; global random states are restored.
+        For the split and the loader's random choices; global random states are restored.
     progress: bool
         Show a progress bar on standard error.
-    collect, plan: mapping
-        Further options of :meth:`Pruner.collect` and :meth:`Pruner.plan`.
-
-    Returns
-    -------
-    Choice
-        The criterion with the least squared error of the outputs. The Kullback-Leibler divergence of the predictions
-        is told, too; a few samples with confident mistakes decide it, so that it is a worse guide.
+    criteria: sequence of str or callable
+        The candidates.
 
     Raises
     ------
     PruneError
-        For fewer than eight references, no candidate, or none that works.
+        For fewer than eight references, or no candidate that works.
     '''
-    if isinstance(criteria, str) or not criteria:
-        raise PruneError(f'criteria={criteria!r}: give a list of at least one.')
-    checked_method(method)
-    with seeded(seed, device_of(pruner.model)):
+    with seeded(seed, device_of(model)):
         fitted, held = _split(loader, seed)
-    model = copied(pruner.model).eval()
+    reference = copied(model).eval()
     inputs = [batch.to(device_of(model)).inputs for batch in held]
     with torch.no_grad():
-        wanted = outputs(model, inputs)
+        wanted = outputs(reference, inputs)
     found: dict[str, Divergence | str] = {}
     for criterion in tqdm(criteria, 'choose', disable=not progress, leave=False):
         try:
-            relevance = pruner.collect(fitted, criterion, **{'seed': seed, 'progress': False, **(collect or {})})
-            chosen = pruner.plan(relevance, budget, **{'progress': False, **(plan or {})})
-            small = chosen.apply(pruner.model, verify=False, progress=False)
-            small = repaired(pruner.model, small, chosen, fitted, method, False)
+            plan = planned(fitted, criterion)
+            small = plan.apply(model, verify=False, progress=False)
+            small = repaired(model, small, plan, fitted, method, False)
             with torch.no_grad():
                 found[named(criterion)] = divergence(outputs(small.eval(), inputs), wanted)
         except PruneError as error:

@@ -17,6 +17,8 @@ from ..relevance._initial import check_labels
 from ..util._isolation import seeded
 from ..util._loaders import batch_size, batches, held_out, many_times
 from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
+from ..util._options import unknown
+from ._options import takes_options
 
 WARM_UP = 0.05  # of all updates
 IGNORED = -100  # a label that cross-entropy leaves out
@@ -27,12 +29,13 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, floa
 Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
+@takes_options()
 @torch.inference_mode(False)
 def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer: str = 'sgd', lr: float | None = None,
              teacher: nn.Module | None = None, temperature: float = 4.0, loss: Loss | None = None,
              validation: float | Iterable[Any] | None = None, patience: int = 3, clip: float = 1.0, seed: int = 0,
              callback: Callable[[dict[str, float]], object] | None = None, progress: bool = True) -> nn.Module:
-    '''Train a copy of a network.
+    '''Train a copy of a network, briefly.
 
     SGD with momentum (or AdamW) under a cosine schedule after a short warm-up; gradients are clipped; mixed precision
     where the network is on a GPU. Frozen parameters stay, and so does BatchNorm whose parameters are all frozen. With
@@ -41,11 +44,11 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     Parameters
     ----------
     model: torch.nn.Module
-        It is not touched.
+        The network; it is not touched.
     loader: iterable
         Yields (inputs, labels) batches; or a pair of tensors, which is shuffled. A generator is held in memory.
     epochs: int
-        How often to go through it, at most.
+        How often to go through the loader, at most.
     optimizer: str
         ``'sgd'`` or ``'adamw'``.
     lr: float, optional
@@ -54,7 +57,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
         Usually the unpruned network: learn its outputs in place of the labels, which may be missing; probabilities of
         classes, or values where there is one output only.
     temperature: float
-        What the outputs are divided by before they are compared with the teacher's.
+        The number that outputs are divided by before they are compared with the teacher's.
     loss: callable, optional
         From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy.
     validation: float or iterable, optional
@@ -79,11 +82,23 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     Raises
     ------
     PruneError
-        For arguments out of range, labels that are missing, a network without trainable parameters, or a loss that is
-        not finite.
+        For an option that is not known, arguments out of range, labels that are missing, a network without trainable
+        parameters, or a loss that is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import zennit_prune as zp
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    >>> losses = []
+    >>> trained = zp.finetune(model, (torch.ones(8, 3, 2, 2), torch.zeros(8, dtype=torch.int64)), 3, progress=False,
+    ...                       callback=lambda epoch: losses.append(epoch['loss']))
+    >>> len(losses), losses[0] > losses[-1]
+    (3, True)
     '''
     if optimizer not in OPTIMIZERS:
-        raise PruneError(f'optimizer={optimizer!r} is unknown: use one of {", ".join(map(repr, OPTIMIZERS))}.')
+        raise unknown('optimizer', optimizer, OPTIMIZERS)
     for name, count in (('epochs', epochs), ('patience', patience)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise PruneError(f'{name}={count!r}: give a whole number of epochs from 1 on.')

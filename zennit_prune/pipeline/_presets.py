@@ -1,12 +1,20 @@
-'''Settings by name: a composite, and options for the method that each names.
+'''Presets: a composite and the options that belong to it.
 
->>> pruner = zp.Pruner(model, zp.presets.paper.composite(), example)
->>> result = pruner.iterate(loader, zp.Budget(channels=0.5), **zp.presets.paper.options)
+A preset stands where a composite stands. Its composite is used, and its options become the defaults of the pruner's
+methods:
+
+>>> import torch
+>>> from torch import nn
+>>> import zennit_prune as zp
+>>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+>>> images, labels = torch.ones(8, 3, 8, 8), torch.arange(8) % 2
+>>> pruner = zp.Pruner(model, zp.presets.paper, images[:1])
+>>> pruner.collect((images, labels), progress=False).info['aggregate']
+'signed'
 '''
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from zennit.composites import LayerMapComposite, layer_map_base
@@ -17,20 +25,35 @@ from zennit.types import Linear
 from ..relevance._attribute import recommended_composite
 
 
-@dataclass(frozen=True)
 class Preset:
-    '''Settings that belong together.
+    '''A composite and the options that belong to it; print it.
 
-    Attributes
+    It goes where a composite goes: to :class:`zennit_prune.Pruner` and :func:`zennit_prune.prune`. The options are the
+    defaults of ``collect``, ``plan``, ``prune`` and ``iterate`` then, each where the method has an option of that name;
+    what is given to a method explicitly wins.
+
+    Parameters
     ----------
     composite: callable
-        Makes the composite for :class:`Pruner`.
-    options: mapping
-        Keyword arguments.
+        Makes the composite.
+    **options:
+        Options of :meth:`Pruner.collect`, :meth:`Pruner.plan`, :meth:`Pruner.prune` and :meth:`Pruner.iterate`.
+
+    Examples
+    --------
+    >>> import zennit_prune as zp
+    >>> from zennit.composites import EpsilonPlus
+    >>> zp.pipeline.Preset(EpsilonPlus, aggregate='sumabs', per_cost=False)
+    Preset(EpsilonPlus, aggregate='sumabs', per_cost=False)
     '''
 
-    composite: Callable[[], Composite]
-    options: Mapping[str, Any]
+    def __init__(self, composite: Callable[[], Composite], **options: Any):
+        self.composite = composite
+        self._options = options
+
+    def __repr__(self) -> str:
+        options = ''.join(f', {name}={value!r}' for name, value in self._options.items())
+        return f'Preset({self.composite.__name__}{options})'
 
 
 def zplus() -> Composite:
@@ -38,19 +61,19 @@ def zplus() -> Composite:
     return LayerMapComposite([*layer_map_base(), (Linear, ZPlus(zero_params='bias'))])
 
 
-paper = Preset(zplus, {'criterion': 'relevance', 'aggregate': 'signed', 'initial': 'one-hot', 'step': 0.05,
-                       'per_cost': False, 'repair': 'none'})
+paper = Preset(zplus, criterion='relevance', aggregate='signed', initial='one-hot', step=0.05, per_cost=False,
+               repair='none')
 '''For ``iterate`` with ``Budget(channels=...)``, as in Yeom et al., "Pruning by Explaining" (arXiv 1912.08881).
 
-Relevance by z-plus from a one at the true class, summed with its sign, ranked over the whole network, 5 % of the
-filters a step, and anew after each; ``finetune=`` is up to you. Unlike there, filters that a residual stream couples go
-together.
+Relevance by z-plus starts from a one at the true class and is summed with its sign; filters are ranked over the whole
+network, 5 % of them are removed in a step, and the rest is scored anew after each; ``finetune=`` is up to you. Unlike
+there, filters that a residual stream couples are removed together.
 '''
 
-recommended = Preset(recommended_composite, {'criterion': 'relevance', 'aggregate': 'abs', 'initial': 'one-hot',
-                                             'per_cost': True, 'repair': 'refit'})
+recommended = Preset(recommended_composite, criterion='relevance', aggregate='abs', initial='one-hot', per_cost=True,
+                     repair='refit')
 '''For ``prune``, whose defaults these are with ``composite=None``.
 
-Epsilon on every layer, the absolute value of the sum over space, divided by the cost saved, all at once, then
-the refit.
+Epsilon on every layer, the absolute value of the sum over space, divided by the cost saved, all in one step, then the
+refit.
 '''

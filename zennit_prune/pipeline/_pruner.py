@@ -1,10 +1,8 @@
-'''``prune``: all steps in one call.
-
-``Pruner`` ties the steps together.
-'''
+'''``Pruner``: a network, its rules and its channels, with a method for every step; ``prune``: all steps in one call.'''
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -14,27 +12,30 @@ from torch import nn
 from zennit.core import Composite
 
 from ..errors import PruneError
-from ..graph._graph import ChannelGraph, trace
+from ..graph._graph import trace
 from ..looking._heatmap import Channel, heatmap
-from ..planning._allocate import allocate
+from ..planning._allocate import allocate, check_reachable
 from ..planning._cost import Budget, cost_model
 from ..planning._latency import LatencyModel, LatencyTable, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
 from ..relevance._collect import Collector
-from ..relevance._criteria import CRITERIA, known_criterion, looks_at_data
+from ..relevance._criteria import Criterion, known_criterion, looks_at_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance
 from ..relevance._streaming import collect
+from ..repairs._repair import checked_method
+from ..util._isolation import seeded
 from ..util._loaders import batches
 from ..util._networks import device_of, map_tensors, unwrapped
+from ..util._options import unknown
 from ._iterate import Loop
+from ._options import AnyCriterion, check_budget, check_criterion, options_of, takes_options
+from ._presets import Preset
 from ._result import Result, Step
-
-Criterion = str | Callable[[ChannelGraph, nn.Module, Any], Relevance]
-NAMED = tuple(CRITERIA)
+from ._step import Recipe, reliability_of, shares_left
 
 
 class Pruner:
@@ -44,65 +45,144 @@ class Pruner:
     ----------
     model: torch.nn.Module
         The network; no method changes it.
-    composite: zennit.core.Composite or None
-        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged.
+    composite: zennit.core.Composite, Preset or None
+        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. Or a preset, e.g.
+        ``zp.presets.paper``: its composite is used, and its options become the defaults of the methods.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
-    ignore, layernorm, progress:
-        See :func:`zennit_prune.trace`.
+    ignore: sequence of str
+        Patterns of module names whose output channels are kept; see :func:`zennit_prune.trace`.
+    layernorm: str
+        ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
+    progress: bool
+        Show progress bars on standard error. Every method has this setting, and can be told otherwise.
 
     Attributes
     ----------
     graph: ChannelGraph
         The removable channels; print it.
+    composite: zennit.core.Composite
+        The rules in use.
+
+    Raises
+    ------
+    PruneError
+        If the network cannot be traced, for what is no composite, or for an option that is not known.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import zennit_prune as zp
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    >>> images, labels = torch.ones(8, 3, 8, 8), torch.arange(8) % 2
+    >>> pruner = zp.Pruner(model, None, images[:1], progress=False)
+    >>> relevance = pruner.collect((images, labels))
+    >>> plan = pruner.plan(relevance, zp.Budget(channels=0.5))
+    >>> plan.apply(model)[0].out_channels
+    2
     '''
 
-    def __init__(self, model: nn.Module, composite: Composite | None, example: Any, ignore: Sequence[str] = (),
-                 layernorm: str = 'lock', progress: bool = True):
+    @takes_options()
+    def __init__(self, model: nn.Module, composite: Composite | Preset | None, example: Any,
+                 ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True):
+        self._defaults: dict[str, Any] = {}
+        if isinstance(composite, Preset):
+            self._defaults = dict(composite._options)
+            _check_preset(composite)
+            composite = composite.composite()
         if composite is not None and not isinstance(composite, Composite):
-            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), or '
-                             'None.')
+            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), a '
+                             'preset as zp.presets.paper, or None.')
         self.model = unwrapped(model)
         self.composite = recommended_composite() if composite is None else composite
         self.ignore, self.layernorm, self.progress = ignore, layernorm, progress
         self.graph = trace(self.model, example, ignore, layernorm, progress)
         self._latencies: dict[str, LatencyTable] = {}
 
-    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto', criterion: str = 'relevance',
-                  **options: Any) -> Collector:
-        '''A collector for a loop of your own, of relevance or any other criterion that looks at data.
+    def _shows(self, progress: bool | None) -> bool:
+        '''Whether to show progress bars: as a method was told, or else as the pruner was.'''
+        return self.progress if progress is None else progress
 
-        See :meth:`collect` for the parameters, and :class:`zennit_prune.Collector` for further options.
+    @takes_options(Collector)
+    def collector(self, aggregate: str = 'auto', initial: Initial = 'auto',
+                  criterion: str | Criterion = 'relevance', **options: Any) -> Collector:
+        '''Make a collector for a loop of your own, of relevance or any other criterion that looks at data.
+
+        Parameters
+        ----------
+        aggregate, initial, criterion:
+            See :meth:`collect`.
+        **options:
+            Further ones of :class:`zennit_prune.relevance.Collector`.
+
+        Returns
+        -------
+        Collector
+
+        Raises
+        ------
+        PruneError
+            For a criterion that does not look at data, or an option that is not known or out of range.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
+        >>> with pruner.collector() as collector:
+        ...     collector.update(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))
+        >>> collector.compute()['0'].shape
+        torch.Size([4])
         '''
         return Collector(self.graph, self.model, self.composite, aggregate, initial, criterion=criterion, **options)
 
+    @takes_options()
     def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> Preflight:
-        '''Is relevance sound on this network? Print the answer; see :mod:`zennit_prune.preflight`.
+        '''Test whether relevance is sound on this network; print the answer.
 
         Parameters
         ----------
         x: torch.Tensor, tuple or dict
             A few inputs.
         target, initial:
-            Where relevance starts, see :func:`zennit_prune.initial.initial_relevance`.
+            Where relevance starts; see :meth:`collect`.
 
         Returns
         -------
         Preflight
-            The sum and the absolute mass of relevance at every stage, what the rules of layers took and what the
-            operations between them made, and problems, which name the operation.
+            The sum and the L1 norm of relevance at every stage, the relevance absorbed by biases and stabilizers, the
+            conservation error of the operations between layers, and problems, which name the operation.
+
+        Raises
+        ------
+        PruneError
+            If the network does not run with these inputs, or for a target that does not fit.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
+        >>> pruner.preflight(torch.ones(2, 3, 8, 8)).problems
+        ()
         '''
         return preflight(self.model, self.composite, self.graph._recording, x, target, initial)
 
-    def collect(self, loader: Iterable[Any], criterion: Criterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'auto', seed: int = 0, progress: bool = True, *, target: Any = None,
+    @takes_options()
+    def collect(self, loader: Iterable[Any], criterion: AnyCriterion = 'relevance', aggregate: str = 'auto',
+                initial: Initial = 'auto', seed: int = 0, progress: bool | None = None, *, target: Any = None,
                 classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                 nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None,
                 exemplars: int = 0) -> Relevance:
         '''Score every channel on reference data.
 
         Under ``torch.distributed``, all processes call this, each with the loader of its shard, and all get the same
-        scores; of a ``DistributedSampler``, repeated samples are left out. For one process alone, use
+        scores; the samples that a ``DistributedSampler`` repeats are left out. For one process alone, use
         :meth:`collector`.
 
         Parameters
@@ -111,40 +191,49 @@ class Pruner:
             Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function
             or ``target`` is given.
         criterion: str or callable
-            ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``, see
-            :mod:`zennit_prune.measures`; ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not
-            look at the data, see :mod:`zennit_prune.criteria`; or a function of (graph, model, loader) that returns a
-            :class:`Relevance`.
+            ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``;
+            ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not look at the data; or a
+            function of (graph, model, loader) that returns a :class:`Relevance`.
         aggregate, initial, classes, attributor, nonfinite:
-            See :class:`Collector`. By default, relevance starts as a one-hot, and the gradients of other criteria start
-            from the cross-entropy.
+            See :class:`zennit_prune.relevance.Collector`. By default, relevance starts as a one-hot, and the gradients
+            of other criteria start from the cross-entropy.
         seed: int
             For ``'random'``, and for the noise of an Attributor.
-        progress: bool
-            Show a progress bar on standard error.
+        progress: bool, optional
+            Show a progress bar on standard error; as the pruner unless given.
         target:
-            In place of all labels, e.g. ``'predicted'``; see :func:`zennit_prune.initial.initial_relevance`.
+            In place of all labels, e.g. ``'predicted'``.
         checkpoint: path-like, optional
             A file that holds what was collected so far: written every half a minute and when anything ends the pass
             early, read if it is there when the pass starts, removed when it is complete. The loader has to yield the
             same batches in the same order. Each of many processes has a file of its own beside it.
         exemplars: int
-            How many samples to keep for each channel, those that matter most to it: ``relevance.exemplars``, see
-            :class:`zennit_prune.Exemplars`.
+            How many reference samples to keep for each channel, those that matter most to it:
+            ``relevance.exemplars``.
 
         Returns
         -------
         Relevance
+            A score for every channel of every group, shape (channels,) each.
 
         Raises
         ------
         PruneError
             For an unknown criterion; an empty or unlabelled loader; labels out of range; inputs or relevance that are
             not finite; a checkpoint of something else; on all processes, if any of them fails.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+        >>> relevance = pruner.collect((torch.ones(8, 3, 8, 8), torch.arange(8) % 2))
+        >>> relevance['0'].shape, relevance.info['samples']
+        (torch.Size([4]), 8)
         '''
-        if criterion == 'auto':
-            raise PruneError("criterion='auto' depends on the budget: give it to Pruner.prune or Pruner.iterate, or "
-                             'ask zp.choose(pruner, loader, budget) and collect by its .criterion.')
+        check_criterion(criterion)
         found = criterion if callable(criterion) else known_criterion(criterion)
         if exemplars and not looks_at_data(found):
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no exemplars: use '
@@ -155,11 +244,12 @@ class Pruner:
             return found(self.graph, self.model, seed)
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
                                    nonfinite=nonfinite, seed=seed, exemplars=exemplars)
-        return collect(collector, loader, target, progress, checkpoint)
+        return collect(collector, loader, target, self._shows(progress), checkpoint)
 
-    def plan(self, relevance: Relevance, budget: Budget, min_channels: int | None = None,
-             min_share: float = 0.0, round_to: int | None = None, per_cost: bool = True,
-             latencies: LatencyTable | None = None, progress: bool = True) -> Plan:
+    @takes_options()
+    def plan(self, relevance: Relevance, budget: Budget, min_channels: int | None = None, min_share: float = 0.0,
+             round_to: int | None = None, per_cost: bool = True, latencies: LatencyTable | None = None,
+             progress: bool | None = None) -> Plan:
         '''Choose the channels to remove: lowest relevance per cost saved first, until the budget holds.
 
         Parameters
@@ -167,22 +257,43 @@ class Pruner:
         relevance: Relevance
             The scores; groups without are kept whole.
         budget: Budget
-            What is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
+            How much is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
             networks are measured side by side, and the plan says so (``plan.timing``).
-        min_channels, min_share, round_to, per_cost:
-            See :func:`zennit_prune.allocate.allocate`.
+        min_channels: int, optional
+            The least number of channels of each group that are kept; 1 by default.
+        min_share: float
+            The least share of each group that is kept, from 0 to 1.
+        round_to: int, optional
+            Groups that lose channels keep a multiple of this number.
+        per_cost: bool
+            Divide the score of a channel by what its removal saves, in the budget's unit, per layer that produces it.
         latencies: LatencyTable, optional
             For latency budgets, e.g. loaded from a file, of this device or another; else that of :meth:`latencies`.
-        progress: bool
-            Show a progress bar on standard error while latencies are measured.
+        progress: bool, optional
+            Show a progress bar on standard error while latencies are measured; as the pruner unless given.
+
+        Returns
+        -------
+        Plan
+            The channels to remove; nothing is removed yet.
 
         Raises
         ------
         PruneError
             If scores do not fit the groups, or the budget is out of reach.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
+        >>> plan = pruner.plan(zp.Relevance({'0': [0.3, 0.1, 0.4, 0.2]}), zp.Budget(channels=0.5))
+        >>> dict(plan.removed)
+        {'0': (1, 3)}
         '''
-        if not isinstance(budget, Budget):
-            raise PruneError(f'a Budget is needed, not {budget!r}: e.g. Budget(flops=0.5).')
+        check_budget(budget)
         scores = {}
         for name, values in relevance.items():
             group = self.graph.group(name)
@@ -199,27 +310,36 @@ class Pruner:
             timing = timed(costs, self.model, removed, budget.limit(costs.latencies.original))
         return Plan(self.graph, removed, relevance.reliability() if relevance.has_halves else None, timing)
 
-    def latencies(self, seconds: float | None = None, progress: bool = True) -> LatencyTable:
-        '''What the operations of the network take where it is now, at a ladder of widths; for latency budgets.
+    @takes_options()
+    def latencies(self, seconds: float | None = None, progress: bool | None = None) -> LatencyTable:
+        '''Measure how long the operations of the network take at several widths, where it is now.
 
-        Measured once on each device and kept, or again where ``seconds`` are given. The batch is the example's.
+        Latency budgets need this. It is measured once on each device and kept, or again where ``seconds`` are given.
+        The batch is the example's.
 
         Parameters
         ----------
         seconds: float, optional
             About how long to measure, 30 by default. Large networks take longer: everything is measured three times.
-        progress: bool
-            Show a progress bar on standard error.
+        progress: bool, optional
+            Show a progress bar on standard error; as the pruner unless given.
+
+        Returns
+        -------
+        LatencyTable
+            The medians, to be saved or given to :meth:`plan`.
         '''
         device = device_name(device_of(self.model))
         if seconds is not None or device not in self._latencies:
-            costs = LatencyModel(self.graph, self.model, None, 30.0 if seconds is None else seconds, progress)
+            costs = LatencyModel(self.graph, self.model, None, 30.0 if seconds is None else seconds,
+                                 self._shows(progress))
             self._latencies[device] = costs.latencies
         return self._latencies[device]
 
-    def prune(self, loader: Iterable[Any], budget: Budget, criterion: Criterion = 'relevance', repair: str = 'refit',
-              verify: bool = True, progress: bool = True, **options: Any) -> Result:
-        '''All steps at once: collect, plan, apply, repair.
+    @takes_options(collect, plan)
+    def prune(self, loader: Iterable[Any], budget: Budget, criterion: AnyCriterion = 'relevance', repair: str = 'refit',
+              verify: bool = True, progress: bool | None = None, seed: int = 0, **options: Any) -> Result:
+        '''Prune in one step: collect, plan, apply, repair.
 
         Parameters
         ----------
@@ -227,35 +347,61 @@ class Pruner:
             As for :meth:`collect`. It is read once: what the repair needs is kept as it goes by, all inputs of up to
             1,024 samples, of more a random choice. A generator loses no batch.
         budget: Budget
-            What is to be left.
+            How much is to be left.
         criterion: str or callable
-            See :meth:`collect`; or ``'auto'``, the best of a few on references that are held out, see
-            :func:`zennit_prune.choose`.
+            See :meth:`collect`; or ``'auto'``: the network is pruned and repaired with three quarters of the
+            references by each of a few criteria, and the one is taken whose outputs for the others are closest to the
+            original's (``result.choice``).
         repair: str
-            ``'refit'``, ``'batchnorm'``, ``'bias'`` or ``'none'``, see :func:`zennit_prune.repair`. What was refitted
+            ``'refit'``, ``'batchnorm'``, ``'bias'`` or ``'none'``, see :func:`zennit_prune.repair`. A refitted network
             is good at what the references show: a warning says if they show few of the classes.
         verify: bool
             See :meth:`Plan.apply`.
-        progress: bool
-            Show progress bars on standard error.
+        progress: bool, optional
+            Show progress bars on standard error; as the pruner unless given.
+        seed: int
+            For whatever is drawn.
         **options:
             Further ones of :meth:`collect` and :meth:`plan`.
 
         Returns
         -------
         Result
-            ``.model``, ``.plan``, ``.relevance``, ``.history``.
-        '''
-        seed = options.pop('seed', 0)
-        return Loop(self, budget, 1.0, criterion, repair, seed=seed, verify=verify, progress=progress,
-                    options=options).run(loader)
+            ``.model``, ``.plan``, ``.relevance``, ``.history``, ``.choice``.
 
-    def iterate(self, loader: Iterable[Any], budget: Budget, step: float = 0.05, criterion: Criterion = 'relevance',
+        Raises
+        ------
+        PruneError
+            For an option that is not known, or a budget that is out of reach, before any data are read; for whatever
+            keeps the result from being exact.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+        >>> result = pruner.prune((torch.ones(8, 3, 8, 8), torch.arange(8) % 2), zp.Budget(flops=0.5), repair='none')
+        >>> result
+        Result(Sequential, Plan(2 channels of 1 groups removed), 1 steps: Budget(flops=0.5) is reached.)
+        '''
+        began = time.perf_counter()
+        recipe = self._recipe(budget, criterion, repair, seed, verify, progress, options)
+        recipe, loader, choice = recipe.decided(loader)
+        with seeded(seed + 1, recipe.device):
+            done = recipe.step(recipe.references(loader), budget)
+        history = (Step(0, shares_left(Plan(self.graph))),
+                   Step(1, shares_left(done.plan), None, reliability_of(done.relevance), time.perf_counter() - began))
+        return Result(done.network, done.plan, done.relevance, history, f'{budget!r} is reached.', choice)
+
+    @takes_options(collect, plan)
+    def iterate(self, loader: Iterable[Any], budget: Budget, step: float = 0.05, criterion: AnyCriterion = 'relevance',
                 repair: str = 'refit', finetune: Callable[[nn.Module], nn.Module | None] | None = None,
                 callback: Callable[[Step], object] | None = None,
-                evaluate: Callable[[nn.Module], float] | None = None, floor: float | None = None,
+                evaluate: Callable[[nn.Module], float] | None = None, min_score: float | None = None,
                 checkpoint: str | os.PathLike[str] | None = None, seed: int = 0, verify: bool = True,
-                progress: bool = True, **options: Any) -> Result:
+                progress: bool | None = None, **options: Any) -> Result:
         '''Prune step by step, scoring the network anew as it is after each.
 
         Every step starts from random states of its own (of torch, NumPy and Python, restored after), so that loaders
@@ -269,19 +415,19 @@ class Pruner:
         loader: iterable
             As for :meth:`collect`. It is read at every step; a generator is held in memory.
         budget: Budget
-            What is to be left in the end.
+            How much is to be left in the end.
         step: float
-            How much of the original's cost a step takes, in the unit of the budget.
+            The share of the original's cost that a step removes, in the unit of the budget.
         criterion, repair, verify, progress:
             See :meth:`prune`. The repair of every step aims at what the original network computes.
         finetune: callable, optional
             Called with the network after each repair; trains it in place, or returns it trained. See
             :func:`zennit_prune.finetune`.
         callback: callable, optional
-            Called with each new :class:`zennit_prune.Step`, the original's first.
+            Called with each new :class:`Step`, the original's first.
         evaluate: callable, optional
             From a network (a copy, in evaluation mode) to a number, the higher the better.
-        floor: float, optional
+        min_score: float, optional
             Stop before ``evaluate`` falls below it: the last network that does not is returned, with a warning.
         checkpoint: path-like, optional
             A folder to go on from after an interruption: the same call ends with the same bits. Removed when the run is
@@ -294,22 +440,61 @@ class Pruner:
         Returns
         -------
         Result
-            ``.plan`` leads from the original to ``.model``; ``.history`` has the original and every step.
+            ``.plan`` leads from the original to ``.model``; ``.history`` has the original and every step; the scores
+            (and exemplars) in ``.relevance`` are those of the original.
 
         Raises
         ------
         PruneError
-            Whatever keeps a step from being exact; a budget out of reach; a checkpoint of another run.
+            For an option that is not known, or a budget that is out of reach, before any data are read; for whatever
+            keeps a step from being exact; for a checkpoint of another run.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import zennit_prune as zp
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+        >>> result = pruner.iterate((), zp.Budget(channels=0.5), step=0.25, criterion='l1', repair='none')
+        >>> [step.left['channels'] for step in result.history]
+        [1.0, 0.75, 0.5]
         '''
+        recipe = self._recipe(budget, criterion, repair, seed, verify, progress, options)
         held = list(loader) if isinstance(loader, Iterator) else loader
-        return Loop(self, budget, step, criterion, repair, finetune, callback, evaluate, floor, seed, verify, progress,
-                    options).run(held, checkpoint)
+        return Loop(recipe, step, finetune, callback, evaluate, min_score).run(held, checkpoint)
 
-    def on(self, network: nn.Module) -> Pruner:
-        '''The same composite, example and options for a pruned version of the network.'''
-        return Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
-                      self.progress)
+    def _recipe(self, budget: Budget, criterion: AnyCriterion, repair: str, seed: int, verify: bool,
+                progress: bool | None, options: dict[str, Any]) -> Recipe:
+        '''How steps are done, after a check of all that can be known without data.'''
+        check_run(budget, criterion, repair)
+        planning = {name: value for name, value in options.items() if name in options_of(Pruner.plan)}
+        collecting = {name: value for name, value in options.items() if name not in planning}
+        if self.graph.groups:
+            limits = {name: planning[name] for name in ('min_channels', 'min_share', 'round_to') if name in planning}
+            check_reachable(self.graph, budget, **limits)
+        return Recipe(self, budget, criterion, repair, seed, verify, self._shows(progress), collecting, planning)
 
+    def on(self, network: nn.Module, progress: bool | None = None) -> Pruner:
+        '''A pruner with the same composite, example and options for a pruned version of the network.
+
+        Parameters
+        ----------
+        network: torch.nn.Module
+            The pruned network, repaired or trained on.
+        progress: bool, optional
+            Show progress bars on standard error; as this pruner unless given.
+
+        Returns
+        -------
+        Pruner
+        '''
+        pruner = Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
+                        self._shows(progress))
+        pruner._defaults = self._defaults
+        return pruner
+
+    @takes_options()
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *,
                 channel: Channel | None = None) -> torch.Tensor:
         '''Heatmaps of the network, or of what flows through single channels, under the pruner's composite.
@@ -343,33 +528,46 @@ class Pruner:
         return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph)
 
 
-def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], budget: Budget,
-          ignore: Sequence[str] = (), progress: bool = True, repair: str = 'refit',
-          criterion: Criterion = 'relevance', layernorm: str = 'lock', **options: Any) -> nn.Module:
+def check_run(budget: object, criterion: object, repair: object) -> None:
+    '''Refuse a budget, criterion or repair that is none.'''
+    check_budget(budget)
+    check_criterion(criterion, automatic=True)
+    checked_method(repair, 'repair')
+
+
+def _check_preset(preset: Preset) -> None:
+    '''Refuse a preset that sets what no method knows.'''
+    known = dict.fromkeys(name for method in (Pruner.prune, Pruner.iterate) for name in options_of(method))
+    for name in preset._options:
+        if name not in known:
+            raise unknown(f'{preset!r}: option', name, known)
+
+
+@takes_options(Pruner.__init__, Pruner.prune)
+def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterable[Any], budget: Budget,
+          ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True, **options: Any) -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
     ----------
     model: torch.nn.Module
         The network; it is left as it is.
-    composite: zennit.core.Composite or None
-        The rules of relevance; None for the recommended ones.
+    composite: zennit.core.Composite, Preset or None
+        The rules of relevance; None for the recommended ones. Or a preset, e.g. ``zp.presets.paper``.
     loader: iterable
         Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch.
     budget: Budget
-        What is to be left, e.g. ``Budget(flops=0.5)``.
+        How much is to be left, e.g. ``Budget(flops=0.5)``.
     ignore: sequence of str
         Patterns of module names whose output channels are kept.
+    layernorm: str
+        ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
         Show progress bars on standard error.
-    repair: str
-        ``'none'`` leaves the weights that stay as they are; see :meth:`Pruner.prune`.
-    criterion: str or callable
-        Likewise, e.g. ``'auto'``.
-    layernorm: str
-        See :func:`trace`.
     **options:
-        Further ones of :meth:`Pruner.prune`, e.g. ``target='predicted'`` for inputs without labels.
+        Those of :meth:`Pruner.prune` (``repair``, ``criterion``, ``verify``, ``seed``), :meth:`Pruner.collect` and
+        :meth:`Pruner.plan`, e.g. ``target='predicted'`` for inputs without labels, or ``repair='none'``, which leaves
+        the weights that stay as they are.
 
     Returns
     -------
@@ -379,13 +577,26 @@ def prune(model: nn.Module, composite: Composite | None, loader: Iterable[Any], 
     Raises
     ------
     PruneError
-        Whatever keeps the result from being exact; nothing is changed.
+        For an option that is not known, before any data are read; for whatever keeps the result from being exact.
+        Nothing is changed then.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import zennit_prune as zp
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    >>> batches = [(torch.ones(8, 3, 8, 8), torch.arange(8) % 2)]
+    >>> small = zp.prune(model, None, batches, zp.Budget(flops=0.5), repair='none', progress=False)
+    >>> small[0].out_channels, model[0].out_channels
+    (2, 4)
     '''
     model = unwrapped(model)
+    check_run(budget, options.get('criterion', 'relevance'), options.get('repair', 'refit'))
     stream = batches(loader)
     first = next(stream, None)
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
     pruner = Pruner(model, composite, example, ignore, layernorm, progress)
-    return pruner.prune(chain([first], stream), budget, criterion, repair, progress=progress, **options).model
+    return pruner.prune(chain([first], stream), budget, **options).model

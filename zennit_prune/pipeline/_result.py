@@ -1,7 +1,4 @@
-'''``Result``: a pruned network, with how it came about.
-
-What a user's function says of a network.
-'''
+'''``Result``: a pruned network and how it was made, and the number that a user's function returns for a network.'''
 from __future__ import annotations
 
 import json
@@ -16,8 +13,9 @@ from ..errors import PruneError
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..util._display import table
-from ..util._files import check_folder, write_text
-from ..util._plots import needed
+from ..util._files import write_text
+from ..util._plots import finished, new_figure
+from ._choose import Choice
 
 
 def evaluated(evaluate: Callable[[nn.Module], Any], network: nn.Module) -> float:
@@ -37,45 +35,67 @@ def evaluated(evaluate: Callable[[nn.Module], Any], network: nn.Module) -> float
 
 @dataclass(frozen=True)
 class Step:
-    '''A network on the way.
+    '''A network after a step of pruning, as a row of the history.
 
     Attributes
     ----------
     number: int
-        0 for the original.
+        The number of the step; 0 is the original.
     left: dict of str to float
         By unit, the share of the original's cost that is left.
     evaluation: float or None
-        What ``evaluate`` returned for the network.
-    stability: float or None
+        The number that ``evaluate`` returned for the network.
+    reliability: float or None
         The split-half rank correlation of the scores that the step was planned from, over the whole network.
     seconds: float
-        What the step took, ``evaluate`` included.
+        How long the step took, ``evaluate`` included.
+
+    Examples
+    --------
+    >>> import zennit_prune as zp
+    >>> step = zp.pipeline.Step(1, {'flops': 0.61}, evaluation=0.9, reliability=0.97)
+    >>> f"{step.left['flops']:.0%} of the FLOPs"
+    '61% of the FLOPs'
     '''
 
     number: int
     left: Mapping[str, float]
     evaluation: float | None = None
-    stability: float | None = None
+    reliability: float | None = None
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Result:
-    '''What :meth:`Pruner.prune` and :meth:`Pruner.iterate` return; print it.
+    '''A pruned network and how it was made; :meth:`Pruner.prune` and :meth:`Pruner.iterate` return it. Print it.
 
     Attributes
     ----------
     model: torch.nn.Module
         The pruned network.
     plan: Plan
-        What was removed of the original, in all steps together.
+        The channels that were removed from the original, in all steps together.
     relevance: Relevance
-        The scores of the original network, which the first step was planned from.
+        The scores of the original network, from which the first step was planned.
     history: tuple of Step
         The original, and the network after every step.
     stopped: str
         Why it ended.
+    choice: Choice or None
+        The criterion that ``criterion='auto'`` chose, with a table of all candidates; None where it was given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import zennit_prune as zp
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+    >>> result = pruner.prune((), zp.Budget(channels=0.5), 'l1', 'none')
+    >>> result.model[0].out_channels, result.stopped
+    (2, 'Budget(channels=0.5) is reached.')
+    >>> [step.left['channels'] for step in result.history]
+    [1.0, 0.5]
     '''
 
     model: nn.Module
@@ -83,50 +103,60 @@ class Result:
     relevance: Relevance
     history: tuple[Step, ...]
     stopped: str
+    choice: Choice | None = None
 
     def save_history(self, path: str | os.PathLike[str]) -> None:
-        '''Write the steps as JSON.'''
-        steps = [asdict(step) for step in self.history]
-        write_text(path, json.dumps({'stopped': self.stopped, 'history': steps}, indent=1) + '\n')
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        '''Draw the steps: what is left of the network, what ``evaluate`` returned, and how stable the ranking was.
+        '''Write the steps as JSON.
 
         Parameters
         ----------
         path: path-like
-            An image; its ending says of which kind.
+            The file.
+        '''
+        steps = [asdict(step) for step in self.history]
+        write_text(path, json.dumps({'stopped': self.stopped, 'history': steps}, indent=1) + '\n')
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        '''Draw the steps: the shares that are left, what ``evaluate`` returned, and the reliability of the scores.
+
+        Parameters
+        ----------
+        path: path-like, optional
+            Where to write the picture; its suffix says of what kind, e.g. ``.png`` or ``.svg``.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
 
         Raises
         ------
         PruneError
-            If matplotlib is not installed.
+            Without matplotlib.
         '''
-        Figure = needed('matplotlib.figure', 'plot', 'plot()').Figure
-        check_folder(path)
         panels: list[dict[str, list[Any]]] = [
             {f'{unit} left': [step.left[unit] for step in self.history] for unit in self.history[0].left}]
-        for name in ('evaluation', 'stability'):
+        for name in ('evaluation', 'reliability'):
             values = [getattr(step, name) for step in self.history]
             panels += [{name: values}] if any(value is not None for value in values) else []
-        figure = Figure((6, 1 + 2 * len(panels)), layout='constrained')
+        figure = new_figure(path, (6, 1 + 2 * len(panels)))
         numbers = [step.number for step in self.history]
-        for axes, lines in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels):
+        every = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, lines in zip(every, panels):
             for label, values in lines.items():
                 known = [(number, value) for number, value in zip(numbers, values) if value is not None]
                 axes.plot(*zip(*known), marker='.', label=label)
             axes.grid(alpha=0.3)
             axes.legend()
-        axes.set_xlabel('step')
-        axes.locator_params('x', integer=True)
-        figure.savefig(path)
+        every[-1].set_xlabel('step')
+        every[-1].locator_params('x', integer=True)
+        return finished(figure, every, path)
 
     def __str__(self) -> str:
         units = list(self.history[0].left)
         rows = [(step.number, *(f'{step.left[unit]:.1%}' for unit in units),
-                 *('' if value is None else f'{value:.4g}' for value in (step.evaluation, step.stability)),
+                 *('' if value is None else f'{value:.4g}' for value in (step.evaluation, step.reliability)),
                  f'{step.seconds:.1f}') for step in self.history]
-        return f'{table(("step", *units, "evaluation", "stability", "seconds"), rows)}\n\n{self.stopped}'
+        return f'{table(("step", *units, "evaluation", "reliability", "seconds"), rows)}\n\n{self.stopped}'
 
     def __repr__(self) -> str:
         return f'Result({type(self.model).__name__}, {self.plan!r}, {len(self.history) - 1} steps: {self.stopped})'

@@ -1,7 +1,4 @@
-'''Prune by several criteria to several budgets, repair in several ways, and evaluate what comes out.
-
-``Sweep``: what pruning to several budgets cost and kept, as a table, a file or a picture.
-'''
+'''Prune by several criteria to several budgets, repair in several ways, and evaluate; ``Sweep`` holds the results.'''
 from __future__ import annotations
 
 import json
@@ -27,8 +24,9 @@ from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ..util._plots import needed
-from ._pruner import NAMED, Criterion, Pruner
+from ..util._plots import finished, new_figure
+from ._options import AnyCriterion, check_criterion, check_names, options_of, takes_options
+from ._pruner import Pruner
 from ._result import evaluated
 
 FORMAT = 'zennit_prune sweep'
@@ -48,20 +46,21 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    '''What came of one combination.
+    '''The result of one combination of criterion, repair, seed and budget.
 
     Attributes
     ----------
     criterion, repair, seed:
-        What was done.
+        The combination.
     budget: float
         The value of the budget.
     left: float or None
-        What is really left of the original, in the budget's unit; seconds are measured side by side.
+        The share of the original that is really left, in the budget's unit; seconds are measured side by side.
     value: float or None
-        What ``evaluate`` returned.
+        The number that ``evaluate`` returned.
     seconds: float
-        What collecting, choosing, pruning and repairing took, for this row if it were alone; evaluation is left out.
+        How long collecting, planning, pruning and repairing took, for this row if it were alone; evaluation is left
+        out.
     error: str
         Why there is no value.
     '''
@@ -97,13 +96,25 @@ class Sweep:
     Attributes
     ----------
     unit: str
-        What the budgets were given as, e.g. ``'flops'``.
+        The keyword of the budgets, e.g. ``'flops'``.
     original: float
-        What ``evaluate`` returned for the network as it is.
+        The number that ``evaluate`` returned for the original network.
     rows: tuple of Row
-        In the order in which they were finished.
+        One for each combination, in the order in which they were finished.
     settings: dict
         The call, as JSON values.
+
+    Examples
+    --------
+    >>> import zennit_prune as zp
+    >>> from zennit_prune.pipeline import Sweep
+    >>> from zennit_prune.pipeline._sweep import Row
+    >>> print(Sweep('flops', 0.9, [Row('l1', 'none', 0, 0.5, 0.49, 0.8, 1.0)]))
+    criterion  repair  flops=0.5
+    ---------  ------  ---------
+    l1         none    0.8
+    <BLANKLINE>
+    original: 0.9
     '''
 
     def __init__(self, unit: str, original: float, rows: Iterable[Row] = (), settings: Mapping[str, Any] | None = None):
@@ -112,11 +123,11 @@ class Sweep:
 
     @property
     def evaluated(self) -> str:
-        '''What the function that evaluated is called.'''
+        '''The name of the function that evaluated.'''
         return str(self.settings.get('evaluate', 'value')).split(' (')[0].strip('<>')
 
     def curves(self) -> dict[tuple[str, str], dict[float, Point]]:
-        '''By criterion and repair, then by budget, descending: means over the seeds.'''
+        '''Means over the seeds, by criterion and repair, then by budget in descending order.'''
         found: dict[tuple[str, str], dict[float, list[Row]]] = {}
         for row in sorted(self.rows, key=lambda row: -row.budget):
             found.setdefault((row.criterion, row.repair), {}).setdefault(row.budget, []).append(row)
@@ -149,14 +160,29 @@ class Sweep:
 
     # files
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write everything as JSON.'''
+        '''Write everything as JSON.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+        '''
         write_text(path, json.dumps({'format': FORMAT, 'version': 1, 'unit': self.unit, 'original': self.original,
                                      'settings': self.settings, 'rows': [asdict(row) for row in self.rows]},
                                     indent=1) + '\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sweep:
-        '''Read what :meth:`save` wrote, or a checkpoint.
+        '''Read a sweep that :meth:`save` wrote, or a checkpoint.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+
+        Returns
+        -------
+        Sweep
 
         Raises
         ------
@@ -173,26 +199,28 @@ class Sweep:
             raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}, version 1: {error}.') from error
 
     # looking
-    def plot(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         '''Draw value over what is left: a line for each criterion and repair, the spread over seeds as a band.
 
         Parameters
         ----------
-        path: path-like
-            The picture; its suffix says what kind, e.g. ``.png`` or ``.svg``.
+        path: path-like, optional
+            Where to write the picture; its suffix says of what kind, e.g. ``.png`` or ``.svg``.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
 
         Raises
         ------
         PruneError
             Without matplotlib, or if there is no value.
         '''
-        Figure = needed('matplotlib.figure', 'plot', 'plot()').Figure
-        check_folder(path)
+        figure = new_figure(path, (7.5, 4.5))
         curves = {key: [point for point in points.values() if point.seeds] for key, points in self.curves().items()}
         if not any(curves.values()):
             raise PruneError('there is nothing to plot: no row has a value. Print the sweep for the reasons.')
         criteria, repairs = (list(dict.fromkeys(names)) for names in zip(*curves))
-        figure = Figure(figsize=(7.5, 4.5), layout='constrained')
         axes = figure.add_subplot()
         axes.axhline(self.original, color='0.6', linewidth=1, label='original')
         for (criterion, repair), points in curves.items():
@@ -211,11 +239,10 @@ class Sweep:
         unit = self.unit.removesuffix('_fraction')
         axes.set_xlabel(f'{UNIT_NAMES.get(unit, unit)} left')
         axes.set_ylabel(self.evaluated)
-        axes.spines[['top', 'right']].set_visible(False)
         axes.grid(axis='y', color='0.9', linewidth=0.8)
         axes.set_axisbelow(True)
         figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', frameon=False)
-        figure.savefig(path, dpi=150)
+        return finished(figure, [axes], path)
 
 
 def _point(rows: list[Row]) -> Point:
@@ -237,11 +264,12 @@ def _written(point: Point | None) -> str:
 Result = TypeVar('Result')
 
 
+@takes_options()
 def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], budgets: Sequence[Budget],
-          criteria: Sequence[Criterion] | Mapping[str, Criterion | Relevance], repairs: Sequence[str] = ('none',),
-          seeds: Sequence[int] = (0,), checkpoint: str | os.PathLike[str] | None = None, progress: bool = True, *,
-          collect: Mapping[str, Any] | None = None, plan: Mapping[str, Any] | None = None) -> Sweep:
-    '''Accuracy over budget, for every criterion, repair and seed.
+          criteria: Sequence[AnyCriterion] | Mapping[str, AnyCriterion | Relevance], repairs: Sequence[str] = ('none',),
+          seeds: Sequence[int] = (0,), checkpoint: str | os.PathLike[str] | None = None, progress: bool | None = None,
+          *, collect: Mapping[str, Any] | None = None, plan: Mapping[str, Any] | None = None) -> Sweep:
+    '''Measure accuracy over budget, for every criterion, repair and seed.
 
     Parameters
     ----------
@@ -264,8 +292,8 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     checkpoint: path-like, optional
         A file that always holds what is finished; the same call goes on from there. By what a network, a criterion or
         an option holds, and by the code of functions, it is known whether the call is the same; data are not compared.
-    progress: bool
-        Show a progress bar on standard error.
+    progress: bool, optional
+        Show a progress bar on standard error; as the pruner unless given.
     collect, plan: mapping, optional
         Further options of :meth:`Pruner.collect` and :meth:`Pruner.plan`, e.g. ``plan={'round_to': 8}``.
 
@@ -278,16 +306,33 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     Raises
     ------
     PruneError
-        For nothing to do, something given twice, budgets of several units, or a checkpoint of another sweep.
+        For nothing to do, something given twice, an unknown name, budgets of several units, or a checkpoint of another
+        sweep.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import zennit_prune as zp
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+    >>> found = zp.sweep(pruner, (), lambda network: network[0].out_channels,
+    ...                  [zp.Budget(channels=0.75), zp.Budget(channels=0.5)], ['l1', 'random'])
+    >>> [(row.criterion, row.budget, row.value) for row in found.rows]
+    [('l1', 0.75, 3.0), ('l1', 0.5, 2.0), ('random', 0.75, 3.0), ('random', 0.5, 2.0)]
     '''
+    collect, plan = dict(collect or {}), dict(plan or {})
+    for called, given, options in (('sweep: collect', collect, options_of(Pruner.collect)),
+                                   ('sweep: plan', plan, options_of(Pruner.plan))):
+        check_names(called, given, [name for name in options if name != 'criterion'])
     if not isinstance(criteria, Mapping):
         names = _several('criteria', criteria, named)
         criteria = dict(zip(names, criteria))
     _several('criteria', criteria)
     _several('repairs', repairs)
     for one in criteria.values():
-        if not (callable(one) or isinstance(one, Relevance)) and one not in NAMED:
-            raise PruneError(f'criteria: {one!r} is unknown, use some of {", ".join(map(repr, NAMED))}.')
+        if not isinstance(one, Relevance):
+            check_criterion(one)
     for method in repairs:
         checked_method(method, 'repairs')
     _several('seeds', seeds)
@@ -299,7 +344,6 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
                          f'{", ".join(sorted(units))}.')
     if isinstance(loader, Iterator):
         loader = list(loader)  # it is gone through more than once
-    collect, plan = dict(collect or {}), dict(plan or {})
     settings = {
         'network': fingerprint(dict(tensors_by_module(pruner.model))), 'rules': described(pruner.composite),
         'groups': {group.name: group.size for group in pruner.graph.groups},
@@ -313,7 +357,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         done = Sweep(units.pop(), _value(evaluate, copied(pruner.model)), (), settings)
     finished = {row.cell for row in done.rows}
     with tqdm(desc='sweep', total=len(seeds) * len(criteria) * len(budgets) * len(repairs), initial=len(finished),
-              disable=not progress, leave=False) as bar:
+              disable=not pruner._shows(progress), leave=False) as bar:
         for row in _rows(pruner, loader, evaluate, budgets, criteria, repairs, seeds, finished, collect, plan):
             done = Sweep(done.unit, done.original, (*done.rows, row), settings)
             if checkpoint is not None:
@@ -342,14 +386,14 @@ class Attempt(Generic[Result]):
 
 
 def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], budgets: Sequence[Budget],
-          criteria: Mapping[str, Criterion | Relevance], repairs: Sequence[str], seeds: Sequence[int],
+          criteria: Mapping[str, AnyCriterion | Relevance], repairs: Sequence[str], seeds: Sequence[int],
           finished: Collection[Cell], collect: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[Row]:
     '''The rows that are missing; relevance, and a network before its repairs, are made once for all that need them.'''
     def missing(seed: int, criterion: str, some: Sequence[Budget]) -> list[Cell]:
         cells = [Cell(criterion, method, seed, budget.value) for budget in some for method in repairs]
         return [cell for cell in cells if cell not in finished]
 
-    def collected(given: Criterion | Relevance, data: Any, seed: int) -> Relevance:
+    def collected(given: AnyCriterion | Relevance, data: Any, seed: int) -> Relevance:
         if isinstance(given, Relevance):
             return given
         with seeded(seed, device_of(pruner.model)):
@@ -389,7 +433,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
 
 
 def _left(plan: Plan, budget: Budget) -> float:
-    '''What a plan leaves of the network, as a share.'''
+    '''The share of the network that a plan leaves.'''
     if plan.timing is not None:
         return plan.timing.left
     costs = cost_model(plan.graph)
@@ -416,7 +460,7 @@ def _several(what: str, given: Any, name: Callable[[Any], str] = repr) -> list[s
 
 
 def _known(value: Any) -> Any:
-    '''By what a part of the call is known again; not by the data it holds or encloses, which may change as it runs.'''
+    '''A name by which a part of the call is known again; the data it holds or encloses may change, and do not count.'''
     if isinstance(value, ATOMIC):
         return value
     if isinstance(value, Relevance):
@@ -426,7 +470,7 @@ def _known(value: Any) -> Any:
 
 
 def _begun(checkpoint: str | os.PathLike[str] | None, settings: dict[str, Any]) -> Sweep | None:
-    '''What a checkpoint holds, after a check that it is of the same call.'''
+    '''The sweep in a checkpoint, after a check that it is of the same call.'''
     if checkpoint is None:
         return None
     check_folder(checkpoint)

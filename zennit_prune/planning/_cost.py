@@ -19,7 +19,7 @@ from ..tracing._labels import Labels, first
 from ..util._display import panel
 from ..util._isolation import isolated
 from ..util._networks import structural_copy, unique_tensors, unwrapped
-from ..util._options import unknown
+from ..util._options import nearest
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
 UNIT_NAMES = {'flops': 'FLOPs', 'params': 'parameters'}
@@ -159,7 +159,7 @@ class Budget:
                  channels: float | None = None, latency: float | None = None, latency_fraction: float | None = None,
                  **unknown_units: Any):
         for name in unknown_units:
-            raise unknown('the unit of a budget', name, BUDGETS, '; give exactly one, as in Budget(flops=0.5)')
+            raise PruneError(f'{ONE_UNIT}: {name!r} is unknown{nearest(name, BUDGETS) or "."}')
         amounts = (flops, params, bytes, channels, latency, latency_fraction)
         given = {name: value for name, value in zip(BUDGETS, amounts) if value is not None}
         if len(given) != 1:

@@ -382,5 +382,5 @@ def timed(costs: LatencyModel, model: nn.Module, removed: Mapping[str, Sequence[
     timing = Timing(device, *shares, *side_by_side(networks, graph._recording.example.fitted(model)))
     if not timing.holds:
         warnings.warn(f'the plan misses its budget as measured: {timing}. Ask for less, or measure for longer: '
-                      'pruner.latencies(seconds=...).', PruneWarning, stacklevel=3)
+                      'pruner.latencies(seconds=...).', PruneWarning, stacklevel=4)
     return timing

@@ -265,7 +265,7 @@ def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
                          "parameters it looks at. Use another, e.g. 'l1'.")
     if silent:
         warnings.warn(f'criterion={criterion!r} says nothing about some groups, so they will be kept whole: '
-                      f'{", ".join(silent)}', PruneWarning, stacklevel=5)
+                      f'{", ".join(silent)}', PruneWarning, stacklevel=6)
     return Relevance(scores, info={'criterion': criterion})
 
 

@@ -127,7 +127,7 @@ def _check(collector: Collector, batch: Batch) -> None:
         return  # the collector says what is wrong with a batch
     collector.notes += found.problems
     for problem in found.problems:
-        warnings.warn(problem, PruneWarning, stacklevel=5)
+        warnings.warn(problem, PruneWarning, stacklevel=6)
 
 
 def _resume(collector: Collector, stream: Iterator[Batch], path: Path) -> None:

@@ -1,0 +1,170 @@
+'''One step of pruning: collect, plan, apply and repair.
+
+``prune`` is one such step, and ``iterate`` many of them.
+'''
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from zennit.core import Composite
+
+from ..graph._graph import ChannelGraph
+from ..planning._carry import scores_for_original, values_for_plan
+from ..planning._cost import UNITS, Budget, cost_model
+from ..planning._plan import Plan
+from ..relevance._relevance import Relevance
+from ..repairs._references import KEPT, References, warn_of_missing_classes
+from ..repairs._repair import repaired
+from ..util._distributed import gathered, rank_and_world
+from ..util._isolation import seeded
+from ..util._networks import device_of
+from ._checkpoint import filled
+from ._choose import Choice, choose
+from ._options import AnyCriterion
+
+
+class Pruning(Protocol):
+    '''A network, its channels, and how they are scored and chosen: :class:`zennit_prune.Pruner` is one.'''
+
+    model: nn.Module
+    composite: Composite
+    graph: ChannelGraph
+
+    def collect(self, *args: Any, **options: Any) -> Relevance:
+        '''Score every channel on reference data.'''
+
+    def plan(self, *args: Any, **options: Any) -> Plan:
+        '''Choose the channels to remove.'''
+
+    def on(self, network: nn.Module, progress: bool) -> Pruning:
+        '''The same for a pruned version of the network.'''
+
+
+class Pruned(NamedTuple):
+    '''A pruned network, the plan that leads to it from the original, and the scores that its last step used.'''
+
+    plan: Plan
+    network: nn.Module
+    relevance: Relevance
+
+
+@dataclass(frozen=True)
+class Recipe:
+    '''How the steps of a run are done; see :meth:`zennit_prune.Pruner.iterate` for the meaning.
+
+    Every step starts from random states of its own, which depend on the seed and the step's number.
+    '''
+
+    pruner: Pruning
+    budget: Budget
+    criterion: AnyCriterion
+    repair: str
+    seed: int
+    verify: bool
+    progress: bool
+    collecting: Mapping[str, Any]
+    planning: Mapping[str, Any]
+
+    @cached_property
+    def device(self) -> torch.device:
+        '''Where the network is.'''
+        return device_of(self.pruner.model)
+
+    def decided(self, loader: Iterable[Any]) -> tuple[Recipe, Iterable[Any], Choice | None]:
+        '''The recipe with a criterion in place of ``'auto'``, a loader that has lost no batch, and the choice.'''
+        if self.criterion != 'auto':
+            return self, loader, None
+        loader = list(loader) if isinstance(loader, Iterator) else loader
+        collecting = {name: value for name, value in self.collecting.items() if name != 'checkpoint'}
+
+        def planned(references: Iterable[Any], criterion: AnyCriterion) -> Plan:
+            relevance = self.pruner.collect(references, criterion, seed=self.seed, progress=False, **collecting)
+            return self.pruner.plan(relevance, self.budget, progress=False, **self.planning)
+
+        choice = agreed(choose(self.pruner.model, loader, planned, self.repair, self.seed, self.progress), self.device)
+        return replace(self, criterion=choice.criterion), loader, choice
+
+    def references(self, loader: Iterable[Any]) -> References:
+        '''The loader, remembering the inputs that the repair needs.'''
+        kept = 0 if self.repair == 'none' else -(-KEPT // rank_and_world()[1])
+        return References(loader, kept, self.collecting.get('classes'), self.seed)
+
+    def step(self, references: References, budget: Budget, number: int = 1, earlier: Pruned | None = None,
+             stacklevel: int = 5, **collecting: Any) -> Pruned:
+        '''Collect, plan, apply and repair: prune the network, or what an earlier step left of it, to a budget.
+
+        Parameters
+        ----------
+        references: References
+            Reference data.
+        budget: Budget
+            How much this step leaves of the original.
+        number: int
+            Of the step; it says what its random numbers start from.
+        earlier: Pruned, optional
+            The result of the step before.
+        stacklevel: int
+            How far up the user's call is, for a warning.
+        **collecting:
+            Options of :meth:`Pruner.collect` for this step.
+        '''
+        options = {**self.collecting, **collecting, 'seed': self.seed + number - 1, 'progress': self.progress}
+        references.forget()
+        with seeded(self.seed + number, self.device):  # whoever resumes in the middle of collecting draws less
+            pruner = self.pruner if earlier is None else self.pruner.on(earlier.network, self.progress)
+            relevance = pruner.collect(references, self.criterion, **options)
+        if earlier is None:
+            plan = self._first_plan(relevance, budget)
+        else:
+            plan = self._later_plan(earlier.plan, pruner.graph, relevance, budget)
+        small = plan.apply(self.pruner.model, self.verify, self.progress)
+        if earlier is not None:
+            small = filled(small, values_for_plan(earlier.plan, plan, earlier.network))
+        if self.repair != 'none':
+            inputs = references.inputs(self.device)
+            if earlier is None and self.repair == 'refit' and references.classes is None:
+                warn_of_missing_classes(self.pruner.model, inputs, stacklevel)
+            small = repaired(self.pruner.model, small, plan, inputs, self.repair, self.progress)
+        return Pruned(plan, small, relevance)
+
+    def _planned(self, relevance: Relevance, budget: Budget) -> Plan:
+        return self.pruner.plan(relevance, budget, progress=self.progress, **self.planning)
+
+    def _first_plan(self, relevance: Relevance, budget: Budget) -> Plan:
+        plan = self._planned(relevance, self.budget)  # what is out of reach in the end is said at once
+        return plan if budget is self.budget else self._planned(relevance, budget)
+
+    def _later_plan(self, earlier: Plan, graph: ChannelGraph, relevance: Relevance, budget: Budget) -> Plan:
+        '''A plan for the original network that removes what ``earlier`` does, and more.'''
+        plan = self._planned(scores_for_original(earlier, graph, relevance), budget)
+        for name, positions in earlier.removed.items():
+            plan = plan.remove(name, positions)
+        return plan
+
+
+def agreed(value: Any, device: torch.device) -> Any:
+    '''The first process's value, in all of them; nobody goes on before all are here.'''
+    return gathered(value, device)[0] if rank_and_world()[1] > 1 else value
+
+
+def reliability_of(relevance: Relevance) -> float | None:
+    '''The split-half rank correlation over the whole network; None for scores that no samples were needed for.'''
+    return relevance.reliability().network if relevance.has_halves else None
+
+
+def costs_left(plan: Plan) -> dict[str, float]:
+    '''By unit, the cost that a plan leaves.'''
+    costs = cost_model(plan.graph)
+    removed = costs.counts(plan.removed)
+    return {unit: costs(unit, removed) for unit in UNITS}
+
+
+def shares_left(plan: Plan) -> dict[str, float]:
+    '''By unit, the share of the original's cost that a plan leaves.'''
+    return {unit: cost / (whole or 1.0) for (unit, cost), whole in zip(costs_left(plan).items(),
+                                                                     costs_left(Plan(plan.graph)).values())}
