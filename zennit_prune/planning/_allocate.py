@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
+from ..tracing._labels import Positions
 from ._cost import Budget, CostModel, written
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
@@ -58,7 +59,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     priorities: list[float] = []
     owners: list[int] = []
     steps: list[int] = []
-    orders: dict[int, npt.NDArray[np.int64]] = {}
+    orders: dict[int, Positions] = {}
     for number, group in enumerate(graph.groups):
         if group.name not in scores or savings[number] <= 0:
             continue

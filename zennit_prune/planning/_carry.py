@@ -12,9 +12,8 @@ from torch import nn
 from ..graph._graph import ChannelGraph
 from ..relevance._relevance import Relevance
 from ..surgery._surgery import narrowed_copy
-from ..tracing._labels import Labels
 from ..tracing._parametrized import restore
-from ..util._networks import unique_tensors
+from ..util._networks import Indices, unique_tensors
 from ._plan import Plan
 
 NEVER = 1e30  # and its negative: first of all
@@ -40,8 +39,7 @@ def carried_back(plan: Plan, graph: ChannelGraph, relevance: Relevance) -> Relev
     starts = {(axis.parameter, axis.dim): axis.start for axis in after._recording.axes}
     pairs = []
     for axis in before._recording.axes:
-        labels = np.arange(axis.start, axis.start + axis.size)
-        labels = labels[~gone[labels]]
+        labels = axis.labels[~gone[axis.labels]]
         start = starts.get((axis.parameter, axis.dim))
         if start is not None:
             pairs.append(np.stack([before._solution.channel[labels],
@@ -70,8 +68,8 @@ def carried_on(earlier: Plan, later: Plan, network: nn.Module) -> dict[str, torc
     return unique_tensors(smaller)
 
 
-def _within(had: Labels, has: Labels) -> Labels:
+def _within(had: Indices, has: Indices) -> Indices:
     '''Where the indices ``has`` are among ``had``, both ascending, block by block.'''
     if had.ndim == 1:
-        return np.searchsorted(had, has)
-    return np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1)
+        return Indices(np.searchsorted(had, has))
+    return Indices(np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1))

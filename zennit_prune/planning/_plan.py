@@ -130,8 +130,7 @@ def _carried(before: ChannelGraph, gone: npt.NDArray[np.bool_], after: ChannelGr
     axes = {(axis.parameter, axis.dim): axis for axis in after._recording.axes}
     lost, matched = np.zeros((2, len(gone)), bool)
     for axis in before._recording.axes:
-        labels = np.arange(axis.start, axis.start + axis.size)
-        labels = labels[~gone[labels]]
+        labels = axis.labels[~gone[axis.labels]]
         there = axes.pop((axis.parameter, axis.dim), None)
         if there is not None and there.size == len(labels):
             lost[labels] = lost_after[there.start:there.start + there.size]

@@ -24,11 +24,11 @@ from ..tracing._calls import CallCounter, Site
 from ..tracing._parametrized import plain
 from ..tracing._recorded import Operation
 from ..util._display import some
-from ..util._networks import computed_name, copied, tensors_by_module
+from ..util._networks import Indices, computed_name, copied, tensors_by_module
 from ._replay import Deletion
-from ._surgery import Channels
+from ._surgery import RemovableChannels
 
-Survivors = dict[Site, dict[int, npt.NDArray[np.int64]]]
+Survivors = dict[Site, dict[int, Indices]]
 
 
 def normalised_survivors(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> Survivors:
@@ -46,7 +46,7 @@ def normalised_survivors(operations: Iterable[Operation], gone: npt.NDArray[np.b
     for operation in operations:
         if operation.name == 'native_layer_norm':
             rank, normalised = len(operation.shapes[0]), operation.decisions.get('normalised dimensions', 0)
-            kept = {dim - rank: np.flatnonzero(mask) for dim, mask in deletion(operation.outputs[0])[1].items()
+            kept = {dim - rank: Indices(np.flatnonzero(mask)) for dim, mask in deletion(operation.outputs[0])[1].items()
                     if dim >= rank - normalised}
             if kept:
                 found[operation.site] = kept
@@ -67,7 +67,7 @@ def warn_of_changed_statistics(operations: Iterable[Operation], gone: npt.NDArra
 class SurvivingStatistics(CallCounter):
     '''While active, these calls of LayerNorm run over the positions that are left.'''
 
-    def __init__(self, root: nn.Module, survivors: Mapping[Site, Mapping[int, npt.NDArray[np.int64]]]):
+    def __init__(self, root: nn.Module, survivors: Survivors):
         super().__init__(root)
         self._survivors = survivors
 
@@ -110,7 +110,7 @@ def let_survive(network: nn.Module, survivors: Survivors) -> None:
     network.__dict__['_survivors'] = survivors
 
 
-def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+def masked_copy(graph: RemovableChannels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
     '''A copy of ``model`` in which the channels at these positions of these groups are silent.
 
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;

@@ -15,7 +15,7 @@ from ..util._isolation import isolated
 from ..util._networks import map_tensors, output_tensors
 from ._masking import masked_copy
 from ._replay import Deletion
-from ._surgery import Channels
+from ._surgery import RemovableChannels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
-def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def compare(graph: RemovableChannels, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
             example: Any, seed: int = 0) -> float:
     '''Run the masked original and the pruned network on the same noise.
 
@@ -113,7 +113,7 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
     return map_tensors(drawn, example.args), map_tensors(drawn, example.kwargs)
 
 
-def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def _first_wrong(graph: RemovableChannels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
     '''The first module, in execution order, whose surviving output channels differ.'''
     deletion = Deletion(graph._removed_labels(removed))
