@@ -140,7 +140,7 @@ def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _rank(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.tensor([1.0 if torch.equal(*pair) else spearman(*pair) for pair in zip(left, right)],
-                        dtype=torch.float64)
+                        dtype=torch.float64, device='cpu')
 
 
 def _moved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

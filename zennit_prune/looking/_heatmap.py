@@ -314,7 +314,7 @@ def _conditioned(attribution: Attribution, states: Sequence[State], x: Any, targ
                 chosen = channels[first:first + at_once]
                 if len(chosen) != repeated:  # else the graph of the last pass serves once more
                     repeated = len(chosen)
-                    pixels, _ = run(only(x, number, torch.arange(number).repeat(repeated)))
+                    pixels, _ = run(only(x, number, torch.arange(number, device='cpu').repeat(repeated)))
                 seeds = {state.place: torch.cat([_kept(state, values, item, covered) for item in chosen])
                          for state, values in relevance.items()}
                 maps.append(_from_states(taps, seeds, pixels).unflatten(0, (repeated, number)))

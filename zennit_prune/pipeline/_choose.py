@@ -121,8 +121,9 @@ def _split(loader: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
     if sum(sizes) < LEAST:
         raise PruneError(f'there are {sum(sizes)} references: a choice is judged by some that are held out, so that it '
                          f"takes {LEAST} at least. Name a criterion, e.g. 'relevance'.")
-    held = torch.zeros(sum(sizes), dtype=torch.bool)
-    held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:len(held) // 4]] = True
+    held = torch.zeros(sum(sizes), dtype=torch.bool, device='cpu')
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed), device='cpu')
+    held[order[:len(held) // 4]] = True
     parts = list(zip(chunks, sizes, held.split(sizes)))
     return ([only(chunk, size, ~mask) for chunk, size, mask in parts if not mask.all()],
             [only(chunk, size, mask) for chunk, size, mask in parts if mask.any()])
@@ -130,4 +131,4 @@ def _split(loader: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
 
 def _tensor(target: Any) -> Any:
     '''Labels in a list as a tensor, which can be indexed.'''
-    return torch.as_tensor(target) if isinstance(target, (list, tuple)) else target
+    return torch.as_tensor(target, device='cpu') if isinstance(target, (list, tuple)) else target

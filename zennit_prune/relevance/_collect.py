@@ -248,7 +248,7 @@ class Collector:
     def _sampled(self, batch: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
         '''By group, the scores of the samples that count; the mean over a sample's targets.'''
         totals: dict[str, torch.Tensor] = {}
-        weight = torch.zeros(())
+        weight = torch.zeros((), device='cpu')
         try:
             for relevance, share in self._measured(batch.inputs, batch.target):
                 if spots is not None:
@@ -304,7 +304,7 @@ class Collector:
                 values = self._aggregated(state, relevance[state.place], batch)
                 here = torch.bincount(state.positions.reshape(-1), minlength=state.size + 1)[:state.size] > 0
                 totals[state.group] = totals[state.group] + values if state.group in totals else values
-                covered[state.group] = covered.get(state.group, torch.zeros(state.size)) + here
+                covered[state.group] = covered.get(state.group, torch.zeros(state.size, device='cpu')) + here
         return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
     def _aggregated(self, state: State, relevance: torch.Tensor, batch: int) -> torch.Tensor:
@@ -386,7 +386,7 @@ class Collector:
         held = sorted(self.gates - set(sums.halves))
         notes = [*self.notes, f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
                               'channels have no scores and are kept'] if held else [*self.notes]
-        counts = torch.tensor(sums.counts, dtype=torch.float64).clamp(min=1).unsqueeze(1)
+        counts = torch.tensor(sums.counts, dtype=torch.float64, device='cpu').clamp(min=1).unsqueeze(1)
         halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
         info = {'criterion': self.criterion, 'composite': named(self.composite), 'aggregate': self.aggregate,
                 'initial': named(self.initial), 'samples': sums.samples, 'notes': notes}

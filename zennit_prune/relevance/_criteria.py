@@ -38,7 +38,8 @@ from ._states import Flow, State, find_states
 def random(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> Relevance:
     '''Uniform random numbers: the baseline that every criterion has to beat.'''
     generator = torch.Generator().manual_seed(seed)
-    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in graph.groups}
+    scores = {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64, device='cpu')
+              for group in graph.groups}
     return Relevance(scores, info={'criterion': 'random', 'seed': seed})
 
 
@@ -295,7 +296,7 @@ class Wanda(Activations):
 
     def _reading(self, group: ChannelGroup, operation: Operation, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         '''The sums of the absolute weights with which an operation reads the channels of a group.'''
-        total = torch.zeros(group.size, dtype=torch.float64)
+        total = torch.zeros(group.size, dtype=torch.float64, device='cpu')
         axes = self.graph._recording.axes
         numbers = {number for labels in operation.consumers for number in self.graph._roles.axis[labels].flat}
         read = {(axes[number].parameter, axes[number].dim) for number in numbers if number >= 0}

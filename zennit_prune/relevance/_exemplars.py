@@ -84,7 +84,7 @@ class Best:
         like = next(iter(scores.values()))
         rows = torch.cat([scores[name] if name in scores else like.new_zeros(len(like), size)
                           for name, size in layout], 1)
-        owner = torch.repeat_interleave(torch.tensor([size for _, size in layout])).to(rows.device)
+        owner = torch.repeat_interleave(torch.tensor([size for _, size in layout], device='cpu')).to(rows.device)
         numbers = numbers.to(rows.device)
         classes = torch.full_like(numbers, -1) if classes is None else classes.to(numbers)
         values, order = rows.T.sort(dim=1, descending=True, stable=True)
@@ -195,7 +195,7 @@ class Spots:
         self.absolute = absolute
         self.grids: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, tuple[State, torch.Tensor]] = {}
-        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._rows = torch.zeros(0, dtype=torch.int64, device='cpu')
 
     def see(self, states: Sequence[State], relevance: Mapping[Any, torch.Tensor], share: torch.Tensor) -> None:
         '''Add the relevance for one of the targets of each sample, which has a ``share`` in the scores.'''
@@ -373,6 +373,6 @@ class Exemplars:
 def _unravelled(flat: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
     '''Positions in a grid, shape (channels, k, dimensions of the grid).'''
     if not grid:
-        return torch.zeros(*flat.shape, 0, dtype=torch.int64)
+        return torch.zeros(*flat.shape, 0, dtype=torch.int64, device=flat.device)
     positions = torch.from_numpy(np.stack(np.unravel_index(flat.clamp(min=0).numpy(), grid), -1))
     return positions.masked_fill(flat.unsqueeze(-1) < 0, -1)

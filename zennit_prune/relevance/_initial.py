@@ -98,7 +98,7 @@ def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequenc
 def shares(found: Sequence[Start]) -> list[torch.Tensor]:
     '''The weight of each start for each sample, such that all samples with any target weigh 1.'''
     given = [start.given.to(accumulation_dtype(start.given.device)) for start in found]
-    number = sum(given, torch.zeros(())).clamp(min=1)
+    number = sum(given, torch.zeros((), device='cpu')).clamp(min=1)
     return [each / number for each in given]
 
 
@@ -218,11 +218,16 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
+def as_labels(target: Any) -> torch.Tensor:
+    '''Labels as a tensor: one stays where it is, and what is none goes to the CPU.'''
+    return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
+
+
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:
     '''Which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
     if classes is None or target is None or isinstance(target, str) or callable(target):
         return None
-    target = torch.as_tensor(target)
+    target = as_labels(target)
     if target.dim() != 1 or target.is_floating_point():
         return None
     return torch.isin(target, torch.tensor(classes, device=target.device))

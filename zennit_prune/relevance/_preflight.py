@@ -258,7 +258,7 @@ class Bookkeeper(CallCounter):
             raise PruneError(f'the initial relevance has a mass of {mass:.3g}: start from an output that the network '
                              'decides, e.g. the predicted class.')
         cancels = abs(total) < 1e-3 * mass  # contrastive, say: there is no sum to speak of
-        scale = torch.tensor([mass if cancels else total, mass], dtype=torch.float64)
+        scale = torch.tensor([mass if cancels else total, mass], dtype=torch.float64, device='cpu')
         for (key, side), sums in self._sums.items():
             amounts = (torch.stack(sums).sum(0) / scale).tolist() if sums else (0.0, 0.0)
             for name, amount in zip((side, f'{side}_mass'), amounts):

@@ -139,7 +139,7 @@ class Relevance:
         for name, values in scores.items():
             if values is None:
                 raise PruneError(f'there are no scores for group {name!r}: leave it out to keep it whole.')
-            values = torch.as_tensor(values).detach().to('cpu', torch.float64, copy=True).contiguous()
+            values = torch.as_tensor(values, device='cpu').detach().to(torch.float64, copy=True).contiguous()
             if values.dim() != 1:
                 raise PruneError(f'scores of group {name!r} have shape {tuple(values.shape)}: give one number per '
                                  'channel.')

@@ -9,7 +9,7 @@ import torch
 from ..errors import PruneError
 from ..util._loaders import batch_size, only
 from ..util._networks import map_tensors, tensors_in
-from ._initial import of_classes
+from ._initial import as_labels, of_classes
 
 
 class Selection:
@@ -46,13 +46,13 @@ class Selection:
         self.inputs, self.target, self.size = inputs, target, batch_size(inputs)
         self.skip, self.seen = skip, seen
         self.skipped, self.reason = 0, ''
-        self.numbers = torch.arange(self.size)
-        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.numbers = torch.arange(self.size, device='cpu')
+        self.rows = torch.zeros(0, dtype=torch.int64, device='cpu')
         wanted = of_classes(target, classes)
         if wanted is not None and len(wanted) == self.size:
             self.numbers = self.numbers[wanted.cpu()]
-            self.inputs, self.target = only(inputs, self.size, wanted), torch.as_tensor(target)[wanted]
-        self._broken = torch.zeros(len(self.numbers), dtype=torch.bool)
+            self.inputs, self.target = only(inputs, self.size, wanted), as_labels(target)[wanted]
+        self._broken = torch.zeros(len(self.numbers), dtype=torch.bool, device='cpu')
         for tensor in tensors_in(self.inputs):
             if self._per_sample(tensor):
                 self._broken |= ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1).cpu()
@@ -73,7 +73,8 @@ class Selection:
         '''The scores, shape (samples, channels) by group, of the samples that have a target and are finite.'''
         given = given.cpu()
         if len(given) != len(self.numbers):  # the network makes other samples of its inputs
-            self.numbers, self._broken = torch.arange(len(given)), torch.zeros(len(given), dtype=torch.bool)
+            self.numbers = torch.arange(len(given), device='cpu')
+            self._broken = torch.zeros_like(given)
         finite = torch.stack([torch.isfinite(values).all(1) for values in scores.values()]).cpu()
         wrong = given & ~finite.all(0) & ~self._broken
         if wrong.any():

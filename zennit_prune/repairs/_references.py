@@ -48,7 +48,7 @@ class References:
         generator = torch.Generator().manual_seed(self.seed)
         for inputs, target in batches(self.loader):
             if self.limit and batch_size(inputs):
-                keys = torch.rand(batch_size(inputs), generator=generator, dtype=torch.float64)
+                keys = torch.rand(batch_size(inputs), generator=generator, dtype=torch.float64, device='cpu')
                 self._add(inputs, torch.where(self._counts(inputs, target), keys, -1))
             yield inputs, target
 
@@ -59,7 +59,9 @@ class References:
         '''Which samples are of the wanted classes, and finite.'''
         size = batch_size(inputs)
         wanted = of_classes(target, self.classes)
-        good = wanted.cpu() if wanted is not None and len(wanted) == size else torch.ones(size, dtype=torch.bool)
+        good = torch.ones(size, dtype=torch.bool, device='cpu')
+        if wanted is not None and len(wanted) == size:
+            good = wanted.cpu()
         for tensor in tensors_in(inputs):
             if tensor.is_floating_point() and tensor.dim() and len(tensor) == size:
                 good = good & torch.isfinite(tensor).reshape(size, -1).all(1).cpu()

@@ -108,7 +108,7 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
     def drawn(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        return torch.randn(tensor.shape, generator=generator, device='cpu').to(tensor.device, tensor.dtype)
 
     return map_tensors(drawn, example.args), map_tensors(drawn, example.kwargs)
 

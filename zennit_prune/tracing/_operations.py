@@ -258,7 +258,7 @@ def index(call: Call) -> Candidates:
         if set(field.dims) & set(indexed):
             call.lock('its positions are selected by a tensor', field)
             continue
-        zeros = [None if at is None else torch.zeros(at.shape, dtype=torch.long) for at in indices]
+        zeros = [None if at is None else torch.zeros(at.shape, dtype=torch.long, device='cpu') for at in indices]
         result.append(call.func(torch.from_numpy(field.labels), zeros).numpy())
     return [result]
 
