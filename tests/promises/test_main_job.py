@@ -22,13 +22,19 @@ def alike(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool
     return float(torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0)) > 0.99
 
 
+def random_states(device: torch.device) -> list[bytes]:
+    '''Those of the CPU and of a GPU.'''
+    found = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == 'cuda' else [])]
+    return [state.numpy().tobytes() for state in found]
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 def test_main_job(device: torch.device, dtype: torch.dtype, tmp_path: Path) -> None:
     model = main_job.network(dtype).to(device)
-    before, drawn = main_job.state_of(model), torch.get_rng_state()
+    before, drawn = main_job.state_of(model), random_states(device)
     found = main_job.run(model, device, tmp_path)
     after = main_job.state_of(model)
-    assert torch.equal(torch.get_rng_state(), drawn)
+    assert random_states(device) == drawn
     assert after['parameters'] == before['parameters'] and after['modules'] == before['modules']
     assert after['tensors'] == before['tensors']
     assert all(torch.equal(tensor, before['values'][name]) for name, tensor in after['values'].items())
@@ -36,7 +42,7 @@ def test_main_job(device: torch.device, dtype: torch.dtype, tmp_path: Path) -> N
     outputs = found['outputs']
     for name in ('masked', 'small', 'in place'):
         assert close(outputs[name], outputs['small'], 1e-2 if dtype is torch.float32 else 1e-10), name
-    assert close(outputs['loaded'], outputs['repaired'], 1e-6)
+    assert close(outputs['loaded'], outputs['repaired'], 1e-4)
     distance = {name: float((outputs[name] - outputs['original']).abs().mean()) for name in ('small', 'repaired')}
     assert distance['repaired'] < distance['small']
     assert found['error'] <= (1e-4 if dtype is torch.float32 else 1e-10)
