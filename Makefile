@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 WORKERS ?= 2
 ZENNIT_FACING := $(addprefix tests/,relevance looking/test_heatmap.py promises/test_closed_forms.py repairs/test_targets.py)
 
-.PHONY: demo test test-other-zennit test-slow test-oldest lint docs benchmark notebooks clean
+.PHONY: demo test test-other-zennit test-slow test-cuda test-oldest lint docs benchmark notebooks clean
 
 demo: $(VENV)/demo.installed
 	$(VENV)/bin/zennit-prune demo
@@ -23,6 +23,12 @@ test-other-zennit: $(VENV)/test.installed
 
 test-slow: $(VENV)/test.installed
 	$(RUN) -m pytest -n $(WORKERS) -m slow
+
+# What runs on every device, where one of them is a GPU: in one process, for they share it.
+test-cuda: $(VENV)/test.installed
+	@$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-cuda needs a GPU that this PyTorch (' \
+	    + torch.__version__ + ') can use, and there is none: torch.cuda.is_available() is False.')"
+	$(RUN) -m pytest -m device
 
 # The oldest PyTorch that pyproject.toml allows, with the torchvision that fits: it needs Python 3.10 to 3.12.
 test-oldest: pyproject.toml

@@ -42,9 +42,9 @@ def test_both_heatmaps_equal_zennits_for_the_originals_prediction(net: Any, rule
     assert torch.equal(found.same, predicted == other(x).argmax(1))
 
 
-def test_measures_against_their_formulas() -> None:
+def test_measures_against_their_formulas(device: torch.device) -> None:
     model, small, plan = pair()
-    x = images(5)
+    model, small, x = (part.to(device, torch.float64) for part in (model, small, images(5)))
     found = zp.agreement(model, small, composite(), x, labels(5))
     for row in range(5):
         before, after = found.before[row].double().flatten(), found.after[row].double().flatten()

@@ -36,7 +36,7 @@ def tune(model: nn.Module | None = None, data: Any = None, epochs: int = 3, **op
 
 
 def accuracy(model: nn.Module) -> float:
-    x, target = task(seed=1)
+    x, target = (part.to(next(model.parameters()).device) for part in task(seed=1))
     with torch.no_grad():
         return float((model(x).argmax(1) == target).float().mean())
 
@@ -46,8 +46,9 @@ def equal(left: nn.Module, right: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
-def test_a_pruned_network_learns(optimizer: str) -> None:
-    small = zp.Pruner(network(), None, images(1)).prune(task(), zp.Budget(flops=0.5), repair='none', progress=False)
+def test_a_pruned_network_learns(device: torch.device, optimizer: str) -> None:
+    pruner = zp.Pruner(network().to(device), None, images(1).to(device))
+    small = pruner.prune(task(), zp.Budget(flops=0.5), repair='none', progress=False)
     tuned = tune(small.model, epochs=8, optimizer=optimizer, lr=0.05 if optimizer == 'sgd' else 0.01)
     assert accuracy(tuned) > 0.9 > accuracy(small.model) + 0.2
     assert not tuned.training and all(parameter.grad is None for parameter in tuned.parameters())
@@ -264,13 +265,14 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert {value.dtype for value in tuned.parameters()} == {dtype}
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('teach', [False, True])
 def test_mixed_precision_on_a_gpu(teach: bool) -> None:
     model = network().cuda()
     tuned = tune(model, epochs=8, lr=0.05, teacher=model if teach else None)
     assert all(value.dtype == torch.float32 and value.is_cuda for value in tuned.parameters())
-    assert teach or accuracy(tuned.cpu()) > 0.9
+    assert teach or accuracy(tuned) > 0.9
 
 
 def test_it_serves_the_loop() -> None:

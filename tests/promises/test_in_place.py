@@ -18,12 +18,12 @@ import zennit_prune as zp
 
 
 @pytest.mark.parametrize('register', ['register_hook', 'register_post_accumulate_grad_hook'])
-def test_parameters_with_hooks_are_refused(register: str) -> None:
-    model = chain()
-    plan = zp.Plan(zp.trace(model, images()), {'0': [1]})
+def test_parameters_with_hooks_are_refused(device: torch.device, register: str) -> None:
+    model, x = chain().to(device), images().to(device)
+    plan = zp.Plan(zp.trace(model, x), {'0': [1]})
     getattr(model[5].weight, register)(lambda *_: None)
     plan.apply_(model)  # whatever is not narrowed keeps its hooks
-    plan = zp.Plan(zp.trace(model, images()), {'2': [1]})
+    plan = zp.Plan(zp.trace(model, x), {'2': [1]})
     before = snapshot(model)
     with pytest.raises(zp.PruneError, match=r"'5.weight' has hooks"):
         plan.apply_(model)

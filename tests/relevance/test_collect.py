@@ -505,9 +505,9 @@ def test_size_of_batches_does_not_matter(build: Callable[[], nn.Module], aggrega
 
 
 @pytest.mark.parametrize('split', [0, 4, 5, 11])
-def test_merged_collectors_equal_one(split: int) -> None:
-    model, x, target = chain().double(), images(11, dtype=torch.float64), labels(11)
-    pruner = zp.Pruner(model, composite(), x)
+def test_merged_collectors_equal_one(device: torch.device, split: int) -> None:
+    model, x, target = chain().double().to(device), images(11, dtype=torch.float64), labels(11)
+    pruner = zp.Pruner(model, composite(), x.to(device))
     whole, first, second = (pruner.collector() for _ in range(3))
     for collector, part in ((whole, slice(None)), (first, slice(0, split)), (second, slice(split, None))):
         with collector:
@@ -560,8 +560,8 @@ def test_collector_of_another_initial_relevance_is_not_merged() -> None:
         collectors[0].merge(collectors[1])
 
 
-def test_a_collector_resumes() -> None:
-    model, x, target = chain(), images(6), labels(6)
+def test_a_collector_resumes(device: torch.device) -> None:
+    model, x, target = chain().double().to(device), images(6, dtype=torch.float64).to(device), labels(6).to(device)
     pruner = zp.Pruner(model, composite(), x)
     collector = pruner.collector()
     for part in (slice(0, 2), slice(2, 6)):

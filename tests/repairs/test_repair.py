@@ -255,9 +255,9 @@ def setting() -> tuple[nn.Module, zp.Plan, nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_networks_and_data_are_left_as_they_are(method: str) -> None:
+def test_networks_and_data_are_left_as_they_are(device: torch.device, method: str) -> None:
     model, plan, small, x = setting()
-    lived_in(model), lived_in(small)
+    lived_in(model).to(device), lived_in(small).to(device)
     for module in small.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.3
@@ -272,7 +272,7 @@ def test_networks_and_data_are_left_as_they_are(method: str) -> None:
             b.training, len(b._forward_hooks), len(b._forward_pre_hooks))
         assert getattr(a, 'momentum', None) == getattr(b, 'momentum', None)
     for a, b in zip(result.parameters(), small.parameters()):
-        assert (a.requires_grad, a.dtype, a.is_leaf) == (b.requires_grad, b.dtype, True)
+        assert (a.requires_grad, a.dtype, a.device, a.is_leaf) == (b.requires_grad, b.dtype, b.device, True)
 
 
 class Armed(nn.Module):

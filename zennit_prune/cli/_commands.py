@@ -135,17 +135,18 @@ def execute(job: Job, cut: bool) -> Outcome:
 
 
 def _score(job: Job, network: nn.Module, chosen: Sequence[int]) -> Score:
-    predicted = [torch.zeros(0, dtype=torch.long)]
+    predicted = [torch.zeros(0, dtype=torch.long, device='cpu')]
     with torch.no_grad():
         for batch in job.images(chosen, labelled=False).loader(job.options.batch):
             predicted.append(main_output(network(batch.to(job.device))).argmax(1).cpu())
     found, truth = torch.cat(predicted), job.images(chosen).targets
-    return Score(found, float((found == torch.tensor(truth)).float().mean()) if truth else None)
+    right = found == torch.tensor(truth, device='cpu') if truth else None
+    return Score(found, None if right is None else float(right.float().mean()))
 
 
 def _doubt(job: Job, score: Score) -> None:
     '''Warn if the network predicts something else than the folder says for most images of most folders.'''
-    labels = torch.tensor([job.found.labels[number] for number in job.drawn])
+    labels = torch.tensor([job.found.labels[number] for number in job.drawn], device='cpu')
     mapping = job.mapping or {}
     usual = {name: int(score.predicted[labels == number].mode().values) for number, name in enumerate(mapping)}
     wrong = [name for name, output in mapping.items() if usual[name] != output]
@@ -183,7 +184,7 @@ def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:
     '''Inputs, targets and names of images to look at, which are no references where there are others.'''
     images = job.images((job.rest or job.drawn)[:count])
     inputs = [images[number] if images.targets is None else images[number][0] for number in range(len(images))]
-    target = 'predicted' if images.targets is None else torch.tensor(images.targets).to(job.device)
+    target = 'predicted' if images.targets is None else torch.tensor(images.targets, device=job.device)
     names = [Path(name).relative_to(job.options.images).as_posix() for name in images.files]
     return torch.stack(inputs).to(job.device), target, names
 

@@ -70,7 +70,7 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
     digits = datasets.load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), device='cpu')
     train, test = order[:1200], order[1200:]
     return images[train], labels[train], images[test], labels[test]
 
@@ -83,7 +83,7 @@ def train(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs * batches)
     network.train()
     for _ in trange(epochs, desc='training', leave=False):
-        for index in torch.randperm(len(images), generator=generator).split(BATCH):
+        for index in torch.randperm(len(images), generator=generator, device='cpu').split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(network(images[index]), labels[index]).backward()
             optimizer.step()

@@ -206,7 +206,7 @@ def split(found: Found, per_class: int, held_out: int, seed: int) -> tuple[list[
     references, rest = [], []
     for label in range(max(1, len(found.names))):
         members = [number for number, other in enumerate(found.labels) if other == label]
-        drawn = [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
+        drawn = [members[place] for place in torch.randperm(len(members), generator=generator, device='cpu').tolist()]
         references.append(drawn[:per_class])
         rest.append(drawn[per_class:])
     return _in_turns(references), _in_turns(rest)[:held_out]
@@ -249,7 +249,7 @@ class Preparation:
 
     def shown(self, inputs: torch.Tensor) -> torch.Tensor:
         '''Inputs as images between 0 and 1 again.'''
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device='cpu').view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (inputs.cpu() * std + mean).clamp(0, 1)
 
     def __str__(self) -> str:

@@ -43,7 +43,8 @@ def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) ->
     '''
     if name in OWN:
         return OWN[name]()
-    low, high = (torch.tensor([(value - m) / s for m, s in zip(mean, std)]).view(1, -1, 1, 1) for value in (0, 1))
+    low, high = (torch.tensor([(value - m) / s for m, s in zip(mean, std)], device='cpu').view(1, -1, 1, 1)
+                 for value in (0, 1))  # Zennit moves them to what they bound
     bounds = {'low': low, 'high': high}
     make = COMPOSITES[name]
     needed = inspect.signature(make).parameters

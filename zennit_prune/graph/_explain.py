@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..tracing._labels import Labels, flat_pairs, same
+from ..tracing._labels import Array, Labels, flat_pairs, same
 from ..tracing._rules import KERNEL
 from ..tracing._trace import Recording
 from ..util._display import Table, some
@@ -109,7 +109,7 @@ def balances(recording: Recording, solution: Solution) -> dict[int, list[str]]:
     return found
 
 
-def _folded(left: Labels, right: Labels, group: Labels, roles: Roles) -> set[int]:
+def _folded(left: Array, right: Array, group: Array, roles: Roles) -> set[int]:
     '''Return the groups where several channels of one producer are tied to one label of another tensor.'''
     other = roles.produces[left] & (roles.axis[left] != roles.axis[right])
     pairs = np.unique(np.stack([group, right, roles.axis[left], left])[:, other], axis=1)
@@ -149,7 +149,7 @@ def locked_inputs(recording: Recording, solution: Solution, roles: Roles, name: 
     lines = []
     for axis in recording.axes:
         if name in (axis.parameter, layer_name(axis.parameter)):
-            labels = np.arange(axis.start, axis.start + axis.size)
+            labels = axis.labels
             stuck = labels[solution.locked[labels] & ~roles.produces[labels]]
             found = dict.fromkeys(solution.reason(label) for label in stuck.tolist())
             reasons = [reason for reason in found if reason != NOT_READ and not reason.startswith(KERNEL)]

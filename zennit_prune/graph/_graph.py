@@ -25,7 +25,7 @@ from ..tracing._recorded import Operation
 from ..tracing._trace import Recording, record
 from ..util._display import Table, panel, some, table, waiting
 from ..util._isolation import isolated
-from ..util._networks import structural_copy, unwrapped, without_garbage_collection
+from ..util._networks import Indices, structural_copy, unwrapped, without_garbage_collection
 from ._explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
 from ._groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
 from ._solve import Lock, solve
@@ -325,17 +325,16 @@ class ChannelGraph:
             gone[self.group(name).channels[list(positions)]] = True
         return gone[self._solution.channel]
 
-    def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Labels]]:
+    def _kept(self, removed: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Indices]]:
         '''Return the indices that stay, by parameter or buffer and dimension, where any are removed.'''
         gone = self._removed_labels(removed)
-        kept: dict[str, dict[int, Labels]] = {}
+        kept: dict[str, dict[int, Indices]] = {}
         for axis in self._recording.axes:
             mask = gone[axis.start:axis.start + axis.size]
             if mask.any():
-                index: Labels = np.flatnonzero(~mask)
-                if axis.blocks > 1:
-                    index = index.reshape(axis.blocks, -1).T % axis.length
-                kept.setdefault(axis.parameter, {})[axis.dim] = index
+                stay = np.flatnonzero(~mask)
+                index = stay.reshape(axis.blocks, -1).T % axis.length if axis.blocks > 1 else stay
+                kept.setdefault(axis.parameter, {})[axis.dim] = Indices(index)
         return kept
 
     def _attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..tracing._labels import Field, Labels
+from ..tracing._labels import Array, Channels, Field, Labels, Positions
 from ..tracing._trace import Recording
-from ..util._networks import computed_name
+from ..util._networks import Indices, computed_name
 from ._solve import NOT_READ, Solution
 
 Mask = npt.NDArray[np.bool_]
@@ -54,7 +54,7 @@ class Member:
     parameter: str
     dim: int
     role: str
-    index: Labels = field(repr=False)
+    index: Indices = field(repr=False)
     blocks: int = 1
 
     @property
@@ -106,15 +106,15 @@ class ChannelGroup:
     name: str
     size: int
     members: tuple[Member, ...] = field(repr=False)
-    channels: Labels = field(repr=False)
-    blocks: Labels | None = field(default=None, repr=False)
+    channels: Channels = field(repr=False)
+    blocks: Array | None = field(default=None, repr=False)
 
     @property
     def step(self) -> int:
         '''The number of channels that are removed at once, one of each block; 1 where any channel may be removed.'''
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
-    def order_by_block(self, scores: npt.ArrayLike) -> Labels:
+    def order_by_block(self, scores: npt.ArrayLike) -> Positions:
         '''Order positions by ascending score, with one position of each block in turn.
 
         Parameters
@@ -129,8 +129,9 @@ class ChannelGroup:
         '''
         order = np.argsort(np.asarray(scores, float), kind='stable')
         if self.blocks is None:
-            return order
-        return order[np.argsort(self.blocks[order], kind='stable')].reshape(self.step, -1).T.reshape(-1)
+            return Positions(order)
+        by_block = order[np.argsort(self.blocks[order], kind='stable')].reshape(self.step, -1)
+        return Positions(by_block.T.reshape(-1))
 
     def layers(self, *roles: str) -> list[str]:
         '''Return the names of the layers that hold the channels.
@@ -196,13 +197,13 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     segments: dict[int, list[tuple[int, Labels]]] = {}
     for segment in np.split(labels, cuts):
         group = int(solution.group[solution.channel[segment[0]]])
-        segments.setdefault(group, []).append((int(roles.axis[segment[0]]), segment))
+        segments.setdefault(group, []).append((int(roles.axis[segment[0]]), Labels(segment)))
     drafts = []
     for places in segments.values():
         last = len(roles.order) + len(recording.operations)
         when, first_axis, segment = min((roles.order.get(axis, last), axis, segment) for axis, segment in places)
-        channels = solution.channel[segment]
-        channels = channels[np.sort(np.unique(channels, return_index=True)[1])]
+        found = solution.channel[segment]
+        channels = Channels(found[np.sort(np.unique(found, return_index=True)[1])])
         members = tuple(_member(recording, solution, roles, axis, segment, channels) for axis, segment in places)
         drafts.append((when, int(segment[0]), layer_name(recording.axes[first_axis].parameter), members, channels))
     drafts.sort(key=lambda draft: draft[:2])
@@ -216,14 +217,14 @@ def build_groups(recording: Recording, solution: Solution, roles: Roles) -> tupl
     return tuple(groups)
 
 
-def _blocks(solution: Solution, channels: Labels) -> Labels | None:
+def _blocks(solution: Solution, channels: Channels) -> Array | None:
     '''Return the block of each channel, numbered in order of appearance, or None if there is only one.'''
     _, starts, inverse = np.unique(solution.block[channels], return_index=True, return_inverse=True)
     return np.argsort(np.argsort(starts))[inverse] if len(starts) > 1 else None
 
 
 def _member(recording: Recording, solution: Solution, roles: Roles, number: int, labels: Labels,
-            channels: Labels) -> Member:
+            channels: Channels) -> Member:
     axis = recording.axes[number]
     numbers = solution.channel[labels]
     at = labels - axis.start
@@ -232,7 +233,7 @@ def _member(recording: Recording, solution: Solution, roles: Roles, number: int,
         position = order[np.searchsorted(channels, numbers, sorter=order)]
         at = at[np.argsort(position, kind='stable')]
     role = 'consumer' if roles.consumes[labels].any() else 'producer' if roles.produces[labels].any() else 'follower'
-    return Member(axis.parameter, axis.dim, role, at.reshape(len(channels), -1), axis.blocks)
+    return Member(axis.parameter, axis.dim, role, Indices(at.reshape(len(channels), -1)), axis.blocks)
 
 
 def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict[str, str]:
@@ -240,7 +241,7 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
     locked: dict[str, str] = {}
     for number in sorted(roles.order, key=lambda number: roles.order[number]):
         axis = recording.axes[number]
-        labels = np.arange(axis.start, axis.start + axis.size)
+        labels = axis.labels
         stuck = labels[solution.locked[labels] & roles.produces[labels]]
         if len(stuck):
             reasons = Counter(solution.reason(label) for label in stuck.tolist())

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ..tracing._labels import BlockField, Labels, every, first, flat_pairs, joined
+from ..tracing._labels import Array, BlockField, Channels, Labels, every, first, flat_pairs, joined
 from ..tracing._recorded import Operation
 from ..tracing._trace import Recording
 
@@ -38,9 +38,9 @@ class Solution:
     '''
 
     component: Labels
-    channel: Labels
-    group: Labels
-    block: Labels
+    channel: Channels
+    group: Array
+    block: Array
     reasons: dict[int, str]
 
     @cached_property
@@ -56,7 +56,7 @@ class Solution:
 def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
     '''Find the removable channels, given further ``locks`` (labels, reason) beside those recorded.'''
     ties = [tie for operation in recording.operations for tie in operation.ties]
-    component = joined(np.arange(recording.size), ties)
+    component = joined(Labels(np.arange(recording.size)), ties)
     blocks: list[tuple[Labels, Labels]] = []
     joint = joint_fields(recording.operations)
     balances = unique_arrays(labels for operation in recording.operations for labels in operation.balances)
@@ -65,12 +65,12 @@ def solve(recording: Recording, locks: Sequence[Lock]) -> Solution:
         kept = np.zeros(recording.size, bool)
         kept[list(reasons)] = True
         kept[0] = True
-        further = list(_rectangular_ties(joint, np.where(kept[component], 0, component)))
+        further = list(_rectangular_ties(joint, Labels(np.where(kept[component], 0, component))))
         if not further:
             solution = _channels(recording, component, kept, reasons, balances)
             tied = _unbalanced(balances, solution) if balances else []
             balances = [labels for labels in balances if not any(labels is other for other in tied)]
-            further = [(labels, labels[:1]) for labels in tied]
+            further = [(labels, first(labels, 0)) for labels in tied]
         if not further:
             return solution
         blocks += further
@@ -96,7 +96,7 @@ def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool
     roots = np.flatnonzero(read & ~kept & (component == np.arange(recording.size)))
     number = np.full(recording.size, -1, np.int64)
     number[roots] = np.arange(len(roots))
-    channel = number[component]
+    channel = Channels(number[component])
     return Solution(component, channel, *_group(recording, channel, len(roots), balances), reasons)
 
 
@@ -149,7 +149,7 @@ def _rectangular_ties(joint: Iterable[Labels], component: Labels) -> Iterable[tu
     '''
     tied = np.zeros(len(component), bool)
     for labels in joint:
-        classes = component[labels]
+        classes = Labels(component[labels])
         dims = [dim for dim in range(classes.ndim) if (classes != first(classes, dim)).any()]
         if len(dims) < 2 or tied[classes].any():
             continue
@@ -183,7 +183,7 @@ def _unbalanced(balances: Iterable[Labels], solution: Solution) -> list[Labels]:
     return found
 
 
-def _group(recording: Recording, channel: Labels, count: int, balances: Sequence[Labels]) -> tuple[Labels, Labels]:
+def _group(recording: Recording, channel: Channels, count: int, balances: Sequence[Labels]) -> tuple[Array, Array]:
     '''Number the groups and the blocks of all channels.
 
     Channels with equal counts on every labelled axis and in every array of ``balances`` form a group; channels of a

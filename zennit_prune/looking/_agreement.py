@@ -184,7 +184,7 @@ def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _rank(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     '''Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
     return torch.tensor([1.0 if torch.equal(*pair) else spearman(*pair) for pair in zip(left, right)],
-                        dtype=torch.float64)
+                        dtype=torch.float64, device='cpu')
 
 
 def _moved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

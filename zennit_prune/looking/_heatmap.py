@@ -254,7 +254,7 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
                 chosen = channels[first:first + at_once]
                 if len(chosen) != repeated:  # else the graph of the last pass serves once more
                     repeated = len(chosen)
-                    pixels, _ = run(only(x, number, torch.arange(number).repeat(repeated)))
+                    pixels, _ = run(only(x, number, torch.arange(number, device='cpu').repeat(repeated)))
                 seeds = {site.place: torch.cat([_kept(site, values, item, covered) for item in chosen])
                          for site, values in relevance.items()}
                 maps.append(_from_sites(taps, seeds, pixels).unflatten(0, (repeated, number)))

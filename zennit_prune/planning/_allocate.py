@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ..errors import PruneError
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup
+from ..tracing._labels import Positions
 from ._cost import Budget, CostModel, as_share, cost_model, written
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
@@ -60,7 +61,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     priorities: list[float] = []
     owners: list[int] = []
     steps: list[int] = []
-    orders: dict[int, npt.NDArray[np.int64]] = {}
+    orders: dict[int, Positions] = {}
     for number, group in enumerate(graph.groups):
         if group.name not in scores or savings[number] <= 0:
             continue

@@ -18,10 +18,9 @@ from ..errors import PruneError
 from ..graph._graph import ChannelGraph
 from ..relevance._relevance import Relevance
 from ..surgery._surgery import narrowed_copy
-from ..tracing._labels import Labels
 from ..tracing._parametrized import restore
 from ..util._display import some
-from ..util._networks import unique_tensors
+from ..util._networks import Indices, unique_tensors
 
 NEVER = 1e30  # the score of channels that are removed last; its negative, of those that are removed first
 Removed = Mapping[str, Sequence[int]]
@@ -130,8 +129,7 @@ def scores_for_original(plan: Removal, graph: ChannelGraph, relevance: Relevance
     starts = {(axis.parameter, axis.dim): axis.start for axis in after._recording.axes}
     pairs = []
     for axis in before._recording.axes:
-        labels = np.arange(axis.start, axis.start + axis.size)
-        labels = labels[~gone[labels]]
+        labels = axis.labels[~gone[axis.labels]]
         start = starts.get((axis.parameter, axis.dim))
         if start is not None:
             pairs.append(np.stack([before._solution.channel[labels],
@@ -170,8 +168,8 @@ def values_for_plan(earlier: Removal, later: Removal, network: nn.Module) -> dic
     return unique_tensors(smaller)
 
 
-def _within(had: Labels, has: Labels) -> Labels:
+def _within(had: Indices, has: Indices) -> Indices:
     '''Return the positions of the indices ``has`` within ``had``, both ascending, block by block.'''
     if had.ndim == 1:
-        return np.searchsorted(had, has)
-    return np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1)
+        return Indices(np.searchsorted(had, has))
+    return Indices(np.stack([np.searchsorted(*block) for block in zip(had.T, has.T)], 1))

@@ -13,7 +13,7 @@ from ..errors import PruneError
 from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, keeps
 from ..util._files import read_tensors, write_tensors
-from ..util._networks import modules_by_name, unique_tensors, unwrapped
+from ..util._networks import Indices, modules_by_name, unique_tensors, unwrapped
 from ._plan import Plan, checked_plan
 
 FORMAT = 'zennit_prune network'
@@ -157,7 +157,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise PruneError(f'{os.fspath(path)!r} was saved from another network: module {name!r} has '
                          f'{"an" if name in extra_states else "no"} extra state there, but '
                          f'{"an" if name in keeping else "no"} in the {type(model).__name__} given.')
-    kept = {name: {dim: np.arange(size) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
+    kept = {name: {dim: Indices(np.arange(size)) for dim, size in enumerate(tensor.shape) if size != shapes[name][dim]}
             for name, tensor in data.items()}
     kept = {name: dims for name, dims in kept.items() if dims}
     small = narrowed_copy(model, kept, group_sizes, sizes)

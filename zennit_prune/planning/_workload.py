@@ -61,7 +61,7 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
     list of float
         Seconds.
     '''
-    wait = getattr(torch, device.type).synchronize
+    wait = _wait(device)
     samples: list[list[float]] = [[] for _ in prepared]
     repeats = [1] * len(prepared)
     start = clock()
@@ -85,6 +85,13 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
                     samples[number].append(sample)
                 bar.update()
     return [median(found) for found in samples]
+
+
+def _wait(device: torch.device) -> Callable[[], object]:
+    '''Waits until a device, which need not be the current one, has done all of its work.'''
+    if device.type == 'cuda':
+        return partial(torch.cuda.synchronize, device)
+    return getattr(getattr(torch, device.type, None), 'synchronize', lambda: None)
 
 
 def side_by_side(models: Sequence[nn.Module], example: Example, rounds: int = 30) -> list[float]:
@@ -127,8 +134,12 @@ class Like:
         return cls(tuple(tensor.shape), tensor.dtype, tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])))
 
     def made(self, device: torch.device) -> torch.Tensor:
-        '''Make such a tensor of ones, which stay in the normal range of numbers however often a call is repeated.'''
-        tensor = torch.ones([self.shape[dim] for dim in self.order], dtype=self.dtype, device=device)
+        '''Make such a tensor of ones, which stay in the normal range of numbers however often a call is repeated.
+
+        Whole numbers are zero: they may be indices, and one out of range ends a process on a GPU.
+        '''
+        fill = self.dtype.is_floating_point or self.dtype.is_complex or self.dtype == torch.bool
+        tensor = torch.full([self.shape[dim] for dim in self.order], int(fill), dtype=self.dtype, device=device)
         return tensor.permute(sorted(range(len(self.order)), key=lambda dim: self.order[dim]))
 
 

@@ -62,10 +62,11 @@ class Inputs:
         first: dict[tuple[int, ...], int] = {}
         for number, key in enumerate(self._keys()):
             first.setdefault(key, number)
-        distinct = torch.tensor(list(first.values()))
-        self.order = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))]
-        self._folds = torch.zeros(self._starts[-1], dtype=torch.int64)
-        self._folds[self.order] = torch.arange(len(self.order)) % FOLDS
+        distinct = torch.tensor(list(first.values()), device='cpu')
+        generator = torch.Generator().manual_seed(0)
+        self.order = distinct[torch.randperm(len(distinct), generator=generator, device='cpu')]
+        self._folds = torch.zeros(self._starts[-1], dtype=torch.int64, device='cpu')
+        self._folds[self.order] = torch.arange(len(self.order), device='cpu') % FOLDS
 
     def _keys(self) -> Iterator[tuple[int, ...]]:
         '''Yield a key for each input; equal inputs have equal keys, and must not be in different folds.'''

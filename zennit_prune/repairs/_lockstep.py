@@ -6,6 +6,7 @@ enough for all layers if it runs in a thread that waits at every stop.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
 from threading import Semaphore, Thread
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import nn
 from ..relevance._attribute import call_network
 from ..tracing._calls import CallCounter, Site
 from ..util._loaders import batch_size
-from ..util._networks import map_tensors
+from ..util._networks import map_tensors, tensors_in
 from ._targets import LayerCall
 
 
@@ -39,6 +40,16 @@ class Stop(NamedTuple):
 
 class Left(BaseException):
     '''Ends a forward pass that is not needed any more.'''
+
+
+def _surroundings(inputs: Any) -> list[AbstractContextManager[Any]]:
+    '''Return the default device of this thread and, on a GPU, its stream: another thread begins without them.'''
+    default = torch.get_default_device()
+    found: list[AbstractContextManager[Any]] = [] if default.type == 'cpu' else [default]
+    device = next((tensor.device for tensor in tensors_in(inputs)), default)
+    if device.type == 'cuda':
+        found.append(torch.cuda.stream(torch.cuda.current_stream(device)))
+    return found
 
 
 class Lockstep(CallCounter):
@@ -65,12 +76,15 @@ class Lockstep(CallCounter):
         self._error: BaseException | None = None
         self._left = False
         self._go, self._there = Semaphore(0), Semaphore(0)
+        self._around = _surroundings(inputs)
         self._thread_of_run = Thread(target=self._run, args=(network, inputs), daemon=True)
         self._started = False
 
     def _run(self, network: nn.Module, inputs: Any) -> None:
         try:
-            with torch.no_grad(), self:
+            with ExitStack() as stack:
+                for context in (*self._around, torch.no_grad(), self):
+                    stack.enter_context(context)
                 call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
         except Left:
             pass

@@ -411,7 +411,8 @@ def _change(pieces: Sequence[Piece], views: Sequence[View], ridges: tuple[float,
         read = features(position) if ridges else errors[:, :, :0]
         if basis is not None:
             read = basis.mT @ read
-        inputs = torch.arange(len(errors)) * len(view.folds) // len(errors)  # several rows may come from one input
+        rows = torch.arange(len(errors), device=view.folds.device)
+        inputs = rows * len(view.folds) // len(errors)  # several rows may come from one input
         folds = view.folds[inputs].to(errors.device)
         for fold in folds.unique().tolist():
             chosen = folds == fold

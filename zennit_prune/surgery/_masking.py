@@ -22,11 +22,11 @@ from ..tracing._calls import CallCounter, Site
 from ..tracing._parametrized import plain
 from ..tracing._recorded import Operation
 from ..util._display import some
-from ..util._networks import computed_name, copied, tensors_by_module
+from ..util._networks import Indices, computed_name, copied, tensors_by_module
 from ._replay import Deletion
-from ._surgery import Channels
+from ._surgery import RemovableChannels
 
-KeptPositions = dict[Site, dict[int, npt.NDArray[np.int64]]]
+KeptPositions = dict[Site, dict[int, Indices]]
 
 
 def kept_by_norms(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> KeptPositions:
@@ -44,7 +44,7 @@ def kept_by_norms(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) 
     for operation in operations:
         if operation.name == 'native_layer_norm':
             rank, normalised = len(operation.shapes[0]), operation.decisions.get('normalised dimensions', 0)
-            kept = {dim - rank: np.flatnonzero(mask) for dim, mask in deletion(operation.outputs[0])[1].items()
+            kept = {dim - rank: Indices(np.flatnonzero(mask)) for dim, mask in deletion(operation.outputs[0])[1].items()
                     if dim >= rank - normalised}
             if kept:
                 found[operation.site] = kept
@@ -117,7 +117,7 @@ def normalize_over_kept(network: nn.Module, kept: KeptPositions) -> None:
     network.forward = ForwardOverKept(network, kept)
 
 
-def masked_copy(graph: Channels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+def masked_copy(graph: RemovableChannels, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> nn.Module:
     '''Return a copy of ``model`` in which the channels at these positions of these groups are silent.
 
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;

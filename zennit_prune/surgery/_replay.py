@@ -103,7 +103,7 @@ class Deletion:
         labels = field.labels
         for dim, mask in kept.items():
             if dim in field.dims:
-                labels = np.compress(mask, labels, dim)
+                labels = Labels(np.compress(mask, labels, dim))
         if isinstance(field, BlockField):
             narrowed = BlockField(labels).without(self.removed)
             if narrowed is None:

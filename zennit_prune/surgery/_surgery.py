@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import PruneError
 from ..tracing._attributes import Attribute, set_attributes
-from ..tracing._labels import Labels
+from ..tracing._labels import Array, Channels, Labels
 from ..tracing._trace import Recording
 from ..util._networks import ATOMIC, Indices, computed_name, copied, modules_by_name, narrowed, tensors_by_module
 
@@ -33,11 +33,11 @@ class Solved(Protocol):
         '''For each label, the smallest label that is tied to it.'''
 
     @property
-    def channel(self) -> Labels:
+    def channel(self) -> Channels:
         '''For each label, the number of its channel, or -1 where it must stay.'''
 
     @property
-    def group(self) -> Labels:
+    def group(self) -> Array:
         '''For each channel, the number of its group.'''
 
     @property
@@ -53,7 +53,7 @@ class Reading(Protocol):
         '''For each label, whether a weight reads channels there.'''
 
 
-class Channels(Protocol):
+class RemovableChannels(Protocol):
     '''The removable channels of a traced network.'''
 
     @property

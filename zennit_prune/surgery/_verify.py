@@ -13,11 +13,11 @@ from torch import nn
 from ..errors import PruneError, VerificationError
 from ..tracing._example import Example, prepare_example
 from ..util._display import advance
-from ..util._isolation import isolated
-from ..util._networks import map_tensors, output_tensors
+from ..util._isolation import isolated, unrounded
+from ..util._networks import device_of, map_tensors, output_tensors
 from ._masking import masked_copy
 from ._replay import Deletion
-from ._surgery import Channels
+from ._surgery import RemovableChannels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -34,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
-def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def compare(graph: RemovableChannels, model: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
             example: Any, seed: int = 0) -> float:
     '''Run the masked original and the pruned network on the same noise.
 
@@ -68,7 +68,7 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
     given = prepare_example(model, example)
     args, kwargs = noise(given, seed)
     masked = masked_copy(graph, model, removed)
-    with torch.no_grad(), isolated(small), evaluating(masked), evaluating(small):
+    with torch.no_grad(), unrounded(device_of(small)), isolated(small), evaluating(masked), evaluating(small):
         expected, outputs = _values(masked, args, kwargs), _values(small, args, kwargs)
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
         raise VerificationError(f'the pruned network returns tensors of shape {[tuple(t.shape) for t in outputs]} '
@@ -85,7 +85,7 @@ def compare(graph: Channels, model: nn.Module, small: nn.Module, removed: Mappin
     dtype = expected[0].dtype
     allowed = TOLERANCE.get(dtype, 1e-4)
     if not error <= allowed:
-        with torch.no_grad(), evaluating(masked):
+        with torch.no_grad(), unrounded(device_of(small)), evaluating(masked):
             again = _values(masked, args, kwargs)
         if _difference(expected, again) > 0:
             raise VerificationError('the network returns other values at each call (it draws random numbers in '
@@ -118,12 +118,12 @@ def noise(example: Example, seed: int) -> tuple[Any, Any]:
     def drawn(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+        return torch.randn(tensor.shape, generator=generator, device='cpu').to(tensor.device, tensor.dtype)
 
     return map_tensors(drawn, example.args), map_tensors(drawn, example.kwargs)
 
 
-def _first_wrong(graph: Channels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
+def _first_wrong(graph: RemovableChannels, masked: nn.Module, small: nn.Module, removed: Mapping[str, Sequence[int]],
                  args: Any, kwargs: Any, allowed: float) -> str:
     '''Name the first module, in execution order, whose remaining output channels differ.'''
     deletion = Deletion(graph._removed_labels(removed))
@@ -153,7 +153,7 @@ def _module_outputs(network: nn.Module, args: Any, kwargs: Any) -> dict[tuple[st
 
     handles = [module.register_forward_hook(keep) for module in names]
     try:
-        with torch.no_grad(), evaluating(network):
+        with torch.no_grad(), unrounded(device_of(network)), evaluating(network):
             network(*args, **kwargs)
     finally:
         for handle in handles:

@@ -133,8 +133,8 @@ def stating_several(claims: Sequence[Claim], gone: npt.NDArray[np.bool_]) -> dic
     for attribute, new in _sizes_left(claims, gone).items():
         stated = [claim for claim in claims if claim.attribute == attribute]
         if len(stated) > 1 and max(new) < stated[0].size:
-            found[attribute] = np.stack([narrowed_to(field.labels, (claim.dim,)).reshape(-1) for claim in stated
-                                         for field in claim.fields if claim.dim in field.dims])
+            found[attribute] = Labels(np.stack([narrowed_to(field.labels, (claim.dim,)).reshape(-1) for claim in stated
+                                         for field in claim.fields if claim.dim in field.dims]))
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..util._networks import tensors_in
-from ._labels import BlockField, Field, Labels
+from ._labels import BlockField, Field, Labels, first, flat, in_rows
 from ._operations import combine
 from ._rules import KERNEL, Call, Candidates, operation_rule
 
@@ -65,7 +65,7 @@ def product(call: Call, left: torch.Tensor, right: torch.Tensor) -> list[Field]:
                 call.lock('it varies along both dimensions of a matrix', field)
             else:
                 labels = np.swapaxes(field.labels, row, column) if side else field.labels
-                contracted[side].append(Field(labels, field.dims))
+                contracted[side].append(Field(Labels(labels), field.dims))
     if all(contracted):
         for a in contracted[0]:
             for b in contracted[1]:
@@ -84,7 +84,7 @@ def _batch_fields(call: Call, tensor: torch.Tensor, fields: list[Field]) -> list
     result = []
     for field in fields:
         if max(field.dims) < row:
-            result.append(Field(field.labels[..., 0, 0], field.dims))
+            result.append(Field(Labels(field.labels[..., 0, 0]), field.dims))
         else:
             call.tie_along(field, range(row))
     return result
@@ -112,18 +112,19 @@ def convolution(call: Call) -> Candidates:
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    outgoing = incoming = None
+    outgoing: Labels | None = None
+    incoming: Labels | None = None
     flowing = call.vector(x, 1)
     per_group = weight.shape[in_dim] // (groups if transposed else 1)
     kind = call.decide('kind', 'dense' if groups == 1 else 'depthwise' if per_group == 1 else 'grouped')
     for field in call.fields(weight):
         if field.dims == (out_dim,):
-            outgoing = field.labels.reshape(-1)
+            outgoing = flat(field.labels)
         elif field.dims == (in_dim,):
-            incoming = field.labels.reshape(-1)
+            incoming = flat(field.labels)
         elif isinstance(field, BlockField) and kind == 'grouped':
             if transposed:
-                outgoing = field.blocks(groups).reshape(-1)
+                outgoing = flat(field.blocks(groups))
             else:
                 incoming = field.blocks(groups)
         else:
@@ -141,18 +142,19 @@ def convolution(call: Call) -> Candidates:
         outgoing = None
     elif kind == 'depthwise':
         if transposed:  # the weight has a row for each group, and of that a column for each of its outputs
-            incoming, outgoing = outgoing, None if incoming is None else np.repeat(incoming, weight.shape[1])
+            columns = None if incoming is None else Labels(np.repeat(incoming, weight.shape[1]))
+            incoming, outgoing = outgoing, columns
         outgoing = _depthwise(call, flowing, outgoing, incoming, groups, weight)
     else:
         if transposed and outgoing is not None and len(outgoing) == weight.shape[1]:
-            outgoing = np.tile(outgoing, groups)  # no module knows that it is grouped
+            outgoing = Labels(np.tile(outgoing, groups))  # no module knows that it is grouped
         outgoing = _grouped(call, flowing, outgoing, incoming, groups, x, weight)
     if bias is not None:
         for field in call.fields(bias):
             if outgoing is None:
                 call.lock('one output channel a group' if kind == 'grouped' else 'its weight is locked', field)
             else:
-                call.tie(field.labels.reshape(-1), outgoing)
+                call.tie(flat(field.labels), outgoing)
         if outgoing is not None and not call.fields(bias) and bias.shape[0] > 1:
             call.lock('its bias has a fixed size', outgoing)
     return [[] if outgoing is None else [Field.along(outgoing, 1, call.outputs[0].dim())]]
@@ -166,9 +168,9 @@ def _depthwise(call: Call, flowing: Labels | None, outgoing: Labels | None, inco
     if flowing is None or outgoing is None:
         call.lock(NO_PARTNER, *(labels for labels in (flowing, outgoing) if labels is not None))
         return outgoing
-    blocks = outgoing.reshape(groups, -1)
-    call.tie(blocks, blocks[:, :1])
-    call.tie(flowing.reshape(groups, 1), blocks[:, :1])
+    blocks = in_rows(outgoing, groups)
+    call.tie(blocks, first(blocks, 1))
+    call.tie(in_rows(flowing, groups), first(blocks, 1))
     call.tracer.keep_group_size(weight, weight.shape[0] // groups)
     return outgoing
 
@@ -182,11 +184,10 @@ def _grouped(call: Call, flowing: Labels | None, outgoing: Labels | None, incomi
     if flowing is None or incoming is None:
         call.lock(NO_PARTNER, *(labels for labels in (flowing, incoming) if labels is not None))
     else:
-        incoming = incoming.reshape(incoming.size * groups // flowing.size, -1)
-        contract(call, flowing.reshape(groups, -1), x, incoming, weight)
-        call.balance(flowing.reshape(groups, -1))
+        contract(call, in_rows(flowing, groups), x, in_rows(incoming, incoming.size * groups // flowing.size), weight)
+        call.balance(in_rows(flowing, groups))
     if outgoing is not None:
-        blocks = outgoing.reshape(groups, -1)
+        blocks = in_rows(outgoing, groups)
         if call.decide('one output channel a group', blocks.shape[1] == 1):
             call.lock('one output channel a group', outgoing)
         else:
@@ -222,7 +223,7 @@ def batch_norm(call: Call) -> Candidates:
                 if flowing is None:
                     call.lock('it normalises something of fixed size', field)
                 else:
-                    call.tie(field.labels.reshape(-1), flowing)
+                    call.tie(flat(field.labels), flowing)
             if not call.fields(tensor) and flowing is not None and tensor.shape[0] > 1:
                 call.lock('its statistics have a fixed size', flowing)
     statistics: list[Field | Labels] = [] if flowing is None else [Field(flowing, (0,))]
@@ -260,9 +261,9 @@ def group_norm(call: Call) -> Candidates:
     flowing = call.vector(x, 1)
     statistics: list[Field | Labels] = []
     if flowing is not None:
-        blocks = flowing.reshape(groups, -1)
-        call.tie(blocks, blocks[:, :1])
-        statistics.append(Field.along(blocks[:, 0], 1, 2))
+        blocks = in_rows(flowing, groups)
+        call.tie(blocks, first(blocks, 1))
+        statistics.append(Field.along(first(blocks, 1), 1, 2))
         if weight is None or not call.tracer.is_parameter(weight):
             call.lock('GroupNorm without weights keeps its number of channels', flowing)
         else:
@@ -272,7 +273,7 @@ def group_norm(call: Call) -> Candidates:
             if flowing is None:
                 call.lock('it normalises something of fixed size', field)
             else:
-                call.tie(field.labels.reshape(-1), flowing)
+                call.tie(flat(field.labels), flowing)
     return [list(call.fields(x))] + [list(statistics) for _ in call.outputs[1:]]
 
 

@@ -72,7 +72,7 @@ class Example:
         resize = self.resize and tensor.dim() > 0 and tensor.shape[0] == self.given_batch
         if self.device != 'meta':
             tensor = tensor.detach().clone()
-            return tensor[torch.arange(TRACED_BATCH) % self.given_batch] if resize else tensor
+            return tensor[torch.arange(TRACED_BATCH, device=tensor.device) % self.given_batch] if resize else tensor
         shape = list(tensor.shape)
         if resize:
             shape[0] = TRACED_BATCH

@@ -3,15 +3,33 @@
 Every index of every dimension of every parameter and buffer carries an integer *label*. A tensor computed from them
 carries :class:`Field` objects: arrays of labels that broadcast to the tensor's shape. Removing a channel deletes, in
 every tensor, the positions that bear its labels. Label 0 marks positions that must stay.
+
+Four kinds of numbers, each an int64 array and a type of its own, say which channel is meant, and where::
+
+    Labels  -------- solution.channel -------->  Channels  -- solution.group -->  number of the group
+       |    <-- flatnonzero(channel == c) ---       |
+       |                                            |  group.channels[position] == channel
+       |  label - axis.start                        |
+       v                                            v
+    Indices  <---- member.index[position] ----   Positions
+
+A label is one index of one dimension of one parameter in the trace; a channel, all labels that go together, by its
+number in the whole network; a position, the place of a channel in its group; an index, a place along a dimension of a
+parameter, as ``tensor.index_select`` takes it.
 '''
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NewType, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-Labels = npt.NDArray[np.int64]
+Array = npt.NDArray[np.int64]
+Labels = NewType('Labels', Array)
+Channels = NewType('Channels', Array)
+Positions = NewType('Positions', Array)
+Kind = TypeVar('Kind', bound=Array)
 
 
 class Field:
@@ -75,7 +93,7 @@ class Field:
         Field
             A field that varies along ``dim`` only.
         '''
-        return cls(labels.reshape([-1 if d == dim else 1 for d in range(ndim)]), (dim,))
+        return cls(Labels(labels.reshape([-1 if d == dim else 1 for d in range(ndim)])), (dim,))
 
     def aligned(self, ndim: int) -> Field:
         '''Add leading dimensions of size 1, as broadcasting does.
@@ -100,7 +118,7 @@ class Field:
         extra = ndim - self.labels.ndim
         if not extra:
             return self
-        return Field(self.labels.reshape((1,) * extra + self.labels.shape), tuple(d + extra for d in self.dims))
+        return Field(Labels(self.labels.reshape((1,) * extra + self.labels.shape)), tuple(d + extra for d in self.dims))
 
     def __repr__(self) -> str:
         return f'Field(shape={self.labels.shape}, dims={self.dims})'
@@ -133,21 +151,21 @@ class BlockField(Field):
     def of_blocks(cls, rows: Labels, shape: tuple[int, ...]) -> BlockField:
         '''Make the field of a weight of this shape from one row of labels for each block.'''
         labels = np.repeat(rows, shape[0] // len(rows), 0)
-        return cls(labels.reshape(labels.shape + (1,) * (len(shape) - 2)))
+        return cls(Labels(labels.reshape(labels.shape + (1,) * (len(shape) - 2))))
 
     def blocks(self, count: int) -> Labels:
         '''Return the labels of each of ``count`` blocks, an array of shape (count, inputs per group).'''
-        return self.labels.reshape(count, -1, self.labels.shape[1])[:, 0]
+        return Labels(self.labels.reshape(count, -1, self.labels.shape[1])[:, 0])
 
     def without(self, gone: npt.NDArray[np.bool_]) -> BlockField | None:
         '''Return the field without the labels ``gone``, or None where its blocks lose different numbers.'''
         lost = gone[self.labels].sum(1)
         if (lost != lost[:1]).any():
             return None
-        return BlockField(self.labels[~gone[self.labels]].reshape(len(lost), -1, *self.labels.shape[2:]))
+        return BlockField(Labels(self.labels[~gone[self.labels]].reshape(len(lost), -1, *self.labels.shape[2:])))
 
 
-def same(left: Labels, right: Labels) -> bool:
+def same(left: Array, right: Array) -> bool:
     '''Fast ``numpy.array_equal`` for short arrays.'''
     return left is right or (left.shape == right.shape and left.tobytes() == right.tobytes())
 
@@ -157,12 +175,22 @@ def every(flags: npt.NDArray[np.bool_]) -> bool:
     return b'\0' not in flags.tobytes()
 
 
-def first(array: Labels, dim: int) -> Labels:
+def flat(labels: Labels) -> Labels:
+    '''Return the labels in one row.'''
+    return Labels(labels.reshape(-1))
+
+
+def in_rows(labels: Labels, count: int) -> Labels:
+    '''Return the labels in ``count`` rows of equal length.'''
+    return Labels(labels.reshape(count, -1))
+
+
+def first(array: Kind, dim: int) -> Kind:
     '''Return the slice of size 1 at the start of dimension ``dim``.'''
-    return array[(slice(None),) * dim + (slice(0, 1),)]
+    return array[(slice(None),) * dim + (slice(0, 1),)]  # type: ignore[return-value]  # a part is of the same kind
 
 
-def varies(array: Labels, dim: int) -> bool:
+def varies(array: Array, dim: int) -> bool:
     '''Return whether the labels differ along dimension ``dim``.'''
     if array.shape[dim] < 2 or array.strides[dim] == 0:
         return False
@@ -171,7 +199,7 @@ def varies(array: Labels, dim: int) -> bool:
     return array[tuple(corner)] != array[(0,) * array.ndim] or bool((array != first(array, dim)).any())
 
 
-def varying_dims(array: Labels) -> tuple[int, ...]:
+def varying_dims(array: Array) -> tuple[int, ...]:
     '''Return the dimensions along which the labels differ.'''
     if 0 in array.strides:
         array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
@@ -210,7 +238,7 @@ def reshaped(field: Field, old: Sequence[int], new: Sequence[int]) -> Labels:
         else:
             source += [1] * (i - start)
             target += [1] * (j - stop)
-    return np.broadcast_to(field.labels, source).reshape(target)
+    return Labels(np.broadcast_to(field.labels, source).reshape(target))
 
 
 def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
@@ -231,11 +259,13 @@ def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
     numpy.ndarray
         For each label, the smallest label of its component.
     '''
-    parent = component.copy()
+    parent: Array = component.copy()
     alone = np.bincount(component, minlength=len(component))[component] == 1
     real = np.ones(len(component), bool)
     alone[0] = real[0] = False
-    rest: list[Labels] = []
+    rest: list[Array] = []
+    left: Array
+    right: Array
     for left, right in ties:
         if left.shape != right.shape:
             left, right = np.broadcast_arrays(left, right)
@@ -264,10 +294,10 @@ def joined(component: Labels, ties: Iterable[tuple[Labels, Labels]]) -> Labels:
             parent = grand
     smallest = np.empty_like(parent)
     smallest[parent[::-1]] = np.arange(len(parent))[::-1]  # what is written last stays
-    return smallest[parent]
+    return Labels(smallest[parent])
 
 
-def flat_pairs(pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
+def flat_pairs(pairs: Iterable[tuple[Array, Array]]) -> Labels:
     '''Return all ties as one array of shape (2, number of ties), without those of a label with itself.'''
     lefts, rights = [], []
     for left, right in pairs:
@@ -277,6 +307,6 @@ def flat_pairs(pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
         lefts.append(left.reshape(-1))
         rights.append(right.reshape(-1))
     if not lefts:
-        return np.zeros((2, 0), np.int64)
+        return Labels(np.zeros((2, 0), np.int64))
     edges = np.stack([np.concatenate(lefts), np.concatenate(rights)])
-    return edges[:, edges[0] != edges[1]]
+    return Labels(edges[:, edges[0] != edges[1]])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..util._networks import tensors_in
-from ._labels import Field, Labels, first, reshaped
+from ._labels import Field, Labels, first, flat, in_rows, reshaped
 from ._rules import Call, Candidates, NoRule, declare, operation_rule
 
 # pointwise operations are found by their tag; older releases lack it on some
@@ -86,7 +86,7 @@ def unlabelled(call: Call) -> Candidates:
 def _run_on(array: Labels, call: Call) -> list[Labels]:
     '''Execute the operation itself on a label array.'''
     result = call.func(torch.from_numpy(array), *call.args[1:], **call.kwargs)
-    return [tensor.numpy() for tensor in tensors_in(result)]
+    return [Labels(tensor.numpy()) for tensor in tensors_in(result)]
 
 
 @operation_rule('permute', 'transpose', 't', 'unsqueeze', size_free=True)
@@ -113,7 +113,7 @@ def movement(call: Call) -> Candidates:
 def movement_at_size(call: Call) -> Candidates:
     '''Move data, where the effect depends on all sizes, by executing the operation on labels at full size.'''
     shape = call.args[0].shape
-    moved = [_run_on(np.broadcast_to(field.labels, shape), call) for field in call.fields(call.args[0])]
+    moved = [_run_on(Labels(np.broadcast_to(field.labels, shape)), call) for field in call.fields(call.args[0])]
     return [[arrays[k] for arrays in moved] for k in range(len(call.outputs))]
 
 
@@ -146,8 +146,9 @@ def constant_pad(call: Call) -> Candidates:
             if before < 0 or after < 0:
                 call.lock('it is cropped by a fixed amount', labels)
             widths = [(max(before, 0), max(after, 0)) if d == dim else (0, 0) for d in range(ndim)]
-            labels = np.pad(labels, widths)
-            labels = labels[(slice(None),) * dim + (slice(max(-before, 0), labels.shape[dim] - max(-after, 0)),)]
+            padded = np.pad(labels, widths)
+            inside = slice(max(-before, 0), padded.shape[dim] - max(-after, 0))
+            labels = Labels(padded[(slice(None),) * dim + (inside,)])
         result.append(Field(labels, field.dims))
     return [result]
 
@@ -161,7 +162,7 @@ def im2col(call: Call) -> Candidates:
         if field.dims != (1,):
             call.lock('patches are cut across it', field)
             continue
-        result.append(Field.along(np.repeat(field.labels.reshape(-1), kernel), 1, call.outputs[0].dim()))
+        result.append(Field.along(Labels(np.repeat(flat(field.labels), kernel)), 1, call.outputs[0].dim()))
     return [result]
 
 
@@ -177,11 +178,12 @@ def split(call: Call) -> Candidates:
             for result in results:
                 result.append(field)
             continue
-        blocks = [field.labels[(slice(None),) * dim + (slice(stop - size, stop),)] for size, stop in zip(sizes, stops)]
+        blocks = [Labels(field.labels[(slice(None),) * dim + (slice(stop - size, stop),)])
+                  for size, stop in zip(sizes, stops)]
         if len(set(sizes)) > 1:
             call.lock('it is split into parts of different sizes', field)
         elif sizes[0] and len(field.dims) == 1:
-            call.balance(field.labels.reshape(len(blocks), -1))
+            call.balance(in_rows(field.labels, len(blocks)))
         elif sizes[0]:
             for block in blocks[1:]:
                 call.tie(blocks[0], block)
@@ -197,7 +199,7 @@ def glu(call: Call) -> Candidates:
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
         if dim in field.dims:
-            signal, gate = np.split(field.labels, 2, dim)
+            signal, gate = map(Labels, np.split(field.labels, 2, dim))
             call.tie(signal, gate)
             field = Field(signal, field.dims)
         result.append(field)
@@ -217,8 +219,9 @@ def slice_(call: Call) -> Candidates:
             continue
         fixed = size if step != 1 else stop if stop < size else start
         if fixed:
-            call.lock('it is sliced at fixed positions', field.labels[(slice(None),) * dim + (slice(0, fixed),)])
-        result.append(Field(field.labels[(slice(None),) * dim + (bounds,)], field.dims))
+            counted = field.labels[(slice(None),) * dim + (slice(0, fixed),)]
+            call.lock('it is sliced at fixed positions', Labels(counted))
+        result.append(Field(Labels(field.labels[(slice(None),) * dim + (bounds,)]), field.dims))
     return [result]
 
 
@@ -236,9 +239,9 @@ def select(call: Call) -> Candidates:
             call.tie(field.labels, first(field.labels, dim))
         elif dim in field.dims:
             counted = slice(0, at + 1) if at >= 0 else slice(at, None)
-            call.lock('a fixed position of it is picked', field.labels[(*chosen, counted)])
+            call.lock('a fixed position of it is picked', Labels(field.labels[(*chosen, counted)]))
         dims = tuple(d - (d > dim) for d in field.dims if d != dim)
-        result.append(Field(field.labels[(*chosen, at if dim in field.dims else 0)], dims))
+        result.append(Field(Labels(field.labels[(*chosen, at if dim in field.dims else 0)]), dims))
     return [result]
 
 
@@ -256,7 +259,7 @@ def index(call: Call) -> Candidates:
         if set(field.dims) & set(indexed):
             call.lock('its positions are selected by a tensor', field)
             continue
-        zeros = [None if at is None else torch.zeros(at.shape, dtype=torch.long) for at in indices]
+        zeros = [None if at is None else torch.zeros(at.shape, dtype=torch.long, device='cpu') for at in indices]
         result.append(call.func(torch.from_numpy(field.labels), zeros).numpy())
     return [result]
 
@@ -281,7 +284,7 @@ def embedding(call: Call) -> Candidates:
     result: list[Field | Labels] = []
     for field in call.fields(call.args[0]):
         if field.dims == (1,):
-            result.append(Field.along(field.labels.reshape(-1), call.outputs[0].dim() - 1, call.outputs[0].dim()))
+            result.append(Field.along(flat(field.labels), call.outputs[0].dim() - 1, call.outputs[0].dim()))
             call.operation.producers.append(field.labels)
         else:
             call.lock('its rows are looked up by number', field)
@@ -305,7 +308,7 @@ def cat(call: Call) -> Candidates:
         for tensor, fields in zip(pieces, along):
             labels = fields[rank].labels if len(fields) > rank else np.zeros((1,) * ndim, np.int64)
             blocks.append(np.broadcast_to(labels, [size if d in dims else 1 for d, size in enumerate(tensor.shape)]))
-        result.append(Field(np.concatenate(blocks, dim), tuple(sorted(dims))))
+        result.append(Field(Labels(np.concatenate(blocks, dim)), tuple(sorted(dims))))
         dims_of.append(dims)
     result += [field for field in combine(call, across, ndim) if not any(set(field.dims) <= dims for dims in dims_of)]
     return [result]
@@ -317,7 +320,8 @@ def stack(call: Call) -> Candidates:
     ndim = call.outputs[0].dim()
     dim = int(call.argument(1, 'dim', 0)) % ndim
     fields = combine(call, [(tensor.shape, call.fields(tensor)) for tensor in call.args[0]], ndim - 1)
-    return [[Field(np.expand_dims(field.labels, dim), tuple(d + (d >= dim) for d in field.dims)) for field in fields]]
+    return [[Field(Labels(np.expand_dims(field.labels, dim)), tuple(d + (d >= dim) for d in field.dims))
+             for field in fields]]
 
 
 @operation_rule(
@@ -362,7 +366,7 @@ def reduction(call: Call) -> Candidates:
         kept = call.tie_along(field, dims)
         if not keepdim:
             position = {d: k for k, d in enumerate(d for d in range(x.dim()) if d not in dims)}
-            kept = Field(np.squeeze(kept.labels, tuple(dims)), tuple(position[d] for d in kept.dims))
+            kept = Field(Labels(np.squeeze(kept.labels, tuple(dims))), tuple(position[d] for d in kept.dims))
         result.append(kept)
     return [list(result) for _ in call.outputs]
 

@@ -20,6 +20,7 @@ from ..errors import PruneError
 from ..util._networks import (
     LISTS,
     OF_HOOKS,
+    Indices,
     computed_name,
     modules_by_name,
     narrowed,
@@ -88,7 +89,7 @@ def record_computed(tracer: Tracer, name: str, tensors: Sequence[torch.Tensor], 
     tracer.record(operation)
 
 
-def restore(small: nn.Module, model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> None:
+def restore(small: nn.Module, model: nn.Module, kept: Mapping[str, Mapping[int, Indices]]) -> None:
     '''Let the parametrizations of ``small``, narrowed from ``model``, compute the slices of its weights.
 
     Raises
@@ -190,7 +191,7 @@ def fixed_dims(model: nn.Module) -> Iterator[tuple[str, int, str]]:
 
 
 def _narrows(found: ParametrizationList, weight: torch.Tensor, dims: Sequence[int]) -> bool:
-    index = {dim: np.arange(weight.shape[dim] - max(1, weight.shape[dim] // 3)) for dim in dims
+    index = {dim: Indices(np.arange(weight.shape[dim] - max(1, weight.shape[dim] // 3))) for dim in dims
              if weight.shape[dim] > 1}
     memo: dict[int, Any] = {}
     for _, tensor in tensors_by_module(found):

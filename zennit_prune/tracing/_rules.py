@@ -20,7 +20,7 @@ import torch
 from ..errors import PruneError
 from ..util._networks import tensors_in
 from ._calls import Site
-from ._labels import Field, Labels, first
+from ._labels import Field, Labels, first, flat, in_rows
 from ._recorded import Operation
 
 Candidates = Sequence[Sequence[Field | Labels]]
@@ -301,7 +301,7 @@ class Call:
         ...     for field in call.fields(call.args[0]):
         ...         call.balance(field.labels.reshape(2, -1))
         '''
-        self.operation.balances.append(blocks.reshape(len(blocks), -1))
+        self.operation.balances.append(in_rows(blocks, len(blocks)))
 
     def tie_along(self, field: Field, dims: Iterable[int]) -> Field:
         '''Tie the labels along some dimensions, so that they vary along the others only.
@@ -398,7 +398,7 @@ class Call:
             if dim not in field.dims:
                 self.lock('it varies along a dimension other than the channels', field)
                 continue
-            vector = self.tie_along(field, [d for d in field.dims if d != dim]).labels.reshape(-1)
+            vector = flat(self.tie_along(field, [d for d in field.dims if d != dim]).labels)
             if result is None:
                 result = vector
             else:

@@ -31,7 +31,7 @@ from ._attributes import Claim, mark_attributes, norm_claims
 from ._boundaries import Boundaries, Guard, Outputs, Place
 from ._calls import Site
 from ._example import Example, prepare_example
-from ._labels import BlockField, Field
+from ._labels import BlockField, Field, Labels, in_rows
 from ._parametrized import weights_of
 from ._recorded import FunctionCall, Operation, distinct
 from ._shapes import Shapes
@@ -57,6 +57,11 @@ class Axis(NamedTuple):
     def length(self) -> int:
         '''The size of the dimension, which is smaller than ``size`` where there are several blocks.'''
         return self.size // self.blocks
+
+    @property
+    def labels(self) -> Labels:
+        '''The labels of the dimension's indices.'''
+        return Labels(np.arange(self.start, self.start + self.size))
 
 
 class TensorSize(NamedTuple):
@@ -358,12 +363,12 @@ def label_axes(model: nn.Module) -> tuple[list[Axis], dict[str, list[Field]]]:
         for dim, size in enumerate(tensor.shape):
             blocks = grouped.get(id(tensor), 1) if dim == 1 else 1
             if size > 1 and blocks > 1:
-                labels = np.arange(start, start + blocks * size).reshape(blocks, size)
+                labels = in_rows(Labels(np.arange(start, start + blocks * size)), blocks)
                 axes.append(Axis(name, dim, blocks * size, start, blocks))
                 fields[name].append(BlockField.of_blocks(labels, tuple(tensor.shape)))
                 start += blocks * size
             elif size > 1:
                 axes.append(Axis(name, dim, size, start))
-                fields[name].append(Field.along(np.arange(start, start + size), dim, tensor.dim()))
+                fields[name].append(Field.along(Labels(np.arange(start, start + size)), dim, tensor.dim()))
                 start += size
     return axes, fields

@@ -491,7 +491,8 @@ class Tracer(TorchDispatchMode):
                 else:
                     labels = narrowed_to(labels, dims)
                     shape = tuple([size if dim in dims else 1 for dim, size in enumerate(tensor.shape)])
-                    fields.append(Field(labels if labels.shape == shape else np.broadcast_to(labels, shape), dims))
+                    labels = labels if labels.shape == shape else Labels(np.broadcast_to(labels, shape))
+                    fields.append(Field(labels, dims))
             operation.layouts.append(layout)
             operation.outputs.append(fields)
             self._fields[id(tensor)] = fields

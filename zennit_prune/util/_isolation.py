@@ -51,6 +51,41 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+@contextmanager
+def unrounded(device: torch.device) -> Iterator[None]:
+    '''Let products of float32 on a GPU be such: there, convolutions round what they are given to 11 bits by default.'''
+    if device.type != 'cuda':
+        yield
+        return
+    try:
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # set layer by layer, which these two cannot say
+        with _unrounded_by_layer():
+            yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision('highest')
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+@contextmanager
+def _unrounded_by_layer() -> Iterator[None]:
+    backends: Any = torch.backends
+    layers = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+    before = [layer.fp32_precision for layer in layers]
+    for layer in layers:
+        layer.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        for layer, precision in zip(layers, before):
+            layer.fp32_precision = precision
+
+
 OWNERS = (type, ModuleType)
 NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
 LARGE = 100  # entries: what holds more is data rather than a cache

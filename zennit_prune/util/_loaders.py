@@ -274,7 +274,7 @@ def held_out(loader: Any, share: float) -> tuple[Iterable[Any], Iterable[Any]]:
         raise PruneError(f'validation={share!r} cannot hold out a share of this {type(loader).__name__}: give '
                          'validation= a loader of its own.')
     data = loader.dataset if splits else loader
-    order = torch.randperm(len(data)).tolist()
+    order = torch.randperm(len(data), device='cpu').tolist()
     number = round(share * len(data))
     rest, held = sorted(order[number:]), sorted(order[:number])
     if not rest or not held:

@@ -10,8 +10,9 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NewType, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import PruneError
 
-Indices = npt.NDArray[Any]
+Indices = NewType('Indices', npt.NDArray[np.int64])  # along a dimension of a tensor; see ``tracing/_labels.py``
 ATOMIC = frozenset((int, float, bool, str, type(None)))
 EMPTY = (dict, OrderedDict, list, set)
 CONTENTS = ('_parameters', '_buffers', '_modules')
