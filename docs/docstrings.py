@@ -60,7 +60,7 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
     foreign = {name for base in cls.__mro__ if not base.__module__.startswith(PACKAGE) for name in vars(base)}
     for name in sorted({*dir(cls)} - foreign):
         value = inspect.getattr_static(cls, name)
-        if not name.startswith('_') and isinstance(value, MEMBERS):
+        if not name.startswith('_') and isinstance(value, MEMBERS) and getattr(value, '__name__', '') != '<lambda>':
             owner = next(base for base in cls.__mro__ if name in base.__dict__)
             function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
             if owner.__module__.startswith(PACKAGE) and getattr(function, '__module__', '').startswith(PACKAGE):

@@ -89,7 +89,7 @@ def run(model: nn.Module, device: torch.device, folder: Path) -> dict[str, Any]:
     found['heatmap'] = zp.heatmap(model, None, shown)
     found['removed'] = dict(plan.removed)
     small = plan.apply(model, progress=False)
-    masked, repaired = plan.masked(model), zp.repair(small, model, plan, x, progress=False)
+    masked, repaired = plan.masked(model), zp.repair(model, small, plan, x, progress=False)
     zp.save(repaired, plan, folder / 'small.safetensors')
     loaded = zp.load(model, folder / 'small.safetensors')
     in_place = plan.apply_(deepcopy(model))

@@ -19,7 +19,7 @@ from torch import nn
 import zennit_prune
 import zennit_prune as zp
 from zennit_prune.planning._workload import Like
-from zennit_prune.repairs._lockstep import Walk
+from zennit_prune.repairs._lockstep import Lockstep
 from zennit_prune.util._isolation import unrounded
 
 PACKAGE = Path(zennit_prune.__file__).parent
@@ -30,23 +30,22 @@ FACTORIES = {'arange', 'as_tensor', 'asarray', 'empty', 'empty_permuted', 'empty
 # by file and function: why what is made of an array of NumPy's stays on the CPU
 FROM_NUMPY = {
     'cli/_demo.py load_digits': 'the data of the demo, which runs on the CPU',
-    'planning/_carry.py carried_back': 'scores, which are on the CPU',
+    'planning/_carry.py scores_for_original': 'scores, which are on the CPU',
     'relevance/_criteria.py _averaged': 'indexes weights that were moved to the CPU',
-    'relevance/_criteria.py _reading': 'indexes weights that were moved to the CPU',
+    'relevance/_criteria.py _weights_read': 'indexes weights that were moved to the CPU',
     'relevance/_exemplars.py _places': 'moved where it is used',
     'relevance/_exemplars.py _unravelled': 'exemplars, which are on the CPU',
-    'relevance/_states.py _state': 'positions, moved where they are used',
+    'relevance/_sites.py _site': 'positions, moved where they are used',
     'tracing/_operations.py _run_on': 'labels, on which the operation itself is run',
     'tracing/_operations.py index': 'labels, on which the operation itself is run',
 }
 # and why a tensor that becomes an array is on the CPU
 TO_NUMPY = {
-    'looking/_charts.py picture': 'moved at the start',
-    'looking/_charts.py heat': 'moved at the start',
-    'looking/_heatmap.py _picture': 'moved at the start',
-    'looking/_heatmap.py heatmap_image': 'moved before they are scaled',
+    'looking/_pictures.py _bytes': 'pictures, which are on the CPU',
+    'looking/_pictures.py heat': 'moved at the start',
+    'looking/_pictures.py heatmap_image': 'moved before they are scaled',
     'pipeline/_pruner.py plan': 'scores, which are on the CPU',
-    'planning/_carry.py carried_back': 'scores, which are on the CPU',
+    'planning/_carry.py scores_for_original': 'scores, which are on the CPU',
     'relevance/_exemplars.py _places': 'positions, which are on the CPU',
     'relevance/_exemplars.py _unravelled': 'exemplars, which are on the CPU',
     'relevance/_relevance.py _plotted': 'scores, which are on the CPU',
@@ -183,10 +182,10 @@ def test_the_rest_where_nothing_may_be_mixed(elsewhere: torch.device, tmp_path: 
     result = pruner.prune((x, y), zp.Budget(flops=0.7), 'auto', progress=False, repair='bias')
     assert pruner.preflight(shown).stages
     name = pruner.graph.groups[0].name
-    assert pruner.channel_heatmap(shown, 'predicted', name, [0, 1]).device.type == 'cpu'
-    zp.report(tmp_path / 'report.html', pruner, result.plan, result.relevance, shown, y[:2].to(elsewhere),
+    assert pruner.heatmap(shown, channel=(name, [0, 1])).device.type == 'cpu'
+    zp.report(pruner, result.plan, result.relevance, shown, y[:2].to(elsewhere), tmp_path / 'report.html',
               small=result.model, progress=False)
-    zp.heatmap_image(tmp_path / 'maps.png', shown, {'before': pruner.heatmap(shown)})
+    zp.heatmap_image(shown, {'before': pruner.heatmap(shown)}, tmp_path / 'maps.png')
     tuned = zp.finetune(result.model, (x, y), 1, teacher=model, progress=False)
     assert main_job.devices_of(tuned) == {elsewhere}
     assert zp.latency(model, shown, repeats=1) > 0
@@ -205,7 +204,7 @@ def test_bookkeeping_stays_on_the_cpu_whatever_the_default_device(tmp_path: Path
         relevance = pruner.collect(images, exemplars=2, progress=False)
         plan = pruner.plan(relevance, zp.Budget(flops=0.6))
         small = plan.apply(model, progress=False)
-        repaired = zp.repair(small, model, plan, images, progress=False)
+        repaired = zp.repair(model, small, plan, images, progress=False)
         again = zp.Plan(zp.trace(model, x[:1], progress=False), plan.removed)
         assert zp.agreement(model, repaired, None, x[:2]).cosine.device.type == 'cpu'
     assert again.removed == plan.removed == wanted['removed']
@@ -221,7 +220,7 @@ class Remembers(nn.Module):
 def test_a_walk_has_the_default_device_of_the_thread_that_made_it() -> None:
     network = Remembers()
     with torch.device('meta'):
-        walk = Walk(network, torch.ones(2, 3, device='cpu'), ())
+        walk = Lockstep(network, torch.ones(2, 3, device='cpu'), ())
     assert walk.next() is None
     assert network.made.device.type == 'meta'
 

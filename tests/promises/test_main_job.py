@@ -79,7 +79,7 @@ def test_other_repairs(device: torch.device, method: str) -> None:
     x, _ = main_job.data()
     pruner = zp.Pruner(model.eval(), None, x[:1].to(device), progress=False)
     plan = pruner.plan(pruner.collect(x, 'activation', progress=False), zp.Budget(flops=0.7))
-    small = zp.repair(plan.apply(model, progress=False), model, plan, x, method, progress=False)
+    small = zp.repair(model, plan.apply(model, progress=False), plan, x, method, progress=False)
     assert main_job.devices_of(small) == {x.to(device).device}
     assert torch.isfinite(small(x.to(device))).all()
 
@@ -159,8 +159,8 @@ def test_prune_looks_and_chooses(device: torch.device, tmp_path: Path) -> None:
     shown = x[:2].to(device)
     name = pruner.graph.groups[0].name
     assert pruner.preflight(shown).stages
-    assert pruner.channel_heatmap(shown, 'predicted', name, [0, 1]).shape == (2, 2, 8, 8)
-    zp.report(tmp_path / 'report.html', pruner, result.plan, result.relevance, shown, y[:2].to(device),
+    assert pruner.heatmap(shown, channel=(name, [0, 1])).shape == (2, 2, 8, 8)
+    zp.report(pruner, result.plan, result.relevance, shown, y[:2].to(device), tmp_path / 'report.html',
               small=result.model, progress=False)
-    zp.heatmap_image(tmp_path / 'maps.png', shown, {'before': pruner.heatmap(shown)})
+    zp.heatmap_image(shown, {'before': pruner.heatmap(shown)}, tmp_path / 'maps.png')
     assert (tmp_path / 'report.html').stat().st_size and (tmp_path / 'maps.png').stat().st_size

@@ -485,7 +485,7 @@ def test_memory_does_not_grow(rules: str) -> None:
                 counts.append(_live_tensors())
                 objects.append(len(gc.get_objects()))
     assert counts[0] == counts[1]
-    assert abs(objects[1] - objects[0]) < 50
+    assert objects[1] - objects[0] < 50
 
 
 @pytest.mark.parametrize('aggregate', AGGREGATES)

@@ -16,13 +16,13 @@ from zennit_prune.util._networks import Indices
 def fine(solution: Solution, group: ChannelGroup, member: Member, field: Field) -> None:
     labels: Labels = field.labels
     channels: Channels = group.channels
-    positions: Positions = group.in_turn([0.0])
+    positions: Positions = group.order_by_block([0.0])
     index: Indices = member.index
     Field.along(labels, 0, 2)
 
 
 def mixed(solution: Solution, group: ChannelGroup, member: Member, field: Field) -> None:
-    Field.along(group.in_turn([0.0]), 0, 2)
+    Field.along(group.order_by_block([0.0]), 0, 2)
     Field.along(solution.channel, 0, 2)
     channels: Channels = field.labels
     positions: Positions = member.index
