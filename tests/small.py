@@ -261,6 +261,6 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left - right).abs().max() / right.abs().max())
 
 
-def drawn_of(group: zp.ChannelGroup, random: np.random.Generator, count: int) -> list[int]:
+def drawn_of(group: zp.graph.ChannelGroup, random: np.random.Generator, count: int) -> list[int]:
     '''Random channels of a group, at most ``count``, equally many of each of its blocks.'''
     return group.order_by_block(random.random(group.size))[: count // group.step * group.step].tolist()

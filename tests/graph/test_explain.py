@@ -26,11 +26,11 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def graph() -> zp.ChannelGraph:
+def graph() -> zp.graph.ChannelGraph:
     return zp.trace(seeded(Net()), torch.zeros(1, 3, 6, 6))
 
 
-def test_reach_is_counted_by_hand(graph: zp.ChannelGraph) -> None:
+def test_reach_is_counted_by_hand(graph: zp.graph.ChannelGraph) -> None:
     prunable = {'stem': 24, 'deep': 8, 'last': 64, 'head': 8 * 5}
     whole = {**prunable, 'side': 12, 'head': 12 * 5}
     assert graph.reach.params == pytest.approx(sum(prunable.values()) / sum(whole.values()))
@@ -40,7 +40,7 @@ def test_reach_is_counted_by_hand(graph: zp.ChannelGraph) -> None:
     assert graph.reach.channels == pytest.approx(16 / (8 + 8 + 4 + 5))
 
 
-def test_print_says_what_ties_and_what_locks(graph: zp.ChannelGraph) -> None:
+def test_print_says_what_ties_and_what_locks(graph: zp.graph.ChannelGraph) -> None:
     lines = str(graph).splitlines()
     assert 'ChannelGraph(1 groups, 8 removable channels); within reach: 81.0% of the parameters' in lines[0]
     stream = next(line for line in lines if line.startswith('stem'))
@@ -50,14 +50,14 @@ def test_print_says_what_ties_and_what_locks(graph: zp.ChannelGraph) -> None:
     assert any(line.startswith('head') and 'output of the network' in line for line in lines)
 
 
-def test_couplings_go_through_followers(graph: zp.ChannelGraph) -> None:
+def test_couplings_go_through_followers(graph: zp.graph.ChannelGraph) -> None:
     '''``stem`` meets ``last`` only behind the depthwise convolution, which produces no channels of its own.'''
     said = graph.why('last')
     assert "last holds the 8 channels of group 'stem'" in said
     assert said.count('coupled by') == 1 and 'coupled by add in the network itself' in said
 
 
-def test_why_of_a_reader_names_what_of_its_inputs_must_stay(graph: zp.ChannelGraph) -> None:
+def test_why_of_a_reader_names_what_of_its_inputs_must_stay(graph: zp.graph.ChannelGraph) -> None:
     said = graph.why('head')
     assert "head reads the 8 channels of group 'stem'" in said
     assert 'head: output channels are locked: it is an output of the network' in said

@@ -68,11 +68,11 @@ class Page(HTMLParser):
         return [found[name] or '' for _, found in self.tags if name in found]
 
 
-def made_up_sweep(criterion: str = 'relevance') -> zp.Sweep:
+def made_up_sweep(criterion: str = 'relevance') -> zp.pipeline.Sweep:
     rows = [Row(name, 'none', seed, budget, budget, value + 0.01 * seed, 1.0)
             for name, values in ((criterion, (0.9, 0.8)), ('random', (0.7, 0.3)))
             for seed in (0, 1) for budget, value in zip((0.8, 0.5), values)]
-    return zp.Sweep('flops', 0.95, rows, {'evaluate': 'accuracy (abc)'})
+    return zp.pipeline.Sweep('flops', 0.95, rows, {'evaluate': 'accuracy (abc)'})
 
 
 @pytest.fixture(scope='module')
@@ -209,7 +209,7 @@ def test_the_path_is_the_last_argument(tmp_path: Path, pruner: zp.Pruner, plan: 
     ({'max_images': 0}, 'max_images=0: show at least one'),
     ({'evaluation': {'accuracy': 0.5}}, r"evaluation\['accuracy'\]=0.5: give two values"),
     ({'evaluation': [1]}, r'evaluation=\[1\]: give what was measured by name'),
-    ({'sweep': zp.Sweep('flops', 1.0)}, 'no value to draw'),
+    ({'sweep': zp.pipeline.Sweep('flops', 1.0)}, 'no value to draw'),
     ({'relevance': zp.Relevance({'conv': torch.ones(3)})}, '3 scores for group'),
 ])
 def test_refused(tmp_path: Path, pruner: zp.Pruner, plan: zp.Plan, options: dict[str, Any], message: str) -> None:

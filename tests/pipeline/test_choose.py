@@ -35,13 +35,13 @@ def choose(one: zp.Pruner, loader: Any, criteria: Any = CANDIDATES, method: str 
     return chosen(one.model, loader, planned, method, seed, False, criteria)
 
 
-def upside_down(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+def upside_down(graph: zp.graph.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
     '''The most relevant channels go first.'''
     found = zp.Pruner(model, None, images()).collect(data(), **QUIET)
     return zp.Relevance({name: -values for name, values in found.items()})
 
 
-def broken(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+def broken(graph: zp.graph.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
     raise zp.PruneError('it says nothing here')
 
 
@@ -59,7 +59,7 @@ def test_the_better_criterion_is_chosen(criteria: Any) -> None:
 def test_what_is_judged_was_held_out() -> None:
     seen: list[int] = []
 
-    def counting(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+    def counting(graph: zp.graph.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
         seen.append(sum(len(inputs) for inputs, _ in loader))
         return zp.Relevance({group.name: torch.arange(group.size) for group in graph.groups})
 

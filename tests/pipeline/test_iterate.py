@@ -114,7 +114,7 @@ def test_the_one_call_returns_the_repaired_network() -> None:
 def test_every_step_scores_the_network_as_it_is() -> None:
     widths: list[dict[str, int]] = []
 
-    def score(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+    def score(graph: zp.graph.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
         widths.append({group.name: group.size for group in graph.groups})
         return zp.Relevance({group.name: torch.arange(group.size) for group in graph.groups})
 
@@ -326,7 +326,7 @@ def test_a_dataset_is_to_be_wrapped() -> None:
 
 # --- what is to be read afterwards
 def test_history_is_told_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[zp.Step] = []
+    seen: list[zp.pipeline.Step] = []
     result = pruner().iterate(data(), zp.Budget(flops=0.5), 0.2, repair='none', callback=seen.append,
                               evaluate=lambda network: float(len(network)), **QUIET)  # fmt: skip
     assert tuple(seen) == result.history and [step.number for step in seen] == list(range(len(seen)))
@@ -335,7 +335,8 @@ def test_history_is_told_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(value == 1 for value in seen[0].left.values())
     result.save_history(tmp_path / 'history.json')
     saved = json.loads((tmp_path / 'history.json').read_text())
-    assert tuple(zp.Step(**step) for step in saved['history']) == result.history and saved['stopped'] == result.stopped
+    assert tuple(zp.pipeline.Step(**step) for step in saved['history']) == result.history
+    assert saved['stopped'] == result.stopped
     for one in (result, pruner().prune(data(), zp.Budget(flops=0.5), 'l1', 'none', **QUIET)):
         figure = one.plot(tmp_path / 'history.png')
         Image.open(tmp_path / 'history.png').verify()
@@ -367,14 +368,14 @@ def noisy(network: nn.Module) -> None:
             parameter.add_(0.02 * torch.randn_like(parameter) * random.random() * np.random.rand())
 
 
-def run(folder: Path | None = None, **options: Any) -> zp.Result:
+def run(folder: Path | None = None, **options: Any) -> zp.pipeline.Result:
     settings: dict[str, Any] = {'repair': 'bias', 'finetune': noisy, 'evaluate': lambda network: network(
         images(2)).detach().abs().mean() + torch.rand(()), **QUIET, **options}  # fmt: skip
     one = zp.Pruner(NETWORKS['residual'](), None, images(1))
     return one.iterate(Shuffled(), zp.Budget(flops=0.4), 0.1, checkpoint=folder, **settings)
 
 
-def alike(left: zp.Result, right: zp.Result) -> bool:
+def alike(left: zp.pipeline.Result, right: zp.pipeline.Result) -> bool:
     told = [[(step.number, step.left, step.evaluation, step.reliability) for step in one.history]
             for one in (left, right)]  # fmt: skip
     return (equal(left.model, right.model) and left.plan.removed == right.plan.removed and told[0] == told[1]
@@ -386,7 +387,7 @@ class Stopped(Exception):
     '''Ends a run early.'''
 
 
-def stop(step: zp.Step) -> None:
+def stop(step: zp.pipeline.Step) -> None:
     if step.number == 2:
         raise Stopped
 
@@ -460,7 +461,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('number', [1, 2])
 def test_a_checkpoint_with_the_names_of_before_is_resumed(number: int, tmp_path: Path) -> None:
-    def stop_early(step: zp.Step) -> None:
+    def stop_early(step: zp.pipeline.Step) -> None:
         if step.number == number:
             raise Stopped
 

@@ -48,7 +48,7 @@ def pruner() -> zp.Pruner:
     return zp.Pruner(seeded(Residual()), None, images(1))
 
 
-def run(pruner: zp.Pruner, evaluate: Any = None, **changes: Any) -> zp.Sweep:
+def run(pruner: zp.Pruner, evaluate: Any = None, **changes: Any) -> zp.pipeline.Sweep:
     arguments = {'loader': LOADER, 'evaluate': evaluate or Evaluate(), 'budgets': BUDGETS, 'seeds': range(2),
                  'criteria': ['relevance', 'l1', 'random'], 'progress': False}
     return zp.sweep(pruner, **{**arguments, **changes})
@@ -80,7 +80,7 @@ def test_relevance_is_collected_once_for_each_seed(pruner: zp.Pruner) -> None:
         drawn.append(seed)
         return iter([(images(8, seed=seed), labels(8))])  # a generator: to be gone through for every criterion
 
-    def custom(graph: zp.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
+    def custom(graph: zp.graph.ChannelGraph, model: nn.Module, loader: Any) -> zp.Relevance:
         seen.append(float(next(iter(loader))[0].sum()))
         return zp.Relevance({group.name: torch.arange(group.size) for group in graph.groups})
 
@@ -162,7 +162,7 @@ def test_an_interrupted_sweep_goes_on(pruner: zp.Pruner, most: int, tmp_path: Pa
     whole, path = run(pruner), tmp_path / 'sweep.json'
     with pytest.raises(Interrupted):
         run(pruner, Evaluate(most), checkpoint=path)
-    assert len(zp.Sweep.load(path).rows) == most - 1 if most > 1 else not path.exists()
+    assert len(zp.pipeline.Sweep.load(path).rows) == most - 1 if most > 1 else not path.exists()
     evaluate = Evaluate()
     fresh = zp.Pruner(seeded(Residual()), None, images(1))
     resumed = run(fresh, evaluate, checkpoint=path)
@@ -171,7 +171,7 @@ def test_an_interrupted_sweep_goes_on(pruner: zp.Pruner, most: int, tmp_path: Pa
         (row.cell, row.value, row.left) for row in whole.rows]
     assert list(tmp_path.iterdir()) == [path]
     again = Evaluate()
-    assert run(fresh, again, checkpoint=path).rows == resumed.rows == zp.Sweep.load(path).rows
+    assert run(fresh, again, checkpoint=path).rows == resumed.rows == zp.pipeline.Sweep.load(path).rows
     assert not again.sizes
 
 
@@ -216,7 +216,7 @@ def test_relevance_given_is_part_of_the_call(pruner: zp.Pruner, tmp_path: Path) 
                                   '{"format": "zennit_prune sweep", "version": 1, "unit": "flops", "rows": [{}]}'])
 def test_files_that_are_no_sweeps(pruner: zp.Pruner, text: str, tmp_path: Path) -> None:
     (tmp_path / 'sweep.json').write_text(text)
-    for read in (zp.Sweep.load, lambda path: run(pruner, checkpoint=path)):
+    for read in (zp.pipeline.Sweep.load, lambda path: run(pruner, checkpoint=path)):
         with pytest.raises(zp.PruneError, match=r'sweep.json. is no zennit_prune sweep'):
             read(tmp_path / 'sweep.json')
 
@@ -262,12 +262,12 @@ def test_what_a_loader_shuffles_depends_on_the_seed_alone(pruner: zp.Pruner) -> 
 # --- what comes out
 
 
-def made_up(repairs: tuple[str, ...] = ('none', 'refit')) -> zp.Sweep:
+def made_up(repairs: tuple[str, ...] = ('none', 'refit')) -> zp.pipeline.Sweep:
     rows = [Row(criterion, repair, seed, budget, budget - 0.01, 0.95 - (1 - budget) ** 2 * (3 - 2 * (repair == 'refit'))
                 * (1 + number) / 4 + 0.02 * (seed - 1) * (1 - budget), 1.5)
             for seed in range(3) for number, criterion in enumerate(('relevance', 'l1', 'random'))
             for budget in (0.8, 0.65, 0.5, 0.35) for repair in repairs]
-    return zp.Sweep('flops', 0.95, rows, {'evaluate': 'accuracy (12ab)'})
+    return zp.pipeline.Sweep('flops', 0.95, rows, {'evaluate': 'accuracy (12ab)'})
 
 
 def test_the_table_has_means_and_spreads() -> None:
@@ -286,7 +286,7 @@ def test_the_table_has_means_and_spreads() -> None:
 def test_the_table_says_how_many_seeds_have_a_value() -> None:
     rows = [Row('l1', 'none', seed, 0.5, *((0.5, 0.25 + 0.25 * seed) if seed < 2 else (None, None)), 1.0,
                 '' if seed < 2 else 'it did not') for seed in range(3)]
-    text = str(zp.Sweep('flops', 1.0, [*rows, Row('l2', 'none', 0, 0.5, None, None, 1.0, 'it did not')]))
+    text = str(zp.pipeline.Sweep('flops', 1.0, [*rows, Row('l2', 'none', 0, 0.5, None, None, 1.0, 'it did not')]))
     assert '0.375 ± 0.18 (2 of 3)' in text and '2 without a value (l1, none, seed 2, flops=0.5): it did not' in text
     assert text.splitlines()[3].split() == ['l2', 'none', '-']
 
@@ -294,7 +294,7 @@ def test_the_table_says_how_many_seeds_have_a_value() -> None:
 def test_saved_and_loaded(pruner: zp.Pruner, tmp_path: Path) -> None:
     found = run(pruner)
     found.save(tmp_path / 'sweep.json')
-    again = zp.Sweep.load(tmp_path / 'sweep.json')
+    again = zp.pipeline.Sweep.load(tmp_path / 'sweep.json')
     assert (again.rows, again.unit, again.original, again.settings) == (
         found.rows, found.unit, found.original, found.settings)
     assert str(again) == str(found) and repr(again) == 'Sweep(12 rows over flops)'
@@ -317,7 +317,7 @@ def test_plots(tmp_path: Path) -> None:
 def test_nothing_to_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('matplotlib')
     with pytest.raises(zp.PruneError, match='nothing to plot'):
-        zp.Sweep('flops', 1.0, [Row('l1', 'none', 0, 0.5, None, None, 1.0, 'no')]).plot(tmp_path / 'sweep.png')
+        zp.pipeline.Sweep('flops', 1.0, [Row('l1', 'none', 0, 0.5, None, None, 1.0, 'no')]).plot(tmp_path / 'sweep.png')
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(zp.PruneError, match=r"needs matplotlib: pip install 'zennit-prune\[plot\]'"):
         made_up().plot(tmp_path / 'sweep.png')

@@ -45,7 +45,7 @@ def skewed(pruner: zp.Pruner, seed: int) -> zp.Relevance:
                          for group in pruner.graph.groups})
 
 
-def ladder(group: zp.ChannelGroup, blocks: int, options: dict[str, Any]) -> list[int]:
+def ladder(group: zp.graph.ChannelGroup, blocks: int, options: dict[str, Any]) -> list[int]:
     '''How many channels may be left of a group, descending; equally many of each block.'''
     least = max(options['min_channels'], math.ceil(options['min_share'] * group.size - 1e-9))
     step = options['round_to'] or 1

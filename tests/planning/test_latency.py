@@ -24,7 +24,7 @@ LATENCY = sys.modules[LatencyModel.__module__]  # the name in the package is the
 
 
 def table(pruner: zp.Pruner, scale: float = 2.0, rest: float = 1e-5, shares: Sequence[float] = (0.25, 0.5, 1.0)
-          ) -> zp.LatencyTable:
+          ) -> zp.planning.LatencyTable:
     '''Every operation takes a microsecond, and ten more for the whole of each axis; between, times are linear.'''
     def seconds(call: Call) -> Any:
         grid = np.ix_(*[np.array(shares)] * len(call.sizes))
@@ -33,14 +33,14 @@ def table(pruner: zp.Pruner, scale: float = 2.0, rest: float = 1e-5, shares: Seq
     calls = calls_of(pruner)
     grids = {call.key: Grid((np.array(shares),) * len(call.sizes), seconds(call)) for call in calls}
     whole = sum(1e-6 + 1e-5 * len(call.sizes) for call in calls)
-    return zp.LatencyTable(timing.device_name(torch.device('cpu')), rest + scale * whole, scale, grids)
+    return zp.planning.LatencyTable(timing.device_name(torch.device('cpu')), rest + scale * whole, scale, grids)
 
 
 def calls_of(pruner: zp.Pruner) -> list[Call]:
     return LatencyModel(pruner.graph, pruner.model, Everything('made up', 1.0, 1.0, {}))._calls
 
 
-class Everything(zp.LatencyTable):
+class Everything(zp.planning.LatencyTable):
     '''Knows every operation, and that it takes no time.'''
 
     def __init__(self, *arguments: Any):
@@ -290,7 +290,7 @@ def test_tables_are_monotone_and_saved(tmp_path: Path) -> None:
     for grid in latencies.grids.values():
         assert all((np.diff(grid.seconds, axis=axis) >= 0).all() for axis in range(grid.seconds.ndim))
     latencies.save(tmp_path / 'latencies.json')
-    again = zp.LatencyTable.load(tmp_path / 'latencies.json')
+    again = zp.planning.LatencyTable.load(tmp_path / 'latencies.json')
     assert str(again) == str(latencies) and 'convolution' in str(again) and repr(again) == repr(latencies)
     fresh = zp.Pruner(seeded(Mixed()), None, images())
     first, second = (LatencyModel(some.graph, some.model, found)
@@ -309,7 +309,7 @@ def test_files_that_are_no_tables(change: Any, tmp_path: Path) -> None:
     change(data)
     (tmp_path / 'latencies.json').write_text(json.dumps(data))
     with pytest.raises(zp.PruneError, match=r'latencies.json.*no table of latencies'):
-        zp.LatencyTable.load(tmp_path / 'latencies.json')
+        zp.planning.LatencyTable.load(tmp_path / 'latencies.json')
 
 
 def test_a_table_of_another_network() -> None:

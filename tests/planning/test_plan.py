@@ -53,7 +53,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def drawn(graph: zp.ChannelGraph, seed: int, share: float = 0.4) -> zp.Plan:
+def drawn(graph: zp.graph.ChannelGraph, seed: int, share: float = 0.4) -> zp.Plan:
     '''A plan that removes random channels of every group, at least one in all.'''
     random = np.random.default_rng(seed)
     removed = {}
@@ -147,7 +147,7 @@ def test_unknown_units_name_the_nearest(name: str, nearest: str) -> None:
         zp.Budget(0.5)  # type: ignore[misc]
 
 
-def scores(graph: zp.ChannelGraph, seed: int = 0) -> zp.Relevance:
+def scores(graph: zp.graph.ChannelGraph, seed: int = 0) -> zp.Relevance:
     random = np.random.default_rng(seed)
     return zp.Relevance({group.name: torch.from_numpy(random.random(group.size)) for group in graph.groups})
 

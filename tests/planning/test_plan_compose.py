@@ -34,7 +34,7 @@ def trained(model: nn.Module, x: torch.Tensor, steps: int = 2) -> None:
     model.eval()
 
 
-def small_plan(graph: zp.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
+def small_plan(graph: zp.graph.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
     '''A channel, or one of each block, of about half of the groups.'''
     groups = [group for group in graph.groups if group.size > group.step]
     chosen = [group for group in groups if rng.random() < 0.5] or groups[:1]

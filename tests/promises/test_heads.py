@@ -56,7 +56,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def made(name: str) -> tuple[nn.Module, torch.Tensor, zp.ChannelGraph]:
+def made(name: str) -> tuple[nn.Module, torch.Tensor, zp.graph.ChannelGraph]:
     model, x = seeded(Net(ATTENTION[name]())).double(), images(dtype=torch.float64)
     return model, x, zp.trace(model, x)
 

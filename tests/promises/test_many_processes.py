@@ -106,7 +106,7 @@ STEPS: dict[str, Callable[[int, Path], zp.Relevance]] = {
 HALF = zp.Budget(flops=0.5)
 
 
-def weights(result: zp.Result) -> zp.Relevance:
+def weights(result: zp.pipeline.Result) -> zp.Relevance:
     '''A network in the guise of scores.'''
     tensors = {name: tensor.flatten() for name, tensor in result.model.state_dict().items()}
     return zp.Relevance(tensors, info={'evaluations': [step.evaluation for step in result.history]})
@@ -114,7 +114,7 @@ def weights(result: zp.Result) -> zp.Relevance:
 
 def iterated(rank: int, folder: Path) -> zp.Relevance:
     '''Interrupted on both ranks, and resumed; every rank evaluates something else.'''
-    def stop(step: zp.Step) -> None:
+    def stop(step: zp.pipeline.Step) -> None:
         if step.number == 1:
             raise OSError('the disk is gone')
 

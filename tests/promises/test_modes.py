@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.second(F.relu(self.between(self, self.norm(self.first(x)))))
 
 
-def traced(between: Forward) -> zp.ChannelGraph:
+def traced(between: Forward) -> zp.graph.ChannelGraph:
     return zp.trace(Net(between).eval(), torch.zeros(1, 3, 8, 8))
 
 

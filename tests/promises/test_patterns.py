@@ -614,7 +614,7 @@ def made(pattern: Pattern) -> tuple[Net, Any]:
         return pattern.make().double().eval(), pattern.example()
 
 
-def plans(graph: zp.ChannelGraph) -> list[zp.Plan]:
+def plans(graph: zp.graph.ChannelGraph) -> list[zp.Plan]:
     '''A few channels of every group, in three ways that leave more than one of each.'''
     found = []
     for seed in range(3):
@@ -646,7 +646,7 @@ def called(model: nn.Module, example: Any) -> list[torch.Tensor]:
 
 
 def assert_prunes_exactly(
-    model: nn.Module, graph: zp.ChannelGraph, example: Any, pattern: Pattern | None = None
+    model: nn.Module, graph: zp.graph.ChannelGraph, example: Any, pattern: Pattern | None = None
 ) -> None:
     '''The structural proof alone accepts only what is right in numbers and keeps the shapes of all outputs.
 
@@ -967,7 +967,7 @@ def test_large_tables_made_from_a_width_are_seen() -> None:
 
 
 def test_other_strides_of_the_same_shape_are_locked() -> None:
-    def strided(strides: Callable[[torch.Tensor], tuple[int, ...]]) -> zp.ChannelGraph:
+    def strided(strides: Callable[[torch.Tensor], tuple[int, ...]]) -> zp.graph.ChannelGraph:
         return zp.trace(Net(lambda net, x: (lambda h: net.out(h.as_strided(h.shape, strides(h))))(net.into(x)),
                             into=nn.Linear(4, 8), out=nn.Linear(8, 3)).double(), noise(8, 4).double())
 

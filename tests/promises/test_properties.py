@@ -28,7 +28,7 @@ class Case(NamedTuple):
     '''A network, its graph, and what the oracle knows of it.'''
 
     model: Generated
-    graph: zp.ChannelGraph
+    graph: zp.graph.ChannelGraph
     identities: Identities
     x: torch.Tensor
     channels: int
@@ -64,11 +64,11 @@ def case(seed: int) -> Case:
     return traced(generator.network(), generator.channels, generator.size)
 
 
-def removable(graph: zp.ChannelGraph) -> bool:
+def removable(graph: zp.graph.ChannelGraph) -> bool:
     return any(group.size > group.step for group in graph.groups)
 
 
-def random_plan(graph: zp.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
+def random_plan(graph: zp.graph.ChannelGraph, rng: np.random.Generator) -> zp.Plan:
     '''From one channel to all but one of some groups, or of each of their blocks.'''
     groups = [group for group in graph.groups if group.size > group.step]
     chosen = [group for group in groups if rng.random() < 0.7] or groups[:1]
@@ -85,7 +85,7 @@ def removed_identities(case: Case, plan: zp.Plan) -> set[int]:
     return _produced(case.identities, plan.graph, plan.removed)
 
 
-def _produced(identities: Identities, graph: zp.ChannelGraph, positions: Mapping[str, Sequence[int]]) -> set[int]:
+def _produced(identities: Identities, graph: zp.graph.ChannelGraph, positions: Mapping[str, Sequence[int]]) -> set[int]:
     '''What the producers of groups bring forth at these positions.'''
     found: set[int] = set()
     for group in graph.groups:

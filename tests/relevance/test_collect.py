@@ -519,7 +519,7 @@ def test_merged_collectors_equal_one(device: torch.device, split: int) -> None:
 
 
 def test_collectors_that_do_not_fit_are_not_merged() -> None:
-    def collected(model: nn.Module, **options: Any) -> zp.Collector:
+    def collected(model: nn.Module, **options: Any) -> zp.relevance.Collector:
         collector = zp.Pruner(model, composite(), images()).collector(**options)
         with collector:
             collector.update(images(), labels())

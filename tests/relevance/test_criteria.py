@@ -312,7 +312,7 @@ def test_merge_reliability_and_files(criterion: str, tmp_path: Any) -> None:
         parts[0].merge(_filled(pruner.collector(parts[0].aggregate, parts[0].initial), case))
 
 
-def _filled(collector: zp.Collector, case: Case) -> zp.Collector:
+def _filled(collector: zp.relevance.Collector, case: Case) -> zp.relevance.Collector:
     with collector:
         collector.update(case.x, labels(5))
     return collector
@@ -434,7 +434,7 @@ def test_a_description_is_immutable_and_what_the_collector_goes_by(name: str) ->
     case = residual()
     pruner = zp.Pruner(case.model, None, case.x)
     collector = pruner.collector(criterion=criterion)
-    assert collector.criterion is criterion and type(collector) is zp.Collector
+    assert collector.criterion is criterion and type(collector) is zp.relevance.Collector
     info = collect(case, name).info
     assert ('composite' in info) == criterion.lrp and ('initial' in info) == criterion.gradients
     assert info['aggregate'] == ('abs' if name == 'relevance' else criterion.aggregate)

@@ -50,7 +50,7 @@ class Net(nn.Module):
         return self.run(self, *args, **kwargs)
 
 
-def duplicated(model: nn.Module, graph: zp.ChannelGraph, name: str, removed: list[int]) -> zp.Plan:
+def duplicated(model: nn.Module, graph: zp.graph.ChannelGraph, name: str, removed: list[int]) -> zp.Plan:
     '''Make channels copies of those before them, wherever they are brought forth, scaled or shifted; remove them.'''
     group = graph.group(name)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -63,7 +63,7 @@ def duplicated(model: nn.Module, graph: zp.ChannelGraph, name: str, removed: lis
     return zp.Plan(graph, {group.name: removed})
 
 
-def half_removed(graph: zp.ChannelGraph, seed: int = 0) -> zp.Plan:
+def half_removed(graph: zp.graph.ChannelGraph, seed: int = 0) -> zp.Plan:
     rng = np.random.default_rng(seed)
     return zp.Plan(graph, {group.name: drawn_of(group, rng, group.size // 2)
                            for group in graph.groups if group.size > 1})

@@ -98,7 +98,7 @@ NETS = {'encoder': (Encoder, 'embed'), 'convnext': (ConvNeXt, 'stem')}
 GONE = [0, 3, 4, 9]
 
 
-def made(net: str) -> tuple[nn.Module, torch.Tensor, zp.ChannelGraph]:
+def made(net: str) -> tuple[nn.Module, torch.Tensor, zp.graph.ChannelGraph]:
     model, x = seeded(NETS[net][0]()).double(), images(dtype=torch.float64)
     return model, x, zp.trace(model, x, layernorm='surviving')
 

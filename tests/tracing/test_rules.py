@@ -49,7 +49,7 @@ def forgotten() -> Iterator[None]:
     rules.OF_USERS.update(of_users)
 
 
-def traced(operator: Callable[[torch.Tensor], torch.Tensor]) -> tuple[nn.Module, torch.Tensor, zp.ChannelGraph]:
+def traced(operator: Callable[[torch.Tensor], torch.Tensor]) -> tuple[nn.Module, torch.Tensor, zp.graph.ChannelGraph]:
     torch.manual_seed(0)
     model, x = Net(operator).double().eval(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     return model, x, zp.trace(model, x)

@@ -353,7 +353,7 @@ class Exemplars:
         channel: int
             The position in the group.
         fields: torch.Tensor
-            :func:`zennit_prune.receptive_field` of the group, for images of the size that was collected from.
+            :func:`zennit_prune.looking.receptive_field` of the group, for images of the size that was collected from.
 
         Returns
         -------
