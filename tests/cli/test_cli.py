@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import images
 import pytest
 import torch
@@ -16,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import zennit_prune as zp
-from zennit_prune.cli._cli import main
+from zennit_prune.cli._cli import COMMANDS, main
 from zennit_prune.cli._images import Images, find_images, preparation
 from zennit_prune.cli._sources import Source
 
@@ -228,6 +229,23 @@ def test_help_shows_examples_and_warns_of_executing_code() -> None:
     for command in ('inspect', 'run'):
         text = CliRunner().invoke(main, [command, '--help']).stdout
         assert f'zennit-prune {command} torchvision:resnet18 photos' in text and 'is executed' in text
+
+
+def test_help_and_mistyped_commands_do_not_import_torch() -> None:
+    for arguments, status, text in ((['--help'], 0, 'inspect'), (['--version'], 0, zp.__version__),
+                                    (['inspct'], 2, "did you mean 'inspect'?"), ([], 2, 'Prune networks')):
+        code = ('import sys; from zennit_prune.cli import main\n'
+                'try: main(sys.argv[1:])\n'
+                'finally: assert "torch" not in sys.modules and "zennit" not in sys.modules')
+        found = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True)
+        assert text in found.stdout + found.stderr and found.returncode == status, found.stderr
+
+
+def test_help_has_the_first_sentence_of_each_command() -> None:
+    context = click.Context(main)
+    for name, line in COMMANDS.items():
+        command = main.get_command(context, name)
+        assert command is not None and (command.help or '').splitlines()[0] == line
 
 
 def started(code: str, *arguments: str) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ from ..planning._carry import scores_for_original, values_for_plan
 from ..planning._cost import UNITS, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
-from ..repairs._references import KEPT, References, warn_of_missing_classes
+from ..repairs._references import KEPT, References
 from ..repairs._repair import repaired
 from ..util._distributed import gathered, rank_and_world
 from ..util._isolation import seeded
@@ -126,10 +126,9 @@ class Recipe:
         if earlier is not None:
             small = filled(small, values_for_plan(earlier.plan, plan, earlier.network))
         if self.repair != 'none':
-            inputs = references.inputs(self.device)
-            if earlier is None and self.repair == 'refit' and references.classes is None:
-                warn_of_missing_classes(self.pruner.model, inputs, stacklevel)
-            small = repaired(self.pruner.model, small, plan, inputs, self.repair, self.progress)
+            warned = stacklevel + 1 if earlier is None and references.classes is None else None
+            small = repaired(self.pruner.model, small, plan, references.inputs(self.device), self.repair, self.progress,
+                             in_place=True, class_warning=warned)
         return Pruned(plan, small, relevance)
 
     def _planned(self, relevance: Relevance, budget: Budget) -> Plan:

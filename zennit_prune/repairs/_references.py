@@ -13,7 +13,7 @@ from ..relevance._attribute import call_network, main_output
 from ..relevance._initial import checked_classes, of_classes
 from ..util._distributed import gathered, rank_and_world
 from ..util._loaders import BATCH, Batch, as_loader, batches
-from ..util._networks import copied, device_of, tensors_in
+from ..util._networks import device_of, tensors_in
 
 KEPT = 1024  # samples
 LEAST = 3  # outputs that tell classes apart; two may be anything
@@ -147,9 +147,10 @@ def _concatenated(chunks: list[Batch]) -> Batch:
     return chunks[0].with_target(None) if len(chunks) == 1 else chunks[0].joined(chunks[1:])
 
 
-def warn_of_missing_classes(model: nn.Module, references: Iterable[Batch], stacklevel: int) -> None:
-    '''Warn if a classifier predicts few of its classes on the references: a refit on them forgets the others.'''
-    network, seen, classes = copied(model).eval(), set(), 0
+def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch], stacklevel: int) -> None:
+    '''Warn if a classifier in evaluation mode predicts few of its classes: a refit on these forgets the others.'''
+    seen: set[int] = set()
+    classes = 0
     device = device_of(network)
     with torch.no_grad():
         for batch in references:

@@ -22,9 +22,10 @@ from ..errors import PruneError, PruneWarning
 from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
-from ..tracing._parametrized import copy_values, plain
+from ..surgery._verify import evaluating
+from ..tracing._parametrized import copy_values, parametrizations, plain
 from ..util._loaders import Batch, batch_size
-from ..util._networks import copied, device_of, map_tensors, tensors_in
+from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in
 from ..util._options import unknown
 from ._chunks import Chunk, Inputs, wide
 from ._lockstep import Lockstep
@@ -168,12 +169,22 @@ def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: st
     >>> bool((better(x) - model(x)).square().mean() < (small(x) - model(x)).square().mean())
     True
     '''
-    return repaired(model, small, plan, data, method, progress, True)
+    return repaired(model, small, plan, data, method, progress, class_warning=4)
 
 
 def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
-             classes_matter: bool = False) -> nn.Module:
-    '''Repair a pruned network as :func:`repair` does; warn of classes that the inputs lack only if they matter.'''
+             in_place: bool = False, class_warning: int | None = None) -> nn.Module:
+    '''Repair a pruned network as :func:`repair` does.
+
+    Parameters
+    ----------
+    model, small, plan, data, method, progress:
+        See :func:`repair`.
+    in_place: bool
+        Write into ``small``, which nobody else uses; it is as it was where the repair is left out or fails.
+    class_warning: int, optional
+        The stack level of a warning if the inputs show few of the classes; without it, there is none.
+    '''
     checked_method(method)
     model, small = checked_pair('repair(model, small, plan, data)', model, small, plan)
     model = plan._checked_model(model)
@@ -183,43 +194,63 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
                          'plan.apply(model) returned.')
     device = device_of(small)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        result = copied(small)
+        small = small if in_place else copied(small)
         if method == 'none':
-            return result
+            return small
         inputs = Inputs(data, device)
-        targets = find_targets(plan.graph._recording.runs['eval'], small)
-        if method != 'batchnorm':
-            inputs.limit(MEMORY // _footprint(_widened(small), targets, inputs))
+        with evaluating(small):
+            targets = find_targets(plan.graph._recording.runs['eval'], small)
+            network = _fitted(_widened(model), _widened(small, in_place=True), targets, plan, inputs, method,
+                              progress, class_warning)
+        if network is not None:
+            copy_values(network, small)
+    return small
 
-        def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
-            network, chunks = _widened(small), inputs.chunks(chosen, varied=method == 'refit')
-            fitted = method != 'batchnorm' and _refit(_widened(model), network, targets, plan, chunks, method, progress)
-            if not fitted:
-                reestimate(network, [chunk.inputs for chunk in chunks])
-            return network.eval(), fitted
 
-        network, fitted = fitted_to(inputs.order)
+def _fitted(original: nn.Module, before: nn.Module, targets: Sequence[Target], plan: Plan, inputs: Inputs, method: str,
+            progress: bool, class_warning: int | None) -> nn.Module | None:
+    '''Return a repaired copy of ``before``, or None, with a warning, where a repair does not help.
+
+    Both networks are in evaluation mode and in single or double precision, and are not changed.
+    '''
+    if method != 'batchnorm':
+        inputs.limit(MEMORY // _footprint(before, targets, inputs))
+
+    def fitted_to(chosen: torch.Tensor) -> tuple[nn.Module, bool]:
+        network, chunks = copied(before), inputs.chunks(chosen, varied=method == 'refit')
+        fitted = method != 'batchnorm' and _refit(original, network, targets, plan, chunks, method, progress)
         if not fitted:
-            lacking = '' if method == 'batchnorm' else 'the network has no layer that can be refitted, and '
-            if not norms_of(network):
-                reason = lacking or 'the network was left as it is: '
-                warnings.warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.', PruneWarning,
-                              stacklevel=3)
-                return result
-            if lacking:
-                warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=3)
-        problem = holdout_check(_widened(model), _widened(small), network, inputs, lambda chosen: fitted_to(chosen)[0])
-        if problem:
-            warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=3)
-            return result
-        if fitted and method == 'refit' and classes_matter:
-            chunks = inputs.chunks(inputs.order)
-            warn_of_missing_classes(_widened(model), (Batch(chunk.inputs) for chunk in chunks), stacklevel=4)
-        copy_values(network, result)
-    return result
+            reestimate(network, [chunk.inputs for chunk in chunks])
+        return network.eval(), fitted
+
+    network, fitted = fitted_to(inputs.order)
+    if not fitted:
+        lacking = '' if method == 'batchnorm' else 'the network has no layer that can be refitted, and '
+        if not norms_of(network):
+            reason = lacking or 'the network was left as it is: '
+            warnings.warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.', PruneWarning,
+                          stacklevel=4)
+            return None
+        if lacking:
+            warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=4)
+    problem = holdout_check(original, before, network, inputs, lambda chosen: fitted_to(chosen)[0])
+    if problem:
+        warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=4)
+        return None
+    if fitted and method == 'refit' and class_warning is not None:
+        chunks = inputs.chunks(inputs.order)
+        warn_of_missing_classes(original, (Batch(chunk.inputs) for chunk in chunks), class_warning + 1)
+    return network
 
 
-def _widened(network: nn.Module) -> nn.Module:
+def _widened(network: nn.Module, in_place: bool = False) -> nn.Module:
+    '''Return a copy in evaluation mode with plain weights, half precision turned into single precision.
+
+    With ``in_place``, a network in evaluation mode that needs none of this is returned itself.
+    '''
+    if in_place and not parametrizations(network) and not any(wide(tensor) is not tensor
+                                                              for _, tensor in tensors_by_module(network)):
+        return network
     return plain(copied(network), freely=True)._apply(wide).eval()
 
 
