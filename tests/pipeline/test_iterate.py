@@ -166,7 +166,8 @@ def test_values_are_carried_on(name: str) -> None:
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
-    def repair(model: nn.Module, small: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool) -> nn.Module:
+    def repair(model: nn.Module, small: nn.Module, plan: zp.Plan, data: Any, method: str, progress: bool,
+               **_: Any) -> nn.Module:
         calls.append((model, plan, torch.cat([inputs for inputs, _ in data]), method, progress))
         return zp.repair(model, small, plan, data, 'none')
 

@@ -1,14 +1,19 @@
-'''Files that were written before the package had rooms are read, and mean what they meant.'''
+'''Files and plans of former versions: what was written is read and means what it meant, plans come out the same.'''
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from small import Residual, images, labels, seeded
 from torch import nn
 from zennit.composites import EpsilonPlus
@@ -98,3 +103,49 @@ def test_latency_table(pruner: zp.Pruner) -> None:
 def test_sweep() -> None:
     sweep = Sweep.load(GOLDEN / 'sweep.json')
     assert len(sweep.rows) == 8 and 'relevance' in str(sweep)
+
+
+PLANS = json.loads((GOLDEN / 'plans.json').read_text())
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get('ZENNIT_PRUNE_DATA', ROOT.parent / 'shared' / 'data'))
+
+
+def digest(plan: zp.Plan) -> str:
+    data = plan.to_dict()
+    return hashlib.sha256(json.dumps({key: data[key] for key in ('groups', 'removed')}, sort_keys=True).encode()
+                          ).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PLANS['untrained'])
+def test_plans_of_untrained_networks(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None).eval()
+    pruner = zp.Pruner(model, None, torch.zeros(1, 3, 224, 224), progress=False)
+    share = 0.8 if name in ('vit_b_16', 'swin_t') else 0.5
+    plan = pruner.plan(pruner.collect((), 'random'), zp.Budget(flops=share))
+    small = plan.apply(model, verify=False)
+    assert digest(plan) == PLANS['untrained'][name]['random']
+    assert digest(pruner.plan(pruner.collect((), 'l1'), zp.Budget(params=0.8))) == PLANS['untrained'][name]['l1']
+    assert sum(parameter.numel() for parameter in small.parameters()) == PLANS['untrained'][name]['parameters']
+
+
+def few_shot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location('few_shot', ROOT / 'benchmarks' / 'few_shot.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / 'loaders.py').exists(), reason='the pretrained networks are not at hand')
+@pytest.mark.parametrize('case', PLANS['pretrained'])
+def test_plans_and_accuracies_of_pretrained_networks(case: str) -> None:
+    name, per_class, left = case.split()
+    network, references, truth, accuracy = few_shot().setting(name, int(per_class), 0)
+    pruner = zp.Pruner(network, None, references[:1], progress=False)
+    plan = pruner.plan(pruner.collect((references, truth)), zp.Budget(flops=float(left)))
+    assert digest(plan) == PLANS['pretrained'][case]['plan']
+    repaired = zp.repair(network, plan.apply(network), plan, references, progress=False)
+    assert round(accuracy(repaired), 2) == PLANS['pretrained'][case]['accuracy']

@@ -484,7 +484,7 @@ def test_memory_does_not_grow(rules: str) -> None:
             if number in (5, 30):
                 counts.append(_live_tensors())
                 objects.append(len(gc.get_objects()))
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # what earlier tests left may go in between
     assert objects[1] - objects[0] < 50
 
 
