@@ -32,7 +32,7 @@ WAYS = ('--classes numbers if folders begin with the number of their output, --c
 
 
 def class_outputs(names: Sequence[str], rule: str, outputs: int, categories: Sequence[str] = ()) -> tuple[int, ...]:
-    '''The output of the network for every folder.
+    '''Return the output of the network for every folder.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def _from_file(names: Sequence[str], path: Path, outputs: int) -> dict[str, int]
 
 
 def _by_line(names: Sequence[str], lines: Sequence[str], where: str) -> dict[str, int]:
-    '''The one line of each name, found by the whole line or by its first word.'''
+    '''Return the line of each name, which equals the whole line or its first word.'''
     found = {}
     for name in names:
         wanted = _plain(name)
@@ -163,8 +163,7 @@ class Found(NamedTuple):
 
 
 def find_images(folder: Path) -> Found:
-    '''Images in the sub-folders of a folder, one for each class, as torchvision's ``ImageFolder`` finds them; or in the
-    folder itself, without classes. Hidden folders are skipped.
+    '''Find images in the sub-folders of a folder, one for each class as in ``ImageFolder``, or in the folder itself.
 
     Raises
     ------
@@ -240,7 +239,7 @@ class Preparation:
     origin: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        '''The input that an image becomes, shape (C, size, size).'''
+        '''Return the input that an image becomes, shape (C, size, size).'''
         prepared: torch.Tensor = transforms.Compose([
             transforms.Resize(self.resize, self.interpolation), transforms.CenterCrop(self.size),
             transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float),
@@ -248,7 +247,7 @@ class Preparation:
         return prepared
 
     def shown(self, inputs: torch.Tensor) -> torch.Tensor:
-        '''Inputs as images between 0 and 1 again.'''
+        '''Return inputs as images between 0 and 1 again.'''
         mean, std = (torch.tensor(values, device='cpu').view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (inputs.cpu() * std + mean).clamp(0, 1)
 
@@ -259,7 +258,7 @@ class Preparation:
 
 def preparation(source: Source, network: nn.Module, size: int | None = None, resize: int | None = None,
                 mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Preparation:
-    '''The preparation that was asked for, completed by what torchvision or timm say of the network's public weights.
+    '''Return the preparation that was asked for, completed by what torchvision or timm state for the public weights.
 
     Raises
     ------
@@ -290,7 +289,7 @@ def preparation(source: Source, network: nn.Module, size: int | None = None, res
 
 
 def _preset(source: Source, network: nn.Module) -> Preparation | None:
-    '''The preparation that a library names for its weights; None for files.'''
+    '''Return the preparation that a library names for its weights; None for files.'''
     if source.kind == 'torchvision':
         from torchvision import models
         weights = models.get_model_weights(source.place)['DEFAULT']
@@ -338,7 +337,7 @@ class Images(Dataset[Any]):
         return prepared if self.targets is None else (prepared, self.targets[number])
 
     def loader(self, batch: int = BATCH) -> DataLoader[Any]:
-        '''The images in batches, in their order.'''
+        '''Return the images in batches, in their order.'''
         return DataLoader(self, batch)
 
 

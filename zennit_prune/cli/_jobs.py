@@ -27,7 +27,7 @@ NAMES = (*OWN, *COMPOSITES)
 
 
 def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) -> Composite:
-    '''A composite of Zennit's registry, ``'recommended'`` (epsilon) or ``'zplus'``.
+    '''Return a composite of Zennit's registry, ``'recommended'`` (epsilon) or ``'zplus'``.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ class Job:
             'seed': options.seed, 'device': str(self.device)}
 
     def _network(self) -> tuple[nn.Module, str]:
-        '''The network, and the place where its weights are from.'''
+        '''Return the network, and the place where its weights are from.'''
         options = self.options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -213,7 +213,7 @@ class Job:
         self.class_names = [called.get(number, str(number)) for number in range(outputs)] if called else None
 
     def images(self, chosen: Sequence[int], labelled: bool = True) -> Images:
-        '''The images at some positions, with their outputs where these are known.'''
+        '''Return the images at some positions, with their outputs where these are known.'''
         files, names = [self.found.files[number] for number in chosen], self.found.names
         mapping: Mapping[str, int] | None = self.mapping if labelled else None
         targets = None if mapping is None else [mapping[names[self.found.labels[number]]] for number in chosen]
