@@ -105,10 +105,12 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
         the pruned network rather than the masked one.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
-    target, initial:
-        Where relevance starts, see :func:`zennit_prune.heatmap`. The relevance at the output is computed from the
-        original's output for both networks: ``'predicted'`` is the original's prediction, ``'logit'`` its logit, and
-        functions are called with its output. For a regression, give a function.
+    target: torch.Tensor, callable or ``'predicted'``
+        The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`. ``'predicted'`` is the
+        prediction of the original, for both networks. For a regression, give a function.
+    initial: str or callable
+        The relevance at the target, as in :func:`zennit_prune.heatmap`. It is computed from the output of the original
+        for both networks: ``'logit'`` is the original's logit, and functions are called with its output.
 
     Returns
     -------
@@ -169,26 +171,26 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
 
 
 def _predicted(output: torch.Tensor) -> torch.Tensor:
-    '''The class of the largest output; 0 where the output is a single number.'''
+    '''Return the class of the largest output; 0 where the output is a single number.'''
     output = output.detach().cpu()
     return (output.unsqueeze(1) if output.dim() == 1 else output).argmax(1)
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''The cosine between rows, each divided by its largest value first, for squares of small numbers underflow.'''
+    '''Return the cosine between rows, each divided by its largest value first: squares of small numbers underflow.'''
     left, right = (rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300) for rows in (left, right))
     cosine = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-300)
     return torch.where((left == right).all(1), 1.0, cosine.clamp(-1, 1))
 
 
 def _rank(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
+    '''Return Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
     return torch.tensor([1.0 if torch.equal(*pair) else spearman(*pair) for pair in zip(left, right)],
                         dtype=torch.float64, device='cpu')
 
 
 def _moved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''The total variation distance between rows, each divided by its L1 norm; 1 where only one of them is zero.'''
+    '''Return the total variation distance between rows, each divided by its L1 norm; 1 where only one is zero.'''
     norms = [rows.abs().sum(1, keepdim=True) for rows in (left, right)]
     shares = [rows / total.clamp(min=1e-300) for rows, total in zip((left, right), norms)]
     moved = (shares[1] - shares[0]).abs().sum(1) / 2

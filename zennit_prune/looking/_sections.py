@@ -43,17 +43,17 @@ class Images:
     most: int
 
     def shown(self, number: int) -> str:
-        '''An image as a data URI.'''
+        '''Return an image as a data URI.'''
         source = self.x if self.display is None else self.display
         assert source is not None
         return picture(source[number], self.display is not None)
 
     def class_name(self, number: int) -> str:
-        '''The name of a class.'''
+        '''Return the name of a class.'''
         return str(self.classes[number]) if 0 <= number < len(self.classes) else f'class {number}'
 
     def image_name(self, number: int) -> str:
-        '''The name of an image.'''
+        '''Return the name of an image.'''
         return str(self.names[number]) if self.names else f'image {number}'
 
 
@@ -94,7 +94,7 @@ class ClassSection:
 
 
 def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> HeatmapSection | None:
-    '''Heatmaps before and after pruning, images whose explanation changes most first; None without images.'''
+    '''Compute heatmaps before and after pruning, images whose explanation changes most first; None without images.'''
     if images.x is None:
         return None
     after = plan.masked(pruner.model) if small is None else small
@@ -114,7 +114,7 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
 
 
 def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatmaps:
-    '''One image of the section.'''
+    '''Draw one image of the section with its heatmaps.'''
     assert images.x is not None
     same, moved = bool(found.same[number]), float(found.moved[number])
     level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
@@ -135,7 +135,7 @@ def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatm
 
 
 def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> ClassSection | None:
-    '''The share of relevance that each class loses at each group; None where scores are not known by class.'''
+    '''Return the share of relevance that each class loses at each group; None where scores are not known by class.'''
     exemplars = getattr(relevance, 'exemplars', None)
     losses = None if relevance is None or exemplars is None else plan.at_risk(relevance).classes
     if losses is None or exemplars is None:
@@ -186,7 +186,7 @@ Samples = dict[int, tuple[torch.Tensor, int | None]]
 
 def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
                  names: Callable[[int], str]) -> RiskSection | None:
-    '''The channels at the largest risk; None where relevance has no exemplars, or there are no references.
+    '''Return the channels at the largest risk; None where no reference samples were kept or given.
 
     Parameters
     ----------
@@ -236,14 +236,14 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
 
 
 def _least_kept(plan: Plan, relevance: Relevance, group: str) -> int | None:
-    '''The least relevant channel of a group that is kept.'''
+    '''Return the least relevant channel of a group that is kept.'''
     removed = set(plan.removed.get(group, ()))
     order: list[int] = relevance[group].argsort().tolist()
     return next((position for position in order if position not in removed), None)
 
 
 def _samples(references: Any, wanted: Collection[int]) -> Samples:
-    '''Images and labels by their number in the loader's order.'''
+    '''Return images and labels by their number in the loader's order.'''
     if isinstance(getattr(references, 'sampler', None), RandomSampler):
         raise PruneError('references are shuffled, so that samples cannot be identified: give a loader with '
                          'shuffle=False to collect() and here.')
@@ -275,7 +275,7 @@ def _check_order(risks: Collection[Risk], samples: Samples) -> None:
 
 def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
               names: Callable[[int], str]) -> list[Excerpt]:
-    '''Parts of reference samples around the relevance of a channel.'''
+    '''Return parts of reference samples around the relevance of a channel.'''
     if not numbers:
         return []
     x = torch.stack([samples[number][0] for number in numbers]).to(device_of(pruner.model))
@@ -294,7 +294,7 @@ def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], sam
 
 
 def _box(values: torch.Tensor) -> tuple[slice, slice]:
-    '''The square that holds most of the absolute relevance of a heatmap.'''
+    '''Return the square that holds most of the absolute relevance of a heatmap.'''
     strength = values.abs().double()
     ends = []
     for dim in (1, 0):
