@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 def filled(small: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
-    '''The network itself, with other values in its parameters and buffers; flags, hooks and types stay.
+    '''Write other values into the parameters and buffers of a network, whose flags, hooks and types stay; return it.
 
     Raises
     ------
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 def _step(values: dict[str, Any]) -> Step:
-    '''A step from JSON values; before, the reliability was called stability.'''
+    '''Return a step from JSON values; in older files, the reliability has another name.'''
     if 'stability' in values:
         values['reliability'] = values.pop('stability')
     return Step(**values)

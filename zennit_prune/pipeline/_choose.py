@@ -37,6 +37,13 @@ class Choice:
         By candidate, how far the outputs of the pruned and repaired network are from those of the original, on
         references that were held out (``.error``, the squared error, and ``.kl``, the Kullback-Leibler divergence of
         the predictions, which a few confident mistakes decide, so that it is a worse guide); or why it failed.
+
+    Examples
+    --------
+    >>> pruner = zp.Pruner(model, None, example, progress=False)
+    >>> choice = pruner.prune(loader, zp.Budget(channels=0.5), criterion='auto', repair='bias').choice
+    >>> choice.criterion in choice.divergences
+    True
     '''
 
     criterion: AnyCriterion
@@ -99,7 +106,7 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
 
 
 def _split(loader: Iterable[Any], seed: int) -> tuple[list[Batch], list[Batch]]:
-    '''Three quarters of the samples with their targets, and the others.'''
+    '''Return three quarters of the samples with their targets, and the others.'''
     chunks = References(loader, KEPT, seed=seed, targets=True).chosen()
     total = sum(chunk.size for chunk in chunks)
     if total < LEAST:

@@ -194,7 +194,7 @@ class _Objective:
         return self._per_sample(total, samples)
 
     def _set_training(self, size: int) -> None:
-        '''Training mode, but for BatchNorm whose parameters are frozen, and all of it for a single sample.'''
+        '''Put the network into training mode, but for frozen BatchNorm, and for all of it at a single sample.'''
         self.network.train()
         for module in self.network.modules():
             if isinstance(module, _BatchNorm):
@@ -202,7 +202,7 @@ class _Objective:
                 module.train(size > 1 and (not own or any(parameter.requires_grad for parameter in own)))
 
     def mean(self, loader: Iterable[Any]) -> float:
-        '''The mean loss over samples.'''
+        '''Return the mean loss over samples.'''
         total, samples = 0.0, 0
         with torch.no_grad():
             for inputs, labels in batches(loader):
@@ -219,7 +219,7 @@ class _Objective:
 
 
 def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
-    '''Labels as a tensor, classes among those of the output.'''
+    '''Return labels as a tensor, after a check that classes are among those of the output.'''
     labels = torch.as_tensor(labels, device=output.device)
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '

@@ -57,7 +57,7 @@ class Preset:
 
 
 def zplus() -> Composite:
-    '''Z-plus (alpha 1, beta 0) on every layer, without biases; the graph's canonizer merges BatchNorm.'''
+    '''Return a composite of z-plus (alpha 1, beta 0) on every layer, without biases.'''
     return LayerMapComposite([*layer_map_base(), (Linear, ZPlus(zero_params='bias'))])
 
 

@@ -19,7 +19,7 @@ from ._choose import Choice
 
 
 def evaluated(evaluate: Callable[[nn.Module], Any], network: nn.Module) -> float:
-    '''The number that ``evaluate`` returns, the higher the better.
+    '''Return the number that ``evaluate`` returns, the higher the better.
 
     Raises
     ------
@@ -48,7 +48,7 @@ class Step:
     reliability: float or None
         The split-half rank correlation of the scores that the step was planned from, over the whole network.
     seconds: float
-        How long the step took, ``evaluate`` included.
+        The duration of the step in seconds, ``evaluate`` included.
 
     Examples
     --------
@@ -111,7 +111,18 @@ class Result:
         Parameters
         ----------
         path: path-like
-            The file.
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> result = pruner.prune((), zp.Budget(channels=0.5), 'l1', 'none')
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result.save_history(f'{folder}/history.json')
+        ...     json.loads(Path(folder, 'history.json').read_text())['stopped']
+        'Budget(channels=0.5) is reached.'
         '''
         steps = [asdict(step) for step in self.history]
         write_text(path, json.dumps({'stopped': self.stopped, 'history': steps}, indent=1) + '\n')
@@ -122,16 +133,24 @@ class Result:
         Parameters
         ----------
         path: path-like, optional
-            Where to write the picture; its suffix says of what kind, e.g. ``.png`` or ``.svg``.
+            An image file to write; its suffix says of which kind, e.g. ``.png`` or ``.svg``.
 
         Returns
         -------
         matplotlib.figure.Figure
+            The figure, with a panel each for shares, evaluation and reliability as far as they are known.
 
         Raises
         ------
         PruneError
-            Without matplotlib.
+            If matplotlib is not installed, or the folder of ``path`` does not exist.
+
+        Examples
+        --------
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> result = pruner.prune((), zp.Budget(channels=0.5), 'l1', 'none')
+        >>> len(result.plot().axes)
+        1
         '''
         panels: list[dict[str, list[Any]]] = [
             {f'{unit} left': [step.left[unit] for step in self.history] for unit in self.history[0].left}]
