@@ -174,11 +174,21 @@ class LatencyTable:
         Returns
         -------
         LatencyTable
+            The table as it was saved.
 
         Raises
         ------
         PruneError
             If the file is something else.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from zennit_prune.planning import LatencyTable
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LatencyTable('cpu, 1 thread', 0.001, 1.0, {}).save(f'{folder}/latencies.json')
+        ...     LatencyTable.load(f'{folder}/latencies.json').device
+        'cpu, 1 thread'
         '''
         name = repr(os.fspath(path))
         try:
@@ -333,7 +343,13 @@ class Timing:
     allowed: float
         The budget, as a share of the original's latency.
     original, pruned: float or None
-        Seconds of both networks, measured in turn; None where the table is of another device.
+        Seconds of both networks, as medians of interleaved measurements; None where the table is of another device.
+
+    Examples
+    --------
+    >>> timing = zp.planning.Timing('cpu, 1 thread', predicted=0.48, allowed=0.5, original=0.004, pruned=0.002)
+    >>> timing.left, timing.holds
+    (0.5, True)
     '''
 
     device: str

@@ -29,6 +29,12 @@ class Risk(NamedTuple):
         The number of the sample in the order of the loader.
     class_: int
         The class of the sample, -1 where it has none.
+
+    Examples
+    --------
+    >>> risk = zp.planning.Risk('conv1', 3, 0.4, 17, 2)
+    >>> f'channel {risk.channel} has {risk.value:.0%} of the relevance of sample {risk.sample}'
+    'channel 3 has 40% of the relevance of sample 17'
     '''
 
     group: str
@@ -53,6 +59,14 @@ class AtRisk:
         The class of each row of ``classes``.
     columns: tuple of str
         The group of each column of ``classes``.
+
+    Examples
+    --------
+    >>> pruner = zp.Pruner(model, None, example, progress=False)
+    >>> relevance = pruner.collect(loader, exemplars=2)
+    >>> found = zp.Plan(pruner.graph, {'conv1': [0, 1]}).at_risk(relevance)
+    >>> [(risk.group, risk.channel) for risk in sorted(found.channels)], found.rows, found.columns
+    ([('conv1', 0), ('conv1', 1)], (0, 1, 2, 3), ('conv1', 'conv2'))
     '''
 
     channels: list[Risk]

@@ -88,7 +88,7 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
 
 
 def _wait(device: torch.device) -> Callable[[], object]:
-    '''Waits until a device, which need not be the current one, has done all of its work.'''
+    '''Return a function that waits until a device, current or not, has done all of its work.'''
     if device.type == 'cuda':
         return partial(torch.cuda.synchronize, device)
     return getattr(getattr(torch, device.type, None), 'synchronize', lambda: None)
@@ -266,6 +266,6 @@ def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int]
 
 
 def _is_view(function: Any) -> bool:
-    '''Whether a function returns its argument under another shape, which takes no time.'''
+    '''Return whether a function returns its argument under another shape, which takes no time.'''
     infos = [argument.alias_info for argument in function._schema.arguments]
     return any(info is not None and not info.is_write for info in infos)
