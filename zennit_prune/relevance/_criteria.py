@@ -105,7 +105,7 @@ def _behind_activations(graph: ChannelGraph, model: nn.Module) -> tuple[list[Act
 
 
 def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationSite], dict[str, str]]:
-    '''The sites where layers with weights read channels, each with the sums of the absolute weights.'''
+    '''Return the sites where layers with weights read channels, each with the sums of the absolute weights.'''
     flow, tensors = Flow(graph), computed_tensors(model)
     sites: list[ActivationSite] = []
     missing = {}
@@ -120,7 +120,7 @@ def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationS
 
 def _weights_read(graph: ChannelGraph, group: ChannelGroup, operation: Operation,
                   tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    '''The sums of the absolute weights with which an operation reads the channels of a group.'''
+    '''Return the sums of the absolute weights with which an operation reads the channels of a group.'''
     total = torch.zeros(group.size, dtype=torch.float64, device='cpu')
     axes = graph._recording.axes
     numbers = {number for labels in operation.consumers for number in graph._roles.axis[labels].flat}
@@ -210,7 +210,7 @@ def random(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> Relevance:
 
 
 def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
-    '''The norm of the filters that produce a channel, averaged over the layers that produce the group.
+    '''Return the norm of the filters that produce a channel, averaged over the layers that produce the group.
 
     ``order`` 1 is the criterion of Li et al., "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710): the sum of a
     filter's absolute weights; 2 takes the root of the sum of squares.
@@ -222,7 +222,7 @@ def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
 
 
 def geometric_median(graph: ChannelGraph, model: nn.Module) -> Relevance:
-    '''The sum of the l2 distances of a channel's filter to all filters of its layer, averaged over producing layers.
+    '''Return the sum of the distances of a channel's filter to all filters of its layer, averaged over its layers.
 
     He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration" (arXiv
     1811.00250): a filter near all others can be replaced by them. A channel that holds several filters of a layer has
@@ -232,7 +232,7 @@ def geometric_median(graph: ChannelGraph, model: nn.Module) -> Relevance:
 
 
 def batch_norm_scale(graph: ChannelGraph, model: nn.Module) -> Relevance:
-    '''The absolute factor ``|gamma|`` of the BatchNorm that follows, averaged over the group's BatchNorms.
+    '''Return the absolute factor ``|gamma|`` of the BatchNorm that follows, averaged over the group's BatchNorms.
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (arXiv 1708.06519), for networks
     trained with or without their penalty. Groups without BatchNorm have no scores.
@@ -246,7 +246,7 @@ def batch_norm_scale(graph: ChannelGraph, model: nn.Module) -> Relevance:
 def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
               score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
               chosen: Callable[[Member], bool] = lambda member: member.role == 'producer') -> Relevance:
-    '''The mean of ``score(slices, index)`` over the chosen members of each group.
+    '''Return the mean of ``score(slices, index)`` over the chosen members of each group.
 
     ``slices`` are the weight's along the member's dimension, as rows in float64, and ``index`` is the member's.
     '''
@@ -280,7 +280,7 @@ CRITERIA: dict[str, Criterion | Computed] = {
 
 
 def looks_at_data(criterion: object) -> bool:
-    '''Whether ``criterion`` is a :class:`Criterion` or the name of one, so that a collector computes it.'''
+    '''Return whether ``criterion`` is a :class:`Criterion` or the name of one, so that a collector computes it.'''
     return isinstance(CRITERIA.get(criterion) if isinstance(criterion, str) else criterion, Criterion)
 
 

@@ -106,7 +106,7 @@ class Equivalent:
     absorbs: ClassVar[bool] = False
 
     def modules(self) -> list[Any]:
-        '''New modules, one of each kind.'''
+        '''Return new modules, one of each kind.'''
         return [functional(kind)() for kind in self.kinds]  # type: ignore[arg-type]
 
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Equivalent:
         return result if self.in_place is None else tensors[self.in_place].copy_(result)
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
-        '''Each module computes the function of one signal; those that are no constants share relevance equally.
+        '''Let each module compute the function of one signal; those that are no constants share relevance equally.
 
         Parameters
         ----------
@@ -280,7 +280,7 @@ VIEWS = PASSING | set('view expand unsqueeze squeeze permute transpose t select 
 
 
 def equivalents(calls: Sequence[FunctionCall], outputs: Sequence[int]) -> list[tuple[FunctionCall, Equivalent]]:
-    '''The calls that rules have to be applied to, each with what it becomes; ``outputs`` are the network's values.'''
+    '''Return the calls that rules apply to, each with its equivalent; the network returns the values ``outputs``.'''
     origins = Origins(calls)
     last = {id(origins.of(value)) for value in outputs}
     shifts = {id(earlier) for call in calls if call.site.function == 'softmax' and call.active and id(call) not in last
@@ -317,7 +317,7 @@ class Origins:
 
 
 def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) -> Equivalent | None:
-    '''The equivalent of a call, given whether it is the network's ``last`` and whether it ``shifts`` a softmax.'''
+    '''Return the equivalent of a call that may be the network's ``last`` or one that ``shifts`` a softmax.'''
     name, active, in_place = call.site.function.strip('_'), call.active, call.in_place
     first = tuple(active[:1])
     if name in LAYERS:
@@ -349,7 +349,7 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) 
 
 
 def _product(call: FunctionCall, summands: int) -> Equivalent | None:
-    '''The equivalent of a product of tensors; the ``summands`` in front of the factors are biases.'''
+    '''Return the equivalent of a product of tensors; the ``summands`` in front of the factors are biases.'''
     factors = range(summands, len(call.arguments))
     signals = tuple(call.active)
     constants = [position for position in factors if position not in signals]
@@ -379,14 +379,14 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shif
 
 
 def _is_statistic(call: FunctionCall, origins: Origins) -> bool:
-    '''Whether what is subtracted is one number for many elements of what it is subtracted from, as in a norm.'''
+    '''Return whether the subtrahend is one number for many elements of the minuend, as the mean in a norm.'''
     maker = origins.of(call.arguments[1].value)
     return (maker is not None and maker.site.function in STATISTICS
             and maker.arguments[0].value == call.arguments[0].value)
 
 
 def _signals(call: FunctionCall, origins: Origins) -> tuple[int, ...]:
-    '''The factors of a product that are no gates: the larger one, or the one that is surely none, or both.'''
+    '''Return the factors of a product that are no gates: the larger one, or the one that is surely none, or both.'''
     sizes = [prod(argument.shape) for argument in call.arguments]
     if sizes[0] != sizes[1]:
         return (0 if sizes[0] > sizes[1] else 1,)
@@ -399,7 +399,7 @@ def _signals(call: FunctionCall, origins: Origins) -> tuple[int, ...]:
 
 
 def _changes_elements(operation: Operation) -> bool:
-    '''Whether an operation computes each element from one of its input, and does not just pass it on.'''
+    '''Return whether an operation computes each element from one of its input, and does not just pass it on.'''
     packet = getattr(torch.ops.aten, operation.name, None)
     overload = getattr(packet, packet.overloads()[0]) if packet is not None else None
     known = OPERATIONS.get(operation.name, UNKNOWN).pointwise  # older releases lack some tags

@@ -60,7 +60,7 @@ class Selection:
         self.batch = batch
 
     def counted(self, scores: Mapping[str, torch.Tensor], given: torch.Tensor) -> dict[str, torch.Tensor]:
-        '''The scores of the samples that have a target and are finite.
+        '''Return the scores of the samples that have a target and are finite.
 
         Parameters
         ----------
