@@ -20,7 +20,7 @@ class Share(str):
     '''A share, written in per cent; drawn as a bar where that can be done.'''
 
     def __new__(cls, value: float) -> Share:
-        '''Of a number from 0 to 1.'''
+        '''Make a share from a number from 0 to 1.'''
         written = super().__new__(cls, f'{value:.0%}')
         written.value = value
         return written
@@ -29,7 +29,7 @@ class Share(str):
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    '''Columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
+    '''Write columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
     last = len(header) - 1
     cells = [[cell(value) if column == last else _cut(cell(value)) for column, value in enumerate(row)]
              for row in rows]
@@ -44,19 +44,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:
-    '''A list to read, cut after ``limit`` names.'''
+    '''Write a list to read, cut after ``limit`` names.'''
     names = list(names)
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
 
 
 def is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
-    '''Whether a column holds numbers only.'''
+    '''Return whether a column holds numbers only.'''
     return bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
 
 
 def cell(value: Any) -> str:
-    '''A value as it is written.'''
+    '''Return the text of a value.'''
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
@@ -80,7 +80,7 @@ STYLE = '''<style>
 </style>'''
 
 def panel(title: str, tables: Sequence[Table] = (), notes: Sequence[str] = ()) -> str:
-    '''A title, tables of a header and rows, and notes below, all of it escaped.'''
+    '''Write a title, tables of a header and rows, and notes below as HTML, all of it escaped.'''
     parts = [STYLE, '<div class="zennit-prune">', f'<b>{escape(title)}</b>', *(_drawn(*one) for one in tables),
              *(f'<p>{escape(note)}</p>' for note in notes), '</div>']
     return '\n'.join(parts)
@@ -110,7 +110,7 @@ _bar: ContextVar[Any] = ContextVar('bar', default=None)
 
 @contextmanager
 def waiting(what: str, shown: bool = True) -> Iterator[None]:
-    '''Inside, :func:`advance` moves a bar on standard error.'''
+    '''Show a bar on standard error inside the context, which :func:`advance` moves.'''
     with tqdm(desc=what, unit=' modules', delay=PATIENCE, leave=False, disable=not shown) as bar:
         token = _bar.set(bar)
         try:
@@ -120,7 +120,7 @@ def waiting(what: str, shown: bool = True) -> Iterator[None]:
 
 
 def advance() -> None:
-    '''One more module is done.'''
+    '''Move the bar of :func:`waiting` on by one module.'''
     bar = _bar.get()
     if bar is not None:
         bar.update()

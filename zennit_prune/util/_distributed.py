@@ -14,14 +14,14 @@ END = object()
 
 
 def rank_and_world() -> tuple[int, int]:
-    '''The number of this process and of all; (0, 1) outside of ``torch.distributed``.'''
+    '''Return the number of this process and the number of all; (0, 1) outside of ``torch.distributed``.'''
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def gathered(value: Any, device: torch.device) -> list[Any]:
-    '''The values of all processes, by rank, in all of them.
+    '''Return the values of all processes, by rank, in all of them.
 
     Raises
     ------

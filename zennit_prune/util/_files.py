@@ -69,7 +69,7 @@ def check_absent(folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> Iterator[Path]:
-    '''A new folder to write files into, which go to ``folder`` when the block is complete.
+    '''Yield a new folder to write files into, which go to ``folder`` when the block is complete.
 
     Whoever is killed before leaves nothing in ``folder``, and whole files only after; what is unfinished lies beside
     it, in ``<folder>.unfinished-<number of the process>``, and goes if there is time.
@@ -108,7 +108,7 @@ def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> It
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    '''Tensors and metadata of a file.
+    '''Read the tensors and the metadata of a file.
 
     Raises
     ------

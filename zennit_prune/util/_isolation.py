@@ -33,7 +33,7 @@ def start(seed: int, device: torch.device) -> None:
 
 
 def states() -> tuple[object, ...]:
-    '''The random states of Python, NumPy and torch (CPU), to compare.'''
+    '''Return the random states of Python, NumPy and torch (CPU), to compare.'''
     _, keys, position, *_ = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
@@ -119,7 +119,7 @@ def isolated(network: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    '''Functions under ``torch.compile`` run as they are written; up to torch 2.5 nothing can be done about them.'''
+    '''Let functions under ``torch.compile`` run as they are written; up to torch 2.5, the context does nothing.'''
     stance = getattr(torch.compiler, 'set_stance', None)
     # importing the compiler takes a second, and where nobody has, nothing is compiled
     return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
@@ -167,7 +167,7 @@ class Caches:
 
 
 def _owners(modules: Iterable[nn.Module], hooks: Iterable[Any]) -> list[type | ModuleType]:
-    '''The classes of all modules, the files that these and hooks are written in, and the files that are used there.'''
+    '''Return the classes of all modules, the files that define these and hooks, and the files that are used there.'''
     kinds = {kind for own in set(map(type, modules)) for kind in own.__mro__ if _is_own(kind.__module__)}
     files = {maker.__module__ for maker in (*kinds, *hooks) if _is_own(maker.__module__)} & sys.modules.keys()
     used = {value.__name__ if type(value) is ModuleType else value.__module__
@@ -187,7 +187,7 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
 
 
 def _note(value: Any, containers: list[tuple[Any, Any]], depth: int = 2) -> None:
-    '''What a container, and those in it, hold now.'''
+    '''Record the contents of a container and of those in it.'''
     if len(value) <= LARGE:
         before = dict(value) if isinstance(value, dict) else list(value)
         containers.append((value, before))

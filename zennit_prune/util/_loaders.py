@@ -45,7 +45,7 @@ class Batch(Pair):
 
     @classmethod
     def of(cls, value: Any) -> Batch:
-        '''The batch that a loader yielded: a pair of inputs and target, or inputs alone.
+        '''Return the batch that a loader yielded: a pair of inputs and target, or inputs alone.
 
         Raises
         ------
@@ -94,25 +94,25 @@ class Batch(Pair):
                              'infinite): check the data.')
 
     def only(self, samples: torch.Tensor | slice) -> Batch:
-        '''Some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
+        '''Select some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
         size = self.size
         inputs, target = only((self.inputs, _indexable(self.target, size)), size, samples)
         at = samples.to('cpu') if isinstance(samples, torch.Tensor) else samples
         return self._derived(inputs, target, None if self._finite is None else self._finite[at])
 
     def to(self, device: torch.device) -> Batch:
-        '''The batch on a device; itself if it is there.'''
+        '''Return the batch on a device; itself if it is there.'''
         if all(tensor.device == device for tensor in tensors_in(tuple(self))):
             return self
         inputs, target = map_tensors(lambda tensor: tensor.to(device), tuple(self))
         return self._derived(inputs, target, self._finite)
 
     def with_target(self, target: Any) -> Batch:
-        '''The inputs with another target, or with None.'''
+        '''Return the inputs with another target, or with None.'''
         return self if target is self.target else self._derived(self.inputs, target, self._finite)
 
     def zeroed(self) -> Batch:
-        '''The batch with zeros in place of the samples that are not finite, so that it can run.'''
+        '''Return the batch with zeros in place of the samples that are not finite, so that it can run.'''
         broken, size = ~self.finite, self.size
 
         def zero(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def _goes_by_samples(tensor: torch.Tensor, size: int) -> bool:
 
 
 def _indexable(target: Any, size: int) -> Any:
-    '''Labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
+    '''Return labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
     if isinstance(target, (list, tuple, np.ndarray)) and len(target) == size:
         try:
             return torch.as_tensor(target, device='cpu')
@@ -210,7 +210,7 @@ def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def _own_samples(loader: Any) -> int | None:
-    '''The number of samples that a ``DistributedSampler`` gives this process before it repeats any.
+    '''Return the number of samples that a ``DistributedSampler`` gives this process before it repeats any.
 
     None for other samplers.
     '''
@@ -222,12 +222,12 @@ def _own_samples(loader: Any) -> int | None:
 
 
 def batch_size(inputs: Any) -> int:
-    '''The number of samples in a batch: the length of its first tensor.'''
+    '''Return the number of samples in a batch: the length of its first tensor.'''
     return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
 
 def only(batch: Any, size: int, samples: Any) -> Any:
-    '''Some samples of a batch of ``size``: every tensor of that length is indexed.'''
+    '''Select some samples of a batch of ``size`` samples by indexing every tensor of that length.'''
     def index(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or len(tensor) != size:
             return tensor
