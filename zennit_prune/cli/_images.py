@@ -29,6 +29,7 @@ NUMBER = re.compile(r'(\d+)(?![^\W_])')  # '7', '7_rose', '07-rose', but not '7u
 WAYS = ('--classes numbers if folders begin with the number of their output, --classes names if they are called as '
         "torchvision's classes, --classes FILE with the names of the outputs, line by line, or as JSON "
         '{"folder": number}, or --classes none to go by what the network predicts')
+BATCH = 32
 
 
 def class_outputs(names: Sequence[str], rule: str, outputs: int, categories: Sequence[str] = ()) -> tuple[int, ...]:
@@ -139,9 +140,6 @@ def _checked(names: Sequence[str], found: dict[str, int], rule: str, outputs: in
                              f'{number}.')
         owner[number] = name
     return tuple(owner)
-
-
-BATCH = 32
 
 
 class Found(NamedTuple):

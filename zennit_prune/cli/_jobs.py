@@ -24,6 +24,9 @@ from ._sources import Source, build, categories, load_weights, weights_url
 
 OWN = {'recommended': recommended_composite, 'zplus': zplus}
 NAMES = (*OWN, *COMPOSITES)
+PER_CLASS = 10
+WITHOUT_CLASSES = 100
+LISTED = 20  # folders in the line about classes; --json has all
 
 
 def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) -> Composite:
@@ -49,11 +52,6 @@ def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) ->
     make = COMPOSITES[name]
     needed = inspect.signature(make).parameters
     return make(**{key: value for key, value in bounds.items() if key in needed})
-
-
-PER_CLASS = 10
-WITHOUT_CLASSES = 100
-LISTED = 20  # folders in the line about classes; --json has all
 
 
 @dataclass(frozen=True)

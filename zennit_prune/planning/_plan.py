@@ -34,6 +34,8 @@ from ._cost import cost_model
 from ._latency import Timing
 from ._risk import AtRisk, at_risk
 
+FORMAT = 'zennit_prune plan'
+
 
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
     '''Return sorted positions, after a check that each is a whole number within the group and given once.'''
@@ -71,9 +73,6 @@ def check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[
                          f'{some(graph._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
                          f'{counts[least]}. Choose all of them in one call; the block of each position is in '
                          f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
-
-
-FORMAT = 'zennit_prune plan'
 
 
 class Plan:

@@ -35,6 +35,7 @@ SECONDS = 5.0  # the longest measurement of networks in turn
 
 clock = time.perf_counter
 Prepare = Callable[[], Callable[[], Any]]
+MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, shrinks as a whole
 
 
 def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20, seconds: float = math.inf,
@@ -115,9 +116,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f'{device.type}, {threads} thread{"s" * (threads > 1)}' if device.type == 'cpu' else device.type
-
-
-MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, shrinks as a whole
 
 
 @dataclass(frozen=True)

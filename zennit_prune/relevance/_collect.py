@@ -45,6 +45,7 @@ from ._sums import Sums
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
+NONFINITE = ('error', 'skip')
 
 
 def holds_lrp(composite: Composite) -> bool:
@@ -73,9 +74,6 @@ def aggregated(how: str, site: ActivationSite, relevance: torch.Tensor, batch: i
     if how == 'abs':
         return values.abs()
     return values.clamp(min=0) if how == 'positive' else values
-
-
-NONFINITE = ('error', 'skip')
 
 
 class Collector:

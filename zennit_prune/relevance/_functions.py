@@ -46,6 +46,24 @@ from ..util._networks import map_tensors, tensors_in
 
 Function = Callable[..., torch.Tensor]
 Exchange = Callable[[dict[int, torch.Tensor]], torch.Tensor]
+LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
+          'conv_transpose1d': nn.ConvTranspose1d, 'conv_transpose2d': nn.ConvTranspose2d,
+          'conv_transpose3d': nn.ConvTranspose3d}
+PRODUCTS = {'matmul', 'rmatmul', 'mm', 'bmm', 'mv', 'einsum', 'baddbmm', 'addmm', 'tensordot', 'inner'}
+AVERAGES = {'mean', 'sum', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
+NORMS = {'layer_norm', 'group_norm', 'instance_norm', 'rms_norm', 'local_response_norm', 'normalize', 'batch_norm',
+         'log_softmax'}
+ACTIVATIONS = {'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hardtanh': nn.Hardtanh, 'elu': nn.ELU, 'selu': nn.SELU,
+               'celu': nn.CELU, 'leaky_relu': nn.LeakyReLU, 'prelu': nn.PReLU, 'rrelu': nn.RReLU, 'silu': nn.SiLU,
+               'gelu': nn.GELU, 'hardswish': nn.Hardswish, 'softplus': nn.Softplus, 'softsign': nn.Softsign,
+               'log_sigmoid': nn.LogSigmoid, 'sigmoid': nn.Sigmoid, 'tanh': nn.Tanh, 'hardsigmoid': nn.Hardsigmoid}
+ELEMENTWISE = nn.Tanh  # stands for any other function of one element
+AVERAGE, SCALING = nn.AdaptiveAvgPool2d, nn.BatchNorm1d
+GATES = ('reciprocal', 'rtruediv', 'rsqrt', 'sigmoid', 'hardsigmoid', 'hardtanh', 'relu6', 'clamp', 'softmax', 'tanh')
+STATISTICS = {'mean', 'amax', 'max', 'var_mean', 'std_mean'}
+ARITHMETIC = {'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
+PASSING = {'clone', '_to_copy', 'detach', 'alias', 'copy', 'where', 'masked_fill', 'native_dropout', 'lift_fresh'}
+VIEWS = PASSING | set('view expand unsqueeze squeeze permute transpose t select slice as_strided'.split())
 
 
 class Functional(nn.Module):
@@ -257,26 +275,6 @@ class Gated(Equivalent):
         signal, gate = input.chunk(2, dim)
         module.function = gate.detach().sigmoid().mul
         return module(signal)
-
-
-LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
-          'conv_transpose1d': nn.ConvTranspose1d, 'conv_transpose2d': nn.ConvTranspose2d,
-          'conv_transpose3d': nn.ConvTranspose3d}
-PRODUCTS = {'matmul', 'rmatmul', 'mm', 'bmm', 'mv', 'einsum', 'baddbmm', 'addmm', 'tensordot', 'inner'}
-AVERAGES = {'mean', 'sum', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
-NORMS = {'layer_norm', 'group_norm', 'instance_norm', 'rms_norm', 'local_response_norm', 'normalize', 'batch_norm',
-         'log_softmax'}
-ACTIVATIONS = {'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hardtanh': nn.Hardtanh, 'elu': nn.ELU, 'selu': nn.SELU,
-               'celu': nn.CELU, 'leaky_relu': nn.LeakyReLU, 'prelu': nn.PReLU, 'rrelu': nn.RReLU, 'silu': nn.SiLU,
-               'gelu': nn.GELU, 'hardswish': nn.Hardswish, 'softplus': nn.Softplus, 'softsign': nn.Softsign,
-               'log_sigmoid': nn.LogSigmoid, 'sigmoid': nn.Sigmoid, 'tanh': nn.Tanh, 'hardsigmoid': nn.Hardsigmoid}
-ELEMENTWISE = nn.Tanh  # stands for any other function of one element
-AVERAGE, SCALING = nn.AdaptiveAvgPool2d, nn.BatchNorm1d
-GATES = ('reciprocal', 'rtruediv', 'rsqrt', 'sigmoid', 'hardsigmoid', 'hardtanh', 'relu6', 'clamp', 'softmax', 'tanh')
-STATISTICS = {'mean', 'amax', 'max', 'var_mean', 'std_mean'}
-ARITHMETIC = {'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
-PASSING = {'clone', '_to_copy', 'detach', 'alias', 'copy', 'where', 'masked_fill', 'native_dropout', 'lift_fresh'}
-VIEWS = PASSING | set('view expand unsqueeze squeeze permute transpose t select slice as_strided'.split())
 
 
 def equivalents(calls: Sequence[FunctionCall], outputs: Sequence[int]) -> list[tuple[FunctionCall, Equivalent]]:

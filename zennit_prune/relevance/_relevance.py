@@ -17,6 +17,9 @@ from ..util._files import read_tensors, write_tensors
 from ..util._plots import KEPT, finished, new_figure, without_mathematics
 from ._exemplars import Best, Exemplars
 
+FORMAT = 'zennit_prune relevance'
+PANELS = 5  # in a row
+
 
 @dataclass(frozen=True)
 class Reliability:
@@ -170,11 +173,6 @@ def _ranks(values: Any) -> Any:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + last - 1) / 2.0)[inverse]
-
-
-FORMAT = 'zennit_prune relevance'
-
-PANELS = 5  # in a row
 
 
 class Relevance:

@@ -39,6 +39,8 @@ from ._shapes import Shapes, described_call, is_regular
 
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 ACTIVE, UNIFORM, VANISHING, OWN = 1, 2, 4, 8  # what is known of a storage
+TORCHSCRIPT = 'TorchScript interpreter'
+NO_FIELDS: list[Field] = []
 
 
 class Known(NamedTuple):
@@ -107,9 +109,6 @@ def vanishes(operation: Operation, zero: str, facts: Sequence[int]) -> bool:
     return vanishing[:1] == [True] and (zero == 'first' or bool(operation.producers))  # 'first', 'bias'
 
 
-TORCHSCRIPT = 'TorchScript interpreter'
-
-
 def refuse_values(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> None:
     '''Refuse a network that uses values of its input in Python.'''
     if any(map(tracer.is_active, tensors)):
@@ -173,9 +172,6 @@ def _said(text: str) -> str:
         return first
     where = [line.strip() for line in others if line.strip().startswith('File ')]
     return f'{first} ' + ': '.join([*where[-1:], *others[-1:]])
-
-
-NO_FIELDS: list[Field] = []
 
 
 class Tracer(TorchDispatchMode):

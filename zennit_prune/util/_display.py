@@ -14,6 +14,21 @@ from tqdm.auto import tqdm
 
 WIDEST = 60
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # a header and rows
+STYLE = '''<style>
+.zennit-prune {font-size: 13px; line-height: 1.45; max-width: 60rem; color: inherit}
+.zennit-prune b {font-weight: 600}
+.zennit-prune .zp-scroll {max-height: 26rem; overflow: auto; margin: .4rem 0}
+.zennit-prune table {border-collapse: collapse; margin: 0; font-variant-numeric: tabular-nums}
+.zennit-prune th, .zennit-prune td {text-align: left; padding: .18rem 1rem .18rem 0; vertical-align: top;
+ border: 0; border-bottom: 1px solid rgba(127, 127, 127, .3); background: none; color: inherit; white-space: normal}
+.zennit-prune th {font-weight: 600; opacity: .7}
+.zennit-prune .zp-number {text-align: right; white-space: nowrap}
+.zennit-prune i {display: inline-block; width: 5rem; height: .5rem; margin-right: .5rem; border-radius: 2px;
+ background: rgba(127, 127, 127, .3)}
+.zennit-prune i span {display: block; height: 100%; border-radius: 2px; background: #3b82c4}
+.zennit-prune p {margin: .15rem 0; opacity: .8}
+</style>'''
+PATIENCE = 2.0  # seconds
 
 
 class Share(str):
@@ -64,21 +79,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= WIDEST else text[:WIDEST - 3] + '...'
 
 
-STYLE = '''<style>
-.zennit-prune {font-size: 13px; line-height: 1.45; max-width: 60rem; color: inherit}
-.zennit-prune b {font-weight: 600}
-.zennit-prune .zp-scroll {max-height: 26rem; overflow: auto; margin: .4rem 0}
-.zennit-prune table {border-collapse: collapse; margin: 0; font-variant-numeric: tabular-nums}
-.zennit-prune th, .zennit-prune td {text-align: left; padding: .18rem 1rem .18rem 0; vertical-align: top;
- border: 0; border-bottom: 1px solid rgba(127, 127, 127, .3); background: none; color: inherit; white-space: normal}
-.zennit-prune th {font-weight: 600; opacity: .7}
-.zennit-prune .zp-number {text-align: right; white-space: nowrap}
-.zennit-prune i {display: inline-block; width: 5rem; height: .5rem; margin-right: .5rem; border-radius: 2px;
- background: rgba(127, 127, 127, .3)}
-.zennit-prune i span {display: block; height: 100%; border-radius: 2px; background: #3b82c4}
-.zennit-prune p {margin: .15rem 0; opacity: .8}
-</style>'''
-
 def panel(title: str, tables: Sequence[Table] = (), notes: Sequence[str] = ()) -> str:
     '''Write a title, tables of a header and rows, and notes below as HTML, all of it escaped.'''
     parts = [STYLE, '<div class="zennit-prune">', f'<b>{escape(title)}</b>', *(_drawn(*one) for one in tables),
@@ -104,7 +104,6 @@ def _cell(value: Any) -> str:
     return escape(cell(value))
 
 
-PATIENCE = 2.0  # seconds
 _bar: ContextVar[Any] = ContextVar('bar', default=None)
 
 

@@ -21,6 +21,11 @@ from torch import nn
 
 from ._networks import ATOMIC, device_of, modules_by_name, tensors_in
 
+OWNERS = (type, ModuleType)
+NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
+LARGE = 100  # entries: what holds more is data rather than a cache
+FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
+
 
 def start(seed: int, device: torch.device) -> None:
     '''Set these random states for good.'''
@@ -84,12 +89,6 @@ def _unrounded_by_layer() -> Iterator[None]:
     finally:
         for layer, precision in zip(layers, before):
             layer.fp32_precision = precision
-
-
-OWNERS = (type, ModuleType)
-NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
-LARGE = 100  # entries: what holds more is data rather than a cache
-FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
 
 
 _around = threading.local()
