@@ -1,6 +1,6 @@
-'''Folders of images for the command line: which are references, which are held out, and how they are prepared.
+'''Folders of images for the command line: references, images to measure on, their preparation and their classes.
 
-Which output of a network belongs to which folder of images: never guessed where it could be wrong.
+The output of a network that belongs to a folder of images is never guessed where the guess could be wrong.
 '''
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def class_outputs(names: Sequence[str], rule: str, outputs: int, categories: Seq
         The folders.
     rule: str
         ``'sorted'``: outputs are numbered as the sorted folders, as in training with torchvision's ``ImageFolder``;
-        there are as many. ``'auto'``: the same, unless numbers in the names say otherwise. ``'numbers'``: a folder's
+        there are as many. ``'auto'``: as ``'sorted'``, unless numbers in names contradict. ``'numbers'``: a folder's
         name begins with its output. ``'names'``: it is that of a category. Else the path of a file: one name a line,
         in the order of the outputs, where a folder is a whole line or the first word of one; or a JSON object of
         outputs by folder.

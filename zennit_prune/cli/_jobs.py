@@ -1,4 +1,4 @@
-'''The request of a command line, and all that is known before anything is computed; composites by name.'''
+'''The request of a command line, with all that is known before anything is computed, and composites by name.'''
 from __future__ import annotations
 
 import inspect

@@ -1,5 +1,6 @@
-'''Networks for the command line: from torchvision, timm or a Python file, with weights from a file; nothing is loaded
-from the network.
+'''Networks for the command line: from torchvision, timm or a Python file, with weights from a file.
+
+Nothing is downloaded.
 '''
 from __future__ import annotations
 
