@@ -1,4 +1,4 @@
-'''Charts as SVG, from numbers alone; colours and text around them are the page's.
+'''Charts as SVG, from numbers alone; the page supplies the colours and the text around them.
 
 A chart is stretched to the width of the page, so it holds shapes only. The texts of its points are a list, from which
 the page shows that of the point under the pointer, or of the one that the arrow keys reach.

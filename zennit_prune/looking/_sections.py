@@ -22,7 +22,7 @@ from ._findings import Subject
 from ._heatmap import heatmap
 from ._pictures import CHANGE, SMALL, full_colour, heat, picture
 
-MOVED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
+CHANGED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
 CLASSES = 20  # rows of the chart of classes
 PAIRS = 5  # channels at risk, each beside one that is kept
 SHOWN = 5  # reference samples of a channel
@@ -72,7 +72,7 @@ class ImageHeatmaps:
     small: bool
     cosine: float
     rank: float
-    moved: float
+    total_variation: float
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
     after = plan.masked(pruner.model) if small is None else small
     target = 'predicted' if images.target is None else images.target
     found = agreement(pruner.model, after, pruner.composite, images.x, target)
-    turns = found.same & (found.moved > MOVED)
+    turns = found.same & (found.total_variation > CHANGED)
     order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
     shown = [_image_heatmaps(number, found, images) for number in order[:images.most]]
     stay = int(found.same.sum())
     summary = (f'{stay:,} of {len(order):,} predictions stay the same; for {int(turns.sum()):,} of these, the heatmap '
-               f'changes by a total variation distance of more than {MOVED:.0%}. Median cosine between heatmaps before '
-               f'and after: {float(found.cosine.median()):.2f}.')
+               f'changes by a total variation distance of more than {CHANGED:.0%}. Median cosine between heatmaps '
+               f'before and after: {float(found.cosine.median()):.2f}.')
     most = f' The {len(shown)} images that change most are shown.' if len(shown) < len(order) else ''
     note = (f'{summary}{most} Images that keep their prediction while its explanation changes come first, because '
             'accuracy does not show them; then those whose prediction changes.')
@@ -116,8 +116,8 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
 def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatmaps:
     '''Draw one image of the section with its heatmaps.'''
     assert images.x is not None
-    same, moved = bool(found.same[number]), float(found.moved[number])
-    level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
+    same, variation = bool(found.same[number]), float(found.total_variation[number])
+    level = 'bad' if not same else 'warn' if variation > CHANGED else 'good'
     verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'no change'}[level]
     before, after = (classes[number] for classes in found.predicted)
     prediction = 'predicted position by position'
@@ -131,7 +131,7 @@ def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatm
     return ImageHeatmaps(
         images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
         heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,
-        float(found.cosine[number]), float(found.rank[number]), moved)
+        float(found.cosine[number]), float(found.rank[number]), variation)
 
 
 def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> ClassSection | None:
