@@ -22,7 +22,7 @@ FORMAT = 'zennit_prune iteration'
 
 
 class State(NamedTuple):
-    '''How far a run came: all that its next step depends on.
+    '''The progress of a run: all that its next step depends on.
 
     The network is the original itself before the first step.
     '''
@@ -57,9 +57,9 @@ class Checkpoint:
     Parameters
     ----------
     folder: path-like
-        Made if it is not there.
+        The folder, which is created if needed.
     settings: mapping
-        What has to be equal for a run to go on, as JSON values.
+        The settings that have to be equal for a run to go on, as JSON values.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-'''Train a pruned network on, briefly: plain PyTorch with sensible defaults.'''
+'''Train a pruned network further, briefly: plain PyTorch with sensible defaults.'''
 from __future__ import annotations
 
 import math
@@ -48,7 +48,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     loader: iterable
         Yields (inputs, labels) batches; or a pair of tensors, which is shuffled. A generator is held in memory.
     epochs: int
-        How often to go through the loader, at most.
+        The largest number of passes through the loader.
     optimizer: str
         ``'sgd'`` or ``'adamw'``.
     lr: float, optional
@@ -68,7 +68,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     clip: float
         The largest norm of the gradients of all parameters together; longer ones are scaled down.
     seed: int
-        For shuffling, dropout and what is held out; global random states are restored.
+        The seed of shuffling, dropout and the held-out share; global random states are restored.
     callback: callable, optional
         Called after every epoch with its ``'epoch'``, ``'loss'``, and ``'validation'`` loss if there is one.
     progress: bool

@@ -1,4 +1,4 @@
-'''The loop: score, prune a step, repair, fine-tune, evaluate, and again from the smaller network.'''
+'''The loop over budget steps: score, prune, repair, fine-tune, evaluate, and go on from the smaller network.'''
 from __future__ import annotations
 
 import time
@@ -24,7 +24,7 @@ from ._step import Pruned, Recipe, agreed, costs_left, reliability_of, shares_le
 
 @dataclass
 class Loop:
-    '''A run of many steps; see :meth:`zennit_prune.Pruner.iterate` for the meaning.
+    '''A run of many steps, with the options of :meth:`zennit_prune.Pruner.iterate`.
 
     All that a step depends on is in its :class:`State`: the network in it is the original, narrowed by the plan and
     filled with values, as a checkpoint has them.

@@ -21,7 +21,7 @@ from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
 from ..relevance._collect import Collector
-from ..relevance._criteria import Criterion, known_criterion, looks_at_data
+from ..relevance._criteria import Criterion, known_criterion, uses_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance
@@ -46,8 +46,8 @@ class Pruner:
     model: torch.nn.Module
         The network; no method changes it.
     composite: zennit.core.Composite, Preset or None
-        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. Or a preset, e.g.
-        ``zp.presets.paper``: its composite is used, and its options become the defaults of the methods.
+        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. A preset, e.g.
+        ``zp.presets.paper``, supplies its composite, and its options become the defaults of the methods.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
     ignore: sequence of str
@@ -55,19 +55,19 @@ class Pruner:
     layernorm: str
         ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
-        Show progress bars on standard error. Every method has this setting, and can be told otherwise.
+        Show progress bars on standard error; every method has an option of this name that overrides it.
 
     Attributes
     ----------
     graph: ChannelGraph
-        The removable channels; print it.
+        The removable channels; it prints as tables.
     composite: zennit.core.Composite
         The rules in use.
 
     Raises
     ------
     PruneError
-        If the network cannot be traced, for what is no composite, or for an option that is not known.
+        If the network cannot be traced, ``composite`` is none, or an option is not known.
 
     Examples
     --------
@@ -252,7 +252,7 @@ class Pruner:
         '''
         check_criterion(criterion)
         found = criterion if callable(criterion) else known_criterion(criterion)
-        if exemplars and not looks_at_data(found):
+        if exemplars and not uses_data(found):
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no reference samples: '
                              "use 'relevance', or leave exemplars= out.")
         if callable(criterion):

@@ -1,4 +1,4 @@
-'''``Result``: a pruned network and how it was made, and the number that a user's function returns for a network.'''
+'''``Result``: a pruned network with its plan, scores and history; ``evaluated``: the number that a user measures.'''
 from __future__ import annotations
 
 import json
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    '''A pruned network and how it was made; :meth:`Pruner.prune` and :meth:`Pruner.iterate` return it. Print it.
+    '''A pruned network with its plan, scores and history, as :meth:`Pruner.prune` and :meth:`Pruner.iterate` return it.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Result:
     history: tuple of Step
         The original, and the network after every step.
     stopped: str
-        Why it ended.
+        The reason why the run ended.
     choice: Choice or None
         The criterion that ``criterion='auto'`` chose, with a table of all candidates; None where it was given.
 
