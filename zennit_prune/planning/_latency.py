@@ -1,4 +1,4 @@
-'''The latency of a network, measured, and that of its pruned versions, predicted from a table of measured operations.
+'''Measure the latency of a network, and predict that of its pruned versions from a table of measured operations.
 
 FLOPs say little about seconds: a narrow convolution takes as long as a wider one, activations and launches count, too.
 So every operation that shrinks with channels is timed on the device at hand, at several widths of its inputs and
@@ -271,7 +271,7 @@ class LatencyModel(CostModel):
         if unit != 'latency':
             return super()._saved(unit)
         gone = np.maximum(self.sizes - 1, 1)
-        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is taken
+        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is used
         return np.array([whole - self(unit, row) for row in np.diag(self.sizes - 1)]) / gone
 
     def _measured(self, model: nn.Module, seconds: float, progress: bool) -> LatencyTable:

@@ -1,6 +1,7 @@
-'''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied.
+'''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied; ``verify``.
 
-The channels to remove are positions in groups, equally many of each of their blocks.
+Channels are given as positions in their groups, and every block of a group loses equally many. Everything that is done
+with a plan starts here; cutting, masking and comparing are in :mod:`zennit_prune.surgery`.
 '''
 from __future__ import annotations
 
@@ -269,7 +270,7 @@ class Plan:
         Parameters
         ----------
         relevance: Relevance
-            Relevance collected with ``exemplars=``.
+            Relevance collected with reference samples (``exemplars=``).
         count: int
             The largest number of channels to return.
 
@@ -282,7 +283,7 @@ class Plan:
         Raises
         ------
         PruneError
-            If relevance was collected without exemplars, or from another network.
+            If relevance was collected without reference samples, or from another network.
 
         Examples
         --------

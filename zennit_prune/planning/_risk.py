@@ -1,4 +1,4 @@
-'''``Plan.at_risk``: channels that few samples need much, and classes that lose more relevance than others.'''
+'''``Plan.at_risk``: channels to be removed that a single sample needs, and classes that lose much relevance.'''
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -114,16 +114,16 @@ def at_risk(graph: ChannelGraph, removed: Mapping[str, Sequence[int]], relevance
 
 
 def _exemplars(graph: ChannelGraph, relevance: Any) -> Exemplars:
-    '''Return the exemplars of relevance, after a check that they are of the network of a graph.'''
+    '''Return the reference samples of relevance, after a check that they are of the network of a graph.'''
     if not isinstance(relevance, Relevance):
         raise PruneError(f'a Relevance is needed, which pruner.collect(loader, exemplars=8) returns, not a '
                          f'{type(relevance).__name__}.')
     found = relevance.exemplars
     if found is None:
-        raise PruneError('relevance was collected without exemplars: collect with exemplars=8, say.')
+        raise PruneError('relevance was collected without reference samples: collect with exemplars=8, say.')
     sizes = {group.name: group.size for group in graph.groups}
     for name, values in found.samples.items():
         if sizes.get(name) != len(values):
-            raise PruneError(f'exemplars of group {name!r} are for {len(values)} channels, but the network of the plan '
-                             f'has {sizes.get(name, "none")}: they are of another network.')
+            raise PruneError(f'the reference samples of group {name!r} are for {len(values)} channels, but the network '
+                             f'of the plan has {sizes.get(name, "none")}: they are of another network.')
     return found

@@ -1,6 +1,6 @@
-'''The ATen calls that take a network's time, which can be repeated on tensors of other widths, and how they are timed.
+'''The ATen calls that a network spends its time on, repeated on tensors of other widths and timed.
 
-Times that are compared are medians of runs in turn, so that a machine that slows down slows all of them.
+Times that are compared are medians of interleaved runs, so that a machine that slows down slows all of them.
 '''
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..util._networks import device_of, map_tensors, structural_copy
 
 SAMPLE = 2e-4  # seconds that a sample lasts at least: shorter calls are repeated within it
 LEAST = 3  # rounds
-SECONDS = 5.0  # the longest measurement of networks in turn
+SECONDS = 5.0  # the longest interleaved measurement of networks
 
 clock = time.perf_counter
 Prepare = Callable[[], Callable[[], Any]]
@@ -96,7 +96,7 @@ def _wait(device: torch.device) -> Callable[[], object]:
 
 
 def side_by_side(models: Sequence[nn.Module], example: Example, rounds: int = 30) -> list[float]:
-    '''Measure the median times of several networks on one input, in turn.'''
+    '''Measure the median times of several networks on one input, in interleaved runs.'''
     with running(models, example) as runs:
         return medians(runs, device_of(models[0]), rounds, SECONDS)
 
