@@ -44,7 +44,7 @@ def pairs(operations: Sequence[Operation], calls: Mapping[str, int]) -> list[Pai
     writer = {value: operation for operation in operations for value in operation.writes[:1]}
     found: list[Pair] = []
     for before in (False, True):
-        taken = {name for pair in found for name in (pair.linear, pair.batch_norm)}
+        paired = {name for pair in found for name in (pair.linear, pair.batch_norm)}
         for operation in operations:
             for value in operation.reads:
                 source = writer.get(value)
@@ -54,7 +54,7 @@ def pairs(operations: Sequence[Operation], calls: Mapping[str, int]) -> list[Pai
                 if linear.name not in LINEAR or 'batch_norm' not in batch_norm.name:
                     continue
                 names = linear.site.module, batch_norm.site.module
-                if all(calls.get(name) == 1 for name in names) and (not before or names[1] not in taken):
+                if all(calls.get(name) == 1 for name in names) and (not before or names[1] not in paired):
                     found.append(Pair(*names, before))
     return found
 

@@ -200,8 +200,8 @@ class Collector:
         if isinstance(self.exemplars, bool) or not isinstance(self.exemplars, int) or self.exemplars < 0:
             raise PruneError(f'exemplars={self.exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
         if self.exemplars and not self.criterion.per_sample:
-            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no exemplars: use '
-                             "another criterion, e.g. 'relevance'.")
+            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no reference '
+                             "samples: use another criterion, e.g. 'relevance'.")
         if not self.graph.groups:
             raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
                              'locks them.')
@@ -376,7 +376,7 @@ class Collector:
         '''Return the output of the network, for criteria that need no target.'''
         if self.classes is not None and of_classes(batch.target, self.classes) is None:
             raise PruneError(f'classes={self.classes} needs a label for each sample, as '
-                             f'criterion={self.criterion.name!r} looks at no output.')
+                             f'criterion={self.criterion.name!r} uses no output.')
         inputs = differentiable(batch, self._network)
         with torch.no_grad():
             return main_output(call_network(self._network, inputs))
@@ -615,8 +615,8 @@ class Collector:
             notes.append(f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
                          'channels have no scores and are kept')
         if sums.best is not None and sums.best.dropped:
-            notes.append(f'exemplars: means of the first {len(sums.best.classes)} classes were kept, without those of '
-                         f'{sums.best.dropped} samples of others')
+            notes.append(f'reference samples: means of the first {len(sums.best.classes)} classes were kept, without '
+                         f'those of {sums.best.dropped} samples of others')
         return {'criterion': self.criterion.name,
                 **({'composite': named(self.composite)} if self.criterion.lrp else {}),
                 'aggregate': self.aggregate,

@@ -105,7 +105,7 @@ class Best:
                    members.sum(1)).capped()
 
     def numbered_from(self, first: int) -> Best:
-        '''Renumber the samples, where ``first`` samples went by before.'''
+        '''Renumber the samples of a batch that ``first`` samples came before.'''
         return replace(self, samples=torch.where(self.samples < 0, self.samples, self.samples + first),
                        share_samples=self.share_samples + first)
 
@@ -177,7 +177,7 @@ class Best:
                 raise ValueError('sizes differ')
             return found
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PruneError(f'{source!r} holds damaged exemplars ({error!r}).') from error
+            raise PruneError(f'{source!r} holds damaged reference samples ({error!r}).') from error
 
 
 class Spots:
@@ -264,13 +264,13 @@ def _places(site: ActivationSite) -> torch.Tensor:
 class Exemplars:
     '''For each channel of each group, the reference samples with the most relevance; print it for a table.
 
-    Made by ``pruner.collect(loader, exemplars=8)`` as ``relevance.exemplars``; tensors are on the CPU. Of several
+    ``pruner.collect(loader, exemplars=8)`` returns them as ``relevance.exemplars``; tensors are on the CPU. Of several
     processes, the samples of rank 0 come first, then those of rank 1.
 
     Parameters
     ----------
     best: Best
-        What a collector kept.
+        The samples that a collector kept.
 
     Attributes
     ----------
@@ -366,7 +366,7 @@ class Exemplars:
             For an unknown group or channel, or fields of another grid.
         '''
         if group not in self.samples:
-            raise PruneError(f'there are no exemplars for {group!r}. Groups: {", ".join(self.samples)}.')
+            raise PruneError(f'there are no reference samples for {group!r}. Groups: {", ".join(self.samples)}.')
         grid, size = self.grids[group], len(self.samples[group])
         if not 0 <= channel < size:
             raise PruneError(f'channel {channel} is out of range: group {group!r} has {size} channels.')

@@ -14,7 +14,7 @@ multiplication by a constant   ``BatchNorm``     passes relevance on
 gates (squeeze-excitation)     ``BatchNorm``     passes relevance to the signal; the gate is held constant
 division by a tensor           ``BatchNorm``     passes relevance to the numerator; the denominator is held constant
 layer, group, RMS norm         ``BatchNorm``     passes relevance on (the identity rule of arXiv 2402.05602)
-``x - x.mean()``               ``BatchNorm``     the same; the mean is held constant
+``x - x.mean()``               ``BatchNorm``     passes relevance on; the mean is held constant
 product of two signals         ``BatchNorm``     passes half to each (the uniform rule of arXiv 2402.05602)
 matmul of two signals          ``Sum``           half to each, split by what each element adds (arXiv 2402.05602)
 softmax of an attention        ``Sum``           x_i (R_i - s_i sum_j R_j) for softmax s of x (arXiv 2402.05602)
@@ -24,7 +24,7 @@ masks and biases before it     ``Sum``           absorb a share by what they add
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
 pools; where it does not, the preflight says so.
 
-The modules made here have one of these types and compute whatever function they are given.
+The modules of this file have one of these types and compute the function that they are given.
 '''
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def functional(kind: Any) -> type[Any]:
 
 @dataclass(frozen=True)
 class Equivalent:
-    '''How a call of a function becomes calls of modules.
+    '''The calls of modules that a call of a function becomes.
 
     Attributes
     ----------

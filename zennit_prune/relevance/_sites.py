@@ -182,7 +182,7 @@ class Flow:
             if self.is_complete(value, group):
                 yield value
 
-    def settled(self, group: ChannelGroup) -> Iterator[int]:
+    def behind_activations(self, group: ChannelGroup) -> Iterator[int]:
         '''Yield the complete values, each behind the norms and activations that are its only readers.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         for value in self.complete(group):
