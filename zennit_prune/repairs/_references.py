@@ -23,7 +23,7 @@ class References:
     '''A loader that keeps inputs while they pass: at most ``limit`` samples, a uniform random subset of more.
 
     Every pass begins anew. Memory does not grow with the number of samples. Samples whose inputs are not finite are
-    passed on and not kept. What is kept stays where the loader has it.
+    passed on and not kept. Kept samples stay on the device that the loader has them on.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class References:
     classes: iterable of int, optional
         Keep samples with one of these labels only.
     seed: int
-        For the random subset.
+        The seed of the random subset.
     targets: bool
         Keep the targets as well.
 
