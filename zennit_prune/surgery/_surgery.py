@@ -1,7 +1,7 @@
 '''Narrow a network: slice parameters, buffers, the attributes that state their sizes, and optimizer state.
 
 In place, tensors are exchanged wherever a network keeps them: besides its parameters and buffers, in lists, dicts and
-objects. The protocols describe the graph of channels, which is made above this room, as far as it is needed here.
+objects. The protocols describe the graph of channels, which belongs to a room above, as far as it is needed here.
 '''
 from __future__ import annotations
 
