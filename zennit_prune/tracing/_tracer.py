@@ -316,7 +316,7 @@ class Tracer(TorchDispatchMode):
         for tensor in outputs:
             self._alive[id(tensor)] = tensor
         written = [storage_key(tensor) for tensor in outputs]
-        facts = self._settle_facts(known, inputs, outputs, written, in_place)
+        facts = self._note_facts(known, inputs, outputs, written, in_place)
         fields = [self._fields.get(number, NO_FIELDS) for number in ids]
         reads = [self._values.get(id(tensor)) or self.value_of(tensor) for tensor in inputs]
         labelled = any(fields)
@@ -342,7 +342,7 @@ class Tracer(TorchDispatchMode):
             candidates = [[] for _ in outputs]
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
-        self.settle(operation, outputs, candidates)
+        self.assign_fields(operation, outputs, candidates)
         zero = 'never' if known.name == 'constant_pad_nd' and (args[2:3] or [0])[0] else known.zero
         vanish = vanishes(operation, zero, facts[:len(tensors_in(args))] if kwargs else facts)
         self._mark(written, VANISHING, vanish)
@@ -391,8 +391,8 @@ class Tracer(TorchDispatchMode):
         if operation.scalars:
             self.record(operation)
 
-    def _settle_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
-                      written: Sequence[int], in_place: bool) -> list[int]:
+    def _note_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+                    written: Sequence[int], in_place: bool) -> list[int]:
         '''Note whether the results of an operation are active and uniform; return the facts about its inputs.'''
         facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
         some, every = 0, ~0
@@ -469,7 +469,7 @@ class Tracer(TorchDispatchMode):
                 call.lock(f'no rule covers the operation {call.func}', *self.fields_of(tensor))
             return [[] for _ in call.outputs]
 
-    def settle(self, operation: Operation, outputs: Sequence[torch.Tensor], candidates: Candidates) -> None:
+    def assign_fields(self, operation: Operation, outputs: Sequence[torch.Tensor], candidates: Candidates) -> None:
         '''Turn the candidates of a rule into the fields of the output tensors.'''
         for tensor, options in zip(outputs, candidates):
             fields: list[Field] = []
