@@ -40,9 +40,9 @@ def gathered(value: Any, device: torch.device) -> list[Any]:
 
 
 def in_step(steps: Iterator[None], device: torch.device) -> None:
-    '''Take the steps of this process until all processes are through.
+    '''Run the steps of this process until all processes are done.
 
-    After each step all of them talk, those that are through as well: nobody waits for long, whatever happens.
+    After each step all processes exchange messages, finished ones included, so that none waits for long.
 
     Raises
     ------

@@ -28,7 +28,7 @@ FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
 
 
 def start(seed: int, device: torch.device) -> None:
-    '''Set these random states for good.'''
+    '''Set the random states from a seed, without restoring them.'''
     torch.default_generator.manual_seed(seed)
     if device.type == 'cuda':
         with torch.cuda.device(device):
@@ -58,7 +58,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def unrounded(device: torch.device) -> Iterator[None]:
-    '''Let products of float32 on a GPU be such: there, convolutions round what they are given to 11 bits by default.'''
+    '''Compute float32 products on a GPU in full precision: by default, convolutions there round inputs to 11 bits.'''
     if device.type != 'cuda':
         yield
         return
@@ -96,7 +96,7 @@ _around = threading.local()
 
 @contextmanager
 def isolated(network: nn.Module) -> Iterator[None]:
-    '''Let runs of a network or its copies compile nothing, and leave random states and caches as they are.
+    '''Let a network and its copies run without compilation, and restore random states and caches afterwards.
 
     Such blocks may be nested: each run within one starts from the same random numbers, and with the same caches.
     '''
@@ -125,14 +125,14 @@ def uncompiled() -> AbstractContextManager[None]:
 
 
 class Caches:
-    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``, and hooks in what they refer to.
+    '''The places where ``forward`` and hooks may keep tensors: classes, globals, closures and ``functools.cache``.
 
-    In a trace that is without data, or of another width.
+    Tensors that they keep during a trace have no data, or another width.
 
     Parameters
     ----------
     network: torch.nn.Module
-        What is run.
+        The network that is run.
     '''
 
     def __init__(self, network: nn.Module):
@@ -154,7 +154,7 @@ class Caches:
                     _note(value, self._containers)
 
     def restore(self) -> None:
-        '''Take out what holds tensors and was not there before.'''
+        '''Remove what holds tensors and was not there before.'''
         for owner, values in self._owners:
             _rebind(owner, values)
         for value, before in self._containers:

@@ -1,6 +1,6 @@
-'''``Batch``: samples with their target, checked and moved once; and batches from whatever yields them.
+'''``Batch``: samples with their target, whose values are checked once; and batches from whatever yields them.
 
-Loaders that are read many times, and a share of their samples held out, are made here as well.
+The file also makes loaders that can be read many times, and holds out a share of their samples.
 '''
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Pair(NamedTuple):
 
 
 class Batch(Pair):
-    '''Samples with their target, made where they enter the library; it unpacks as ``inputs, target``.
+    '''Samples with their target; a batch is created where data enter the library and unpacks as ``inputs, target``.
 
-    Values are checked at most once: what is sliced, moved or stripped of its target keeps the result.
+    Values are checked at most once: slices, copies on other devices and copies without target keep the result.
 
     Parameters
     ----------
     inputs: torch.Tensor, tuple, list or dict
-        What a network is called with.
+        The arguments of a network.
     target: object, optional
         Labels, or anything else that :func:`zennit_prune.relevance._initial.initial_relevance` takes.
     '''

@@ -192,7 +192,7 @@ def without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Copier:
-    '''What ``copy.deepcopy`` does to modules, ten times as fast: it would copy every key and number they hold.
+    '''A replacement of ``copy.deepcopy`` for modules, ten times as fast: keys and numbers are not copied.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ def needed(module: str, extra: str, what: str) -> Any:
     extra: str
         The extra of this package that installs it.
     what: str
-        What needs it, for the error.
+        The function that needs it, for the error.
 
     Raises
     ------
