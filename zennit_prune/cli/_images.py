@@ -267,7 +267,7 @@ def preparation(source: Source, network: nn.Module, size: int | None = None, res
     preset = None if None not in given.values() else _preset(source, network)
     missing = [f'--{name}' for name, value in given.items() if value is None]
     if missing and preset is None:
-        raise PruneError(f'nobody says how images are prepared for {source}: give {", ".join(missing)} as in its '
+        raise PruneError(f'the preparation of images for {source} is not known: give {", ".join(missing)} as in its '
                          'training, e.g. --size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225.')
     if preset is not None:
         size = preset.size if size is None else size

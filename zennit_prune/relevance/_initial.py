@@ -1,4 +1,4 @@
-'''Where relevance starts: the kinds of targets, and the relevance at the output that each stands for.'''
+'''The start of relevance: the kinds of targets, and the relevance at the output that belongs to each.'''
 from __future__ import annotations
 
 import operator
@@ -12,7 +12,7 @@ from ..util._options import nearest, unknown
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
-UNKNOWN = 255  # what segmentation masks hold where nobody knows the class
+UNKNOWN = 255  # the value of segmentation masks where the class is unknown
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -120,7 +120,7 @@ def isolated(network: nn.Module) -> Iterator[None]:
 def uncompiled() -> AbstractContextManager[None]:
     '''Let functions under ``torch.compile`` run as they are written; up to torch 2.5, the context does nothing.'''
     stance = getattr(torch.compiler, 'set_stance', None)
-    # importing the compiler takes a second, and where nobody has, nothing is compiled
+    # importing the compiler takes a second, and where it was not imported, nothing is compiled
     return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
 
 

@@ -68,7 +68,7 @@ class Batch(Pair):
 
     @property
     def finite(self) -> torch.Tensor:
-        '''Which samples hold finite values only, shape (size,), bool, on the CPU.'''
+        '''The mask of the samples that hold finite values only, shape (size,), bool, on the CPU.'''
         if self._finite is None:
             size = self.size
             finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool, device='cpu'), True
