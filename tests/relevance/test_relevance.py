@@ -95,7 +95,7 @@ def test_plans_show_what_their_ranking_is_worth() -> None:
     relevance = collected()
     plan = pruner().plan(relevance, zp.Budget(flops=0.6))
     lines = str(plan).splitlines()
-    assert lines[0].split() == ['group', 'channels', 'left', 'share', 'stability']
+    assert lines[0].split() == ['group', 'channels', 'left', 'share', 'reliability']
     for group, line in zip(plan.graph.groups, lines[2:]):
         assert line.split()[-1] == f'{relevance.reliability().groups[group.name]:.2f}'
     found = relevance.reliability()
@@ -108,7 +108,7 @@ def test_plans_show_what_their_ranking_is_worth() -> None:
 def test_plans_without_samples_show_none() -> None:
     tool = pruner()
     for plan in (tool.plan(tool.collect([], 'l1'), zp.Budget(flops=0.6)), zp.Plan(tool.graph)):
-        assert plan.reliability is None and 'stability' not in str(plan) and 'ranking' not in str(plan)
+        assert plan.reliability is None and 'reliability' not in str(plan) and 'ranking' not in str(plan)
 
 
 def test_plans_keep_it_in_files_and_edits_but_not_in_comparisons(tmp_path: Path) -> None:
