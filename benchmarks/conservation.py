@@ -2,7 +2,7 @@
 
 The sum of ``EpsilonPlus`` relevance at the input over the initial one (one-hot at the predicted class): with Zennit
 alone, with the graph's canonizer, with rules that leave biases out, and on a network that has none (its biases and
-running means are zero); last, the absolute mass there. Torchvision's networks have random weights with BatchNorm
+running means are zero); last, the L1 norm there. Torchvision's networks have random weights with BatchNorm
 calibrated on the inputs, in float64; the CIFAR networks are pretrained, and found with their images in the folder that
 ``ZENNIT_PRUNE_DATA`` names, with its ``loaders.py``. The median over eight samples.
 
@@ -90,15 +90,15 @@ def attempt(*args: object) -> str:
 
 def main(names: list[str]) -> None:
     warnings.simplefilter('ignore')
-    print('| network | Zennit alone | canonized | rules without biases | network without biases | mass |')
+    print('| network | Zennit alone | canonized | rules without biases | network without biases | L1 norm |')
     print('| --- | --- | --- | --- | --- | --- |')
     for name in names or [*RANDOM, *TRAINED]:
         model, x = random_network(name) if name in RANDOM else trained_network(name)
         canonizer = zp.GraphCanonizer(model, x[:1])
-        bare, mass = at_input(without_biases(model), EpsilonPlus(canonizers=[canonizer]), x)
+        bare, norm = at_input(without_biases(model), EpsilonPlus(canonizers=[canonizer]), x)
         composites = (EpsilonPlus(), EpsilonPlus(canonizers=[canonizer]),
                       EpsilonPlus(zero_params='bias', canonizers=[canonizer]))
-        cells = [*(attempt(model, composite, x) for composite in composites), f'{bare:.4g}', f'{mass:.3g}']
+        cells = [*(attempt(model, composite, x) for composite in composites), f'{bare:.4g}', f'{norm:.3g}']
         print(f'| {name} | {" | ".join(cells)} |', flush=True)
 
 

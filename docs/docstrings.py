@@ -27,12 +27,12 @@ MEMBERS = (FunctionType, classmethod, staticmethod, property)
 
 
 def rooms() -> list[str]:
-    '''The names of the rooms, sub-packages of the library.'''
+    '''Return the names of the rooms, the sub-packages of the library.'''
     return [info.name for info in iter_modules(zennit_prune.__path__) if info.ispkg]
 
 
 def public_names() -> dict[str, dict[str, Any]]:
-    '''Every public object by room and by the shortest name that users may import it under.
+    '''Return every public object by room and by the shortest name that users may import it under.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def public_names() -> dict[str, dict[str, Any]]:
 
 
 def members(cls: type) -> Iterator[tuple[str, Any]]:
-    '''The public methods and properties that a class gets from this library, each with its name.
+    '''Yield the public methods and properties that a class gets from this library, each with its name.
 
     A method that overrides one of another library is documented there.
     '''
@@ -79,7 +79,7 @@ def spaced(text: str) -> str:
 
 
 def mistakes(name: str, value: Any, shown: str = '') -> Iterator[str]:
-    '''Everything that the docstring of one object lacks.
+    '''Yield everything that the docstring of one object lacks.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def mistakes(name: str, value: Any, shown: str = '') -> Iterator[str]:
 
 
 def all_mistakes() -> list[str]:
-    '''What the docstrings of all public names lack, methods and properties included.'''
+    '''Return everything that the docstrings of public names lack, those of methods and properties included.'''
     found: list[str] = []
     for names in public_names().values():
         for name, value in names.items():

@@ -164,7 +164,7 @@ def test_what_cannot_be_done(here: Path) -> None:
             (('--mean', '0', '--std', '1'), 'nets.py:colours', 'does not run with an image of shape (1, 1, 16, 16)'),
             (('--per-class', '2'), 'nets.py:colours', 'out of reach')):
         fails(typed('inspect', '--flops', '0.001', *arguments, network=network), 1, text)
-    fails(typed('inspect', '--flops', '0.5', prepared=False), 1, 'nobody says how images are prepared')
+    fails(typed('inspect', '--flops', '0.5', prepared=False), 1, 'the preparation of images for')
     assert not (here / 'pruned').exists()
 
 

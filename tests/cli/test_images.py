@@ -81,7 +81,7 @@ def prepared(**options: Any) -> Preparation:
 
 
 def test_preparation_is_explicit() -> None:
-    with pytest.raises(zp.PruneError, match=r'nobody says how images are prepared for net.py:f: give --mean, --std'):
+    with pytest.raises(zp.PruneError, match=r'the preparation of images for net.py:f is not known: give --mean, --std'):
         prepared(size=8)
     with pytest.raises(zp.PruneError, match='three numbers each'):
         prepared(size=8, mean=(0., 0.), std=(1., 1.))

@@ -1,4 +1,4 @@
-'''What people read: which channels fall together and why, what stays and why, how much is within reach.'''
+'''What people read: which channels are coupled and why, what stays and why, how much is within reach.'''
 from __future__ import annotations
 
 import pytest

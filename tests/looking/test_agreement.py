@@ -51,7 +51,7 @@ def test_measures_against_their_formulas(device: torch.device) -> None:
         assert float(found.cosine[row]) == pytest.approx(float(F.cosine_similarity(before, after, 0)))
         assert float(found.rank[row]) == pytest.approx(spearmanr(before, after).statistic)
         moved = (before / before.abs().sum() - after / after.abs().sum()).abs().sum() / 2
-        assert float(found.moved[row]) == pytest.approx(float(moved)) and 0 < moved < 1
+        assert float(found.total_variation[row]) == pytest.approx(float(moved)) and 0 < moved < 1
         largest = max(float(maps[row].abs().max()) for maps in (found.before, found.after, found.difference))
         assert float(found.scale[row]) == largest
     masked = zp.agreement(model, plan.masked(model), composite(), x, labels(5))
@@ -61,15 +61,17 @@ def test_measures_against_their_formulas(device: torch.device) -> None:
 def test_equal_networks_agree_and_opposite_ones_do_not() -> None:
     model = chain()
     found = zp.agreement(model, model, composite(), images())
-    assert (found.cosine == 1).all() and (found.rank == 1).all() and (found.moved == 0).all() and found.same.all()
+    assert (found.cosine == 1).all() and (found.rank == 1).all() and found.same.all()
+    assert (found.total_variation == 0).all()
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
     other = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
     other[1].load_state_dict({'weight': -linear[1].weight})
     found = zp.agreement(linear, other, Composite(), images(3, 2), labels(3, 2))
-    assert torch.allclose(found.moved, torch.ones(3).double()) and torch.allclose(found.cosine, -torch.ones(3).double())
+    assert torch.allclose(found.total_variation, torch.ones(3).double())
+    assert torch.allclose(found.cosine, -torch.ones(3).double())
     nn.init.zeros_(other[1].weight)
     found = zp.agreement(linear, other, Composite(), images(3, 2), labels(3, 2))
-    assert (found.moved == 1).all() and (found.cosine == 0).all()
+    assert (found.total_variation == 1).all() and (found.cosine == 0).all()
 
 
 def test_kept_predictions_with_moved_explanations_come_first() -> None:
@@ -84,7 +86,7 @@ def test_kept_predictions_with_moved_explanations_come_first() -> None:
     order = found.order.tolist()
     assert sorted(order) == list(range(12)) and found.same[order[:stay]].all() and not found.same[order[stay:]].any()
     for part in (order[:stay], order[stay:]):
-        assert found.moved[part].tolist() == sorted(found.moved[part].tolist(), reverse=True)
+        assert found.total_variation[part].tolist() == sorted(found.total_variation[part].tolist(), reverse=True)
     assert str(found).splitlines()[2].split()[0] == str(order[0]) and f'{stay} of 12 predictions stay' in str(found)
 
 
@@ -95,7 +97,7 @@ def test_segmentation_and_regression() -> None:
     assert 'per position' in str(found)
     number = seeded(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 1), nn.Flatten(0)))
     found = zp.agreement(number, number, composite(), images(3), None, lambda output: output)
-    assert found.same.all() and found.moved.shape == (3,)
+    assert found.same.all() and found.total_variation.shape == (3,)
     with pytest.raises(zp.PruneError, match='without classes'):
         zp.agreement(number, number, composite(), images(3))
 

@@ -250,7 +250,7 @@ def test_what_changes_most_comes_first(tmp_path: Path, pruner: zp.Pruner, plan: 
     '''Those that keep their prediction and lose its explanation, then other predictions, then the rest.'''
     real = zp.agreement(pruner.model, plan.masked(pruner.model), None, images(5))
     moved, same_class = torch.tensor([0.1, 0.9, 0.6, 0.7, 0.3]), torch.tensor([True, False, True, True, False])
-    found = dataclasses.replace(real, moved=moved, same=same_class, order=torch.tensor([3, 2, 0, 1, 4]),
+    found = dataclasses.replace(real, total_variation=moved, same=same_class, order=torch.tensor([3, 2, 0, 1, 4]),
                                 predicted=(torch.zeros(5).long(), (~same_class).long()))
     monkeypatch.setattr(_sections, 'agreement', lambda *_: found)
     zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(5), class_names=['ant', 'bee'], max_images=4,

@@ -1,7 +1,7 @@
 '''Networks made up at random, and an oracle for pruning them that knows nothing of the library.
 
 A network is a list of steps over registers, run by :class:`Generated`. :func:`identify` runs the same steps on lists
-of channel identities instead of tensors: what a convolution brings forth is new, an addition makes identities one, a
+of channel identities instead of tensors: what a convolution produces is new, an addition makes identities one, a
 concatenation joins lists. From that alone follows which reads must be silent when channels go
 (:func:`Identities.masks`), and the original network with these reads silenced is what a pruned network must equal.
 '''
@@ -136,7 +136,7 @@ class Identities:
     Attributes
     ----------
     produced: dict of str to list of int
-        The identities of the output channels of every layer that brings forth new ones.
+        The identities of the output channels of every layer that produces new ones.
     reads: dict of int to list of int
         The identities that each reading step reads, in order.
     '''

@@ -89,7 +89,7 @@ def test_auto_prunes_by_the_choice(loader: Any) -> None:
 
 def test_candidates_that_lack_what_was_asked_for_are_not_chosen() -> None:
     result = pruner().prune(data(), HALF, 'auto', 'none', exemplars=2, **QUIET)
-    assert result.choice is not None and 'has no exemplars' in str(result.choice.divergences['l1'])
+    assert result.choice is not None and 'has no reference samples' in str(result.choice.divergences['l1'])
     assert result.relevance.exemplars is not None
 
 

@@ -1201,7 +1201,7 @@ def test_random_networks_are_told_so() -> None:
 def test_channels_that_are_a_whole_dimension_are_locked() -> None:
     model = one_layer(lambda net, h: net.norm(h), norm=nn.GroupNorm(1, 8))().double().eval()
     graph = zp.trace(model, image())
-    assert graph.groups == () and 'fall together' in graph.locked['conv']
+    assert graph.groups == () and 'are coupled' in graph.locked['conv']
 
 
 class Listed(nn.Module):

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import zennit_prune as zp
-from zennit_prune.relevance._criteria import CRITERIA, Criterion, known_criterion, looks_at_data
+from zennit_prune.relevance._criteria import CRITERIA, Criterion, known_criterion, uses_data
 from zennit_prune.relevance._sites import Flow, find_sites
 
 ALL = tuple(CRITERIA)
-MEASURES = tuple(name for name in CRITERIA if looks_at_data(name) and name != 'relevance')
+MEASURES = tuple(name for name in CRITERIA if uses_data(name) and name != 'relevance')
 Taps = dict[str, list[torch.Tensor]]
 
 
@@ -401,7 +401,7 @@ def test_unknown_names() -> None:
         pruner.collect([], 'taylr')
     assert all(repr(name) in str(caught.value) for name in ALL)
     assert all(f"'{name}'" in str(type(pruner).collect.__doc__) for name in ALL)
-    with pytest.raises(zp.PruneError, match=r"'l1' is no criterion that looks at data.*'taylor'"):
+    with pytest.raises(zp.PruneError, match=r"'l1' is no criterion that uses data.*'taylor'"):
         pruner.collector(criterion='l1')
     with pytest.raises(zp.PruneError, match='aggregate'):
         pruner.collect([], 'taylor', aggregate='most')
@@ -442,7 +442,7 @@ def test_a_description_is_immutable_and_what_the_collector_goes_by(name: str) ->
     assert all(torch.equal(by_name[group], by_value[group]) for group in by_name)
 
 
-def test_every_criterion_that_looks_at_data_is_described() -> None:
+def test_every_criterion_that_uses_data_is_described() -> None:
     assert set(DESCRIBED) == {'relevance', *MEASURES}
 
 
@@ -450,7 +450,7 @@ def test_every_criterion_that_looks_at_data_is_described() -> None:
 def test_a_criterion_of_your_own(name: str) -> None:
     '''The mean squared activation: one value says all that the collector needs.'''
     case = CASES[name]()
-    energy = Criterion('energy', lambda graph, model: find_sites(graph, Flow.settled),
+    energy = Criterion('energy', lambda graph, model: find_sites(graph, Flow.behind_activations),
                        lambda activation, gradient: activation ** 2, 'sumabs', 'one-hot', activations=True,
                        gradients=False)
     expected = per_sample(case, lambda activation, gradient: (activation ** 2).mean(1))
@@ -470,7 +470,7 @@ def test_quantities_see_what_the_description_says() -> None:
 
     for activations, gradients in ((True, True), (False, True), (True, False)):
         seen.clear()
-        collect(case, Criterion('look', lambda graph, model: find_sites(graph, Flow.settled), look,  # type: ignore
+        collect(case, Criterion('look', lambda graph, model: find_sites(graph, Flow.behind_activations), look,  # type: ignore
                                 'abs', 'cross-entropy', activations=activations, gradients=gradients))
         assert set(seen) == {(activations, gradients)}
 

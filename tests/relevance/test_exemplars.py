@@ -181,7 +181,7 @@ def test_channels_and_classes_at_risk() -> None:
             means = relevance.exemplars.by_class[name][row]
             assert float(losses[row, column]) == pytest.approx(
                 float(means[list(plan.removed.get(name, ()))].sum() / means.sum()))
-    with pytest.raises(zp.PruneError, match='without exemplars'):
+    with pytest.raises(zp.PruneError, match='without reference samples'):
         plan.at_risk(pruner().collect(data(), progress=False))
     with pytest.raises(zp.PruneError, match='another network'):
         zp.Plan(zp.trace(chain(), images()), {'0': [0]}).at_risk(relevance)

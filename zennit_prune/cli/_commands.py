@@ -48,7 +48,7 @@ class Score(NamedTuple):
     accuracy: float | None
 
     def same(self, other: Score) -> float | None:
-        '''The share of images for which another network predicts the same class.'''
+        '''Return the share of images for which another network predicts the same class.'''
         return float((self.predicted == other.predicted).float().mean()) if len(self.predicted) else None
 
 
@@ -60,13 +60,13 @@ class Outcome(NamedTuple):
 
 
 def files_of(job: Job, cut: bool) -> list[str]:
-    '''The files that a command writes.'''
+    '''Return the files that a command writes.'''
     return ['plan.json', 'relevance.safetensors', 'heatmaps.png', *['report.html'] * job.options.report,
             *['small.safetensors'] * cut]
 
 
 def _check(job: Job, cut: bool) -> list[str]:
-    '''The files to write, after a check of what would keep them from being written in the end.'''
+    '''Return the files to write, after a check of whatever would keep them from being written in the end.'''
     names = files_of(job, cut)
     if job.options.report:
         needed('jinja2', 'report', 'report.html')
@@ -181,7 +181,7 @@ def _repaired(job: Job, small: nn.Module, plan: Plan, references: References) ->
 
 
 def _shown(job: Job, count: int) -> tuple[torch.Tensor, Any, list[str]]:
-    '''Inputs, targets and names of images to look at, which are no references where there are others.'''
+    '''Return inputs, targets and names of images to show, which are no references where there are others.'''
     images = job.images((job.rest or job.drawn)[:count])
     inputs = [images[number] if images.targets is None else images[number][0] for number in range(len(images))]
     target = 'predicted' if images.targets is None else torch.tensor(images.targets, device=job.device)
@@ -200,7 +200,7 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
 
 
 def _measured(job: Job, scores: Mapping[str, Score], last: str) -> dict[str, tuple[Any, Any]]:
-    '''Measurements before and after, for the report.'''
+    '''Return the measurements before and after pruning, for the report.'''
     before, after = scores['before'], scores[last]
     where = f'{len(job.rest)} images that are no references'
     found = {} if before.accuracy is None else {f'accuracy on {where}': (before.accuracy, after.accuracy)}

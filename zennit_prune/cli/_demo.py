@@ -62,7 +62,7 @@ class DigitNet(nn.Module):
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    '''Training images and labels, test images and labels: scans of handwritten digits that come with scikit-learn.'''
+    '''Return training images and labels, then test images and labels, of the handwritten digits of scikit-learn.'''
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -92,13 +92,13 @@ def train(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs
 
 
 def references(labels: torch.Tensor, per_class: int = 10) -> torch.Tensor:
-    '''The indices of the first few images of every class.'''
+    '''Return the indices of the first few images of every class.'''
     return torch.cat([torch.nonzero(labels == label).flatten()[:per_class] for label in labels.unique()])
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    '''The share of images whose class is predicted.'''
+    '''Return the share of images whose class is predicted.'''
     return float((network(images).argmax(1) == labels).float().mean())
 
 

@@ -1,6 +1,6 @@
-'''Folders of images for the command line: which are references, which are held out, and how they are prepared.
+'''Folders of images for the command line: references, images to measure on, their preparation and their classes.
 
-Which output of a network belongs to which folder of images: never guessed where it could be wrong.
+The output of a network that belongs to a folder of images is never guessed where the guess could be wrong.
 '''
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ NUMBER = re.compile(r'(\d+)(?![^\W_])')  # '7', '7_rose', '07-rose', but not '7u
 WAYS = ('--classes numbers if folders begin with the number of their output, --classes names if they are called as '
         "torchvision's classes, --classes FILE with the names of the outputs, line by line, or as JSON "
         '{"folder": number}, or --classes none to go by what the network predicts')
+BATCH = 32
 
 
 def class_outputs(names: Sequence[str], rule: str, outputs: int, categories: Sequence[str] = ()) -> tuple[int, ...]:
-    '''The output of the network for every folder.
+    '''Return the output of the network for every folder.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def class_outputs(names: Sequence[str], rule: str, outputs: int, categories: Seq
         The folders.
     rule: str
         ``'sorted'``: outputs are numbered as the sorted folders, as in training with torchvision's ``ImageFolder``;
-        there are as many. ``'auto'``: the same, unless numbers in the names say otherwise. ``'numbers'``: a folder's
+        there are as many. ``'auto'``: as ``'sorted'``, unless numbers in names contradict. ``'numbers'``: a folder's
         name begins with its output. ``'names'``: it is that of a category. Else the path of a file: one name a line,
         in the order of the outputs, where a folder is a whole line or the first word of one; or a JSON object of
         outputs by folder.
@@ -106,7 +107,7 @@ def _from_file(names: Sequence[str], path: Path, outputs: int) -> dict[str, int]
 
 
 def _by_line(names: Sequence[str], lines: Sequence[str], where: str) -> dict[str, int]:
-    '''The one line of each name, found by the whole line or by its first word.'''
+    '''Return the line of each name, which equals the whole line or its first word.'''
     found = {}
     for name in names:
         wanted = _plain(name)
@@ -141,9 +142,6 @@ def _checked(names: Sequence[str], found: dict[str, int], rule: str, outputs: in
     return tuple(owner)
 
 
-BATCH = 32
-
-
 class Found(NamedTuple):
     '''The images of a folder.
 
@@ -163,8 +161,7 @@ class Found(NamedTuple):
 
 
 def find_images(folder: Path) -> Found:
-    '''Images in the sub-folders of a folder, one for each class, as torchvision's ``ImageFolder`` finds them; or in the
-    folder itself, without classes. Hidden folders are skipped.
+    '''Find images in the sub-folders of a folder, one for each class as in ``ImageFolder``, or in the folder itself.
 
     Raises
     ------
@@ -240,7 +237,7 @@ class Preparation:
     origin: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        '''The input that an image becomes, shape (C, size, size).'''
+        '''Return the input that an image becomes, shape (C, size, size).'''
         prepared: torch.Tensor = transforms.Compose([
             transforms.Resize(self.resize, self.interpolation), transforms.CenterCrop(self.size),
             transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float),
@@ -248,7 +245,7 @@ class Preparation:
         return prepared
 
     def shown(self, inputs: torch.Tensor) -> torch.Tensor:
-        '''Inputs as images between 0 and 1 again.'''
+        '''Return inputs as images between 0 and 1 again.'''
         mean, std = (torch.tensor(values, device='cpu').view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (inputs.cpu() * std + mean).clamp(0, 1)
 
@@ -259,7 +256,7 @@ class Preparation:
 
 def preparation(source: Source, network: nn.Module, size: int | None = None, resize: int | None = None,
                 mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Preparation:
-    '''The preparation that was asked for, completed by what torchvision or timm say of the network's public weights.
+    '''Return the preparation that was asked for, completed by what torchvision or timm state for the public weights.
 
     Raises
     ------
@@ -270,7 +267,7 @@ def preparation(source: Source, network: nn.Module, size: int | None = None, res
     preset = None if None not in given.values() else _preset(source, network)
     missing = [f'--{name}' for name, value in given.items() if value is None]
     if missing and preset is None:
-        raise PruneError(f'nobody says how images are prepared for {source}: give {", ".join(missing)} as in its '
+        raise PruneError(f'the preparation of images for {source} is not known: give {", ".join(missing)} as in its '
                          'training, e.g. --size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225.')
     if preset is not None:
         size = preset.size if size is None else size
@@ -290,7 +287,7 @@ def preparation(source: Source, network: nn.Module, size: int | None = None, res
 
 
 def _preset(source: Source, network: nn.Module) -> Preparation | None:
-    '''The preparation that a library names for its weights; None for files.'''
+    '''Return the preparation that a library names for its weights; None for files.'''
     if source.kind == 'torchvision':
         from torchvision import models
         weights = models.get_model_weights(source.place)['DEFAULT']
@@ -338,7 +335,7 @@ class Images(Dataset[Any]):
         return prepared if self.targets is None else (prepared, self.targets[number])
 
     def loader(self, batch: int = BATCH) -> DataLoader[Any]:
-        '''The images in batches, in their order.'''
+        '''Return the images in batches, in their order.'''
         return DataLoader(self, batch)
 
 

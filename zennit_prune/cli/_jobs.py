@@ -1,4 +1,4 @@
-'''The request of a command line, and all that is known before anything is computed; composites by name.'''
+'''The request of a command line, with all that is known before anything is computed, and composites by name.'''
 from __future__ import annotations
 
 import inspect
@@ -24,10 +24,13 @@ from ._sources import Source, build, categories, load_weights, weights_url
 
 OWN = {'recommended': recommended_composite, 'zplus': zplus}
 NAMES = (*OWN, *COMPOSITES)
+PER_CLASS = 10
+WITHOUT_CLASSES = 100
+LISTED = 20  # folders in the line about classes; --json has all
 
 
 def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) -> Composite:
-    '''A composite of Zennit's registry, ``'recommended'`` (epsilon) or ``'zplus'``.
+    '''Return a composite of Zennit's registry, ``'recommended'`` (epsilon) or ``'zplus'``.
 
     Parameters
     ----------
@@ -49,11 +52,6 @@ def composite_by_name(name: str, mean: Sequence[float], std: Sequence[float]) ->
     make = COMPOSITES[name]
     needed = inspect.signature(make).parameters
     return make(**{key: value for key, value in bounds.items() if key in needed})
-
-
-PER_CLASS = 10
-WITHOUT_CLASSES = 100
-LISTED = 20  # folders in the line about classes; --json has all
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Job:
             'seed': options.seed, 'device': str(self.device)}
 
     def _network(self) -> tuple[nn.Module, str]:
-        '''The network, and the place where its weights are from.'''
+        '''Return the network, and the place where its weights are from.'''
         options = self.options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -213,7 +211,7 @@ class Job:
         self.class_names = [called.get(number, str(number)) for number in range(outputs)] if called else None
 
     def images(self, chosen: Sequence[int], labelled: bool = True) -> Images:
-        '''The images at some positions, with their outputs where these are known.'''
+        '''Return the images at some positions, with their outputs where these are known.'''
         files, names = [self.found.files[number] for number in chosen], self.found.names
         mapping: Mapping[str, int] | None = self.mapping if labelled else None
         targets = None if mapping is None else [mapping[names[self.found.labels[number]]] for number in chosen]

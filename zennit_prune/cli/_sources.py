@@ -1,5 +1,6 @@
-'''Networks for the command line: from torchvision, timm or a Python file, with weights from a file; nothing is loaded
-from the network.
+'''Networks for the command line: from torchvision, timm or a Python file, with weights from a file.
+
+Nothing is downloaded.
 '''
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def build(source: Source, outputs: int | None = None) -> nn.Module:
 
 
 def _registered(source: Source, options: Mapping[str, Any]) -> nn.Module:
-    '''A network by its name in a library. Names are checked first: some of other kinds would start a download.'''
+    '''Build a network by its name in a library, which is checked first: some other names would start a download.'''
     create: Callable[..., nn.Module]
     if source.kind == 'torchvision':
         from torchvision import models
@@ -112,7 +113,7 @@ def _registered(source: Source, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _called(source: Source) -> nn.Module:
-    '''The network that a function in a Python file returns; the file is executed, and may import its neighbours.'''
+    '''Return the network that a function in a Python file builds; the file is executed and may import others beside.'''
     path = Path(source.place)
     if not path.is_file():
         raise PruneError(f'there is no file {source.place!r}.')
@@ -209,7 +210,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def weights_url(source: Source) -> str | None:
-    '''The address of the public weights of a network of torchvision, for a hint.'''
+    '''Return the address of the public weights of a network of torchvision, for a hint.'''
     if source.kind != 'torchvision':
         return None
     from torchvision import models
@@ -217,7 +218,7 @@ def weights_url(source: Source) -> str | None:
 
 
 def categories(source: Source, outputs: int) -> list[str]:
-    '''The names of the outputs where torchvision knows them of the public weights, and their number fits.'''
+    '''Return the names of the outputs where torchvision has them for the public weights and their number fits.'''
     if source.kind != 'torchvision':
         return []
     from torchvision import models

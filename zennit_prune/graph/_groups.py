@@ -115,7 +115,7 @@ class ChannelGroup:
         return 1 if self.blocks is None else int(self.blocks.max()) + 1
 
     def order_by_block(self, scores: npt.ArrayLike) -> Positions:
-        '''Order positions by ascending score, with one position of each block in turn.
+        '''Order positions by ascending score, alternating between the blocks of the group.
 
         Parameters
         ----------

@@ -92,7 +92,7 @@ def _channels(recording: Recording, component: Labels, kept: npt.NDArray[np.bool
         root = int(component[axis.start])
         if not kept[root]:  # the last channel of a dimension never goes
             kept[root] = True
-            reasons[root] = f'all channels along dimension {axis.dim} of {axis.parameter} fall together'
+            reasons[root] = f'all channels along dimension {axis.dim} of {axis.parameter} are coupled'
     roots = np.flatnonzero(read & ~kept & (component == np.arange(recording.size)))
     number = np.full(recording.size, -1, np.int64)
     number[roots] = np.arange(len(roots))

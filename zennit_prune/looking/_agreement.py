@@ -1,4 +1,4 @@
-'''How similar the heatmaps of a network are before and after pruning, image by image.'''
+'''Compare the heatmaps of a network before and after pruning, image by image.'''
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Agreement:
         (segmentation), whether all of them are the same; with a single output (regression), always true.
     predicted: tuple of torch.Tensor
         The class of the largest output, before and after, int64, shape (N,) or (N, ...).
-    moved: torch.Tensor
+    total_variation: torch.Tensor
         The total variation distance of the two heatmaps, float64, shape (N,), from 0 to 1: half of the L1 norm of
         their difference, where each is divided by its L1 norm. At 1, all relevance is at other pixels or of the other
         sign.
@@ -42,8 +42,8 @@ class Agreement:
     scale: torch.Tensor
         The largest absolute value in the three heatmaps of an image, shape (N,), to draw them on one scale.
     order: torch.Tensor
-        The numbers of the images, int64, shape (N,): those with the same prediction by descending ``moved``, then those
-        with another prediction by descending ``moved``.
+        The numbers of the images, int64, shape (N,): those with the same prediction by descending ``total_variation``,
+        then those with another prediction, in this order as well.
 
     See Also
     --------
@@ -57,7 +57,7 @@ class Agreement:
     >>> found = zp.agreement(model, model, None, torch.randn(3, 1, 4, 4))
     >>> found
     Agreement(3 images, 3 predictions stay, median cosine 1.00)
-    >>> found.same.tolist(), found.moved.tolist()
+    >>> found.same.tolist(), found.total_variation.tolist()
     ([True, True, True], [0.0, 0.0, 0.0])
     '''
 
@@ -65,7 +65,7 @@ class Agreement:
     rank: torch.Tensor
     same: torch.Tensor
     predicted: tuple[torch.Tensor, torch.Tensor]
-    moved: torch.Tensor
+    total_variation: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     difference: torch.Tensor
@@ -78,12 +78,12 @@ class Agreement:
         for image in self.order.tolist():
             classes = (int(before[image]), int(after[image])) if before.dim() == 1 else ('per position',) * 2
             rows.append((image, *classes, 'yes' if self.same[image] else 'no', f'{float(self.cosine[image]):.2f}',
-                         f'{float(self.rank[image]):.2f}', f'{float(self.moved[image]):.0%}'))
+                         f'{float(self.rank[image]):.2f}', f'{float(self.total_variation[image]):.0%}'))
         stay = int(self.same.sum())
-        return '\n'.join([table(('image', 'before', 'after', 'same', 'cosine', 'rank', 'moved'), rows), '',
+        return '\n'.join([table(('image', 'before', 'after', 'same', 'cosine', 'rank', 'total variation'), rows), '',
                           f'{stay} of {len(self.same)} predictions stay; medians: cosine '
-                          f'{float(self.cosine.median()):.2f}, rank {float(self.rank.median()):.2f}, moved '
-                          f'{float(self.moved.median()):.0%}'])
+                          f'{float(self.cosine.median()):.2f}, rank {float(self.rank.median()):.2f}, total variation '
+                          f'{float(self.total_variation.median()):.0%}'])
 
     def __repr__(self) -> str:
         return (f'Agreement({len(self.same)} images, {int(self.same.sum())} predictions stay, median cosine '
@@ -105,10 +105,12 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
         the pruned network rather than the masked one.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
-    target, initial:
-        Where relevance starts, see :func:`zennit_prune.heatmap`. The relevance at the output is computed from the
-        original's output for both networks: ``'predicted'`` is the original's prediction, ``'logit'`` its logit, and
-        functions are called with its output. For a regression, give a function.
+    target: torch.Tensor, callable or ``'predicted'``
+        The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`. ``'predicted'`` is the
+        prediction of the original, for both networks. For a regression, give a function.
+    initial: str or callable
+        The relevance at the target, as in :func:`zennit_prune.heatmap`. It is computed from the output of the original
+        for both networks: ``'logit'`` is the original's logit, and functions are called with its output.
 
     Returns
     -------
@@ -161,35 +163,35 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
     same = (predicted[0] == predicted[1]).reshape(len(before), -1).all(1)
     difference = after - before
     left, right = before.double().flatten(1), after.double().flatten(1)
-    moved = _moved(left, right)
-    order = torch.argsort(moved + 2 * same, descending=True, stable=True)
+    variation = _total_variation(left, right)
+    order = torch.argsort(variation + 2 * same, descending=True, stable=True)
     scale = torch.stack([maps.flatten(1).abs().amax(1) for maps in (before, after, difference)]).amax(0)
-    return Agreement(_cosine(left, right), _rank(left, right), same, predicted, moved, before, after, difference, scale,
-                     order)
+    return Agreement(_cosine(left, right), _rank(left, right), same, predicted, variation, before, after, difference,
+                     scale, order)
 
 
 def _predicted(output: torch.Tensor) -> torch.Tensor:
-    '''The class of the largest output; 0 where the output is a single number.'''
+    '''Return the class of the largest output; 0 where the output is a single number.'''
     output = output.detach().cpu()
     return (output.unsqueeze(1) if output.dim() == 1 else output).argmax(1)
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''The cosine between rows, each divided by its largest value first, for squares of small numbers underflow.'''
+    '''Return the cosine between rows, each divided by its largest value first: squares of small numbers underflow.'''
     left, right = (rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300) for rows in (left, right))
     cosine = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1)).clamp(min=1e-300)
     return torch.where((left == right).all(1), 1.0, cosine.clamp(-1, 1))
 
 
 def _rank(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
+    '''Return Spearman's rank correlation between rows; 1 for equal rows, constant ones included.'''
     return torch.tensor([1.0 if torch.equal(*pair) else spearman(*pair) for pair in zip(left, right)],
                         dtype=torch.float64, device='cpu')
 
 
-def _moved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    '''The total variation distance between rows, each divided by its L1 norm; 1 where only one of them is zero.'''
+def _total_variation(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    '''Return the total variation distance between rows, each divided by its L1 norm; 1 where only one is zero.'''
     norms = [rows.abs().sum(1, keepdim=True) for rows in (left, right)]
     shares = [rows / total.clamp(min=1e-300) for rows, total in zip((left, right), norms)]
-    moved = (shares[1] - shares[0]).abs().sum(1) / 2
-    return torch.where((norms[0] > 0).flatten() == (norms[1] > 0).flatten(), moved, 1.0).clamp(0, 1)
+    distance = (shares[1] - shares[0]).abs().sum(1) / 2
+    return torch.where((norms[0] > 0).flatten() == (norms[1] > 0).flatten(), distance, 1.0).clamp(0, 1)

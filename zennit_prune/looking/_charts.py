@@ -1,4 +1,4 @@
-'''Charts as SVG, from numbers alone; colours and text around them are the page's.
+'''Charts as SVG, from numbers alone; the page supplies the colours and the text around them.
 
 A chart is stretched to the width of the page, so it holds shapes only. The texts of its points are a list, from which
 the page shows that of the point under the pointer, or of the one that the arrow keys reach.
@@ -55,7 +55,7 @@ class Chart:
 
 
 def ranking(scores: Sequence[float], removed: Sequence[bool]) -> Chart:
-    '''The scores of a group's channels in ascending order, those to be removed in another colour, and the cut.
+    '''Draw the scores of a group's channels in ascending order, those to be removed in another colour, and the cut.
 
     Heights are square roots, signs kept, so that small scores can be seen beside large ones.
     '''
@@ -85,7 +85,7 @@ def ranking(scores: Sequence[float], removed: Sequence[bool]) -> Chart:
 
 def columns(labels: Sequence[str], after: Sequence[float], before: Sequence[float] | None = None,
             says: Sequence[str] | None = None, top: float | None = None, top_name: str = '') -> Chart:
-    '''A column for each label, in front of a paler one for the value before pruning.'''
+    '''Draw a column for each label, in front of a paler one for the value before pruning.'''
     whole = list(after if before is None else before)
     highest = top if top is not None else max([*whole, *after], default=0.0) or 1.0
     shapes = []
@@ -100,7 +100,7 @@ def columns(labels: Sequence[str], after: Sequence[float], before: Sequence[floa
 
 
 def matrix(rows: Sequence[str], labels: Sequence[str], values: Sequence[Sequence[float]], what: str) -> Chart:
-    '''A cell for each row and label, with an opacity in proportion to its value.'''
+    '''Draw a cell for each row and label, with an opacity in proportion to its value.'''
     cells, says = [], []
     highest = max((value for line in values for value in line), default=0.0) or 1.0
     for y, (row, line) in enumerate(zip(rows, values)):
@@ -122,7 +122,7 @@ class Line:
 
 
 def lines(curves: Sequence[Line], original: float) -> tuple[Chart, list[tuple[str, int]]]:
-    '''Curves over a common axis that descends from left to right, with bands of spread; and a legend.'''
+    '''Draw curves over a common axis that descends from left to right, with bands of spread, and return the legend.'''
     drawn = [line for line in curves if line.points]
     xs = sorted({x for line in drawn for x, _, _ in line.points}, reverse=True)
     ends = [y + sign * spread for line in drawn for _, y, spread in line.points for sign in (-1, 1)] + [original]
@@ -159,7 +159,7 @@ def lines(curves: Sequence[Line], original: float) -> tuple[Chart, list[tuple[st
 
 
 def segments(labels: Sequence[str]) -> list[tuple[str, int]]:
-    '''Runs of labels that share their first name: this name, and the number of labels.'''
+    '''Return runs of labels that share their first name, each as this name and the number of labels.'''
     return [(part, len(list(run))) for part, run in groupby(label.split('.')[0] for label in labels)]
 
 
@@ -172,6 +172,6 @@ def amount(value: float) -> str:
 
 
 def _svg(shapes: str, width: float, height: float) -> Markup:
-    '''An SVG drawing of some shapes.'''
+    '''Return an SVG drawing of some shapes.'''
     return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" preserveAspectRatio="none" aria-hidden="true" '
                   f'focusable="false">{shapes}</svg>')

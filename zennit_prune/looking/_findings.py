@@ -54,7 +54,7 @@ class Curved(Protocol):
         '''The name of the function that evaluated.'''
 
     def curves(self) -> Mapping[tuple[str, str], Mapping[float, Any]]:
-        '''By criterion and repair, then by budget: means over the seeds.'''
+        '''Return the means over the seeds, by criterion and repair, then by budget.'''
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Costs:
 
 
 def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> list[Amount]:
-    '''The rows of the summary: costs before and after, and what was measured elsewhere.
+    '''Return the rows of the summary: costs before and after, and what was measured elsewhere.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def amounts(plan: Plan, evaluation: Mapping[str, tuple[Any, Any]] | None) -> lis
 
 
 def layer_costs(plan: Plan) -> Costs:
-    '''Widths of the groups; FLOPs and parameters of the layers that compute, in execution order.'''
+    '''Return the widths of the groups, and FLOPs and parameters of the layers that compute, in execution order.'''
     costs = cost_model(plan.graph)
     counts = costs.counts(plan.removed)
     found = {unit: (costs.by_layer(unit, 0 * counts), costs.by_layer(unit, counts)) for unit in ('flops', 'params')}
@@ -168,7 +168,7 @@ def layer_costs(plan: Plan) -> Costs:
 
 
 def group_findings(plan: Plan, relevance: Relevance | None, reliability: Reliability | None) -> list[Group]:
-    '''Dependency groups in execution order.'''
+    '''Return the dependency groups in execution order.'''
     found = []
     for group in plan.graph.groups:
         removed = set(plan.removed.get(group.name, ()))
@@ -186,7 +186,7 @@ def group_findings(plan: Plan, relevance: Relevance | None, reliability: Reliabi
 
 
 def reliability_chart(groups: Sequence[Group]) -> Chart | None:
-    '''A column for each group: the split-half rank correlation of its scores.'''
+    '''Draw the split-half rank correlation of the scores of each group as a column.'''
     known = [group for group in groups if group.reliability is not None]
     if not known:
         return None
@@ -195,7 +195,7 @@ def reliability_chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def locked_by_reason(graph: ChannelGraph) -> dict[str, list[str]]:
-    '''Locked layers by the reason that they share.'''
+    '''Return the locked layers by the reason that they share.'''
     found: dict[str, list[str]] = {}
     for layer, reason in graph.locked.items():
         found.setdefault(reason, []).append(layer)
@@ -249,7 +249,7 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
 
 
 def _asked(name: str, question: Callable[[], str] | str) -> Check:
-    '''The outcome of a check, or the reason why it was not run.'''
+    '''Return the outcome of a check, or the reason why it was not run.'''
     if isinstance(question, str):
         return Check(name, None, question)
     try:
@@ -259,7 +259,7 @@ def _asked(name: str, question: Callable[[], str] | str) -> Check:
 
 
 def origin(pruner: Subject, plan: Plan, relevance: Relevance | None, small: nn.Module | None) -> dict[str, str]:
-    '''Versions, rules, seeds, and checksums: all that is needed to make the plan again and compare.'''
+    '''Return versions, rules, seeds and checksums: all that is needed to make the plan again and compare.'''
     from .. import __version__
 
     found = {'zennit_prune': __version__, 'Zennit': version('zennit'), 'PyTorch': torch.__version__}
@@ -276,12 +276,12 @@ def origin(pruner: Subject, plan: Plan, relevance: Relevance | None, small: nn.M
 
 
 def plan_text(plan: Plan) -> str:
-    '''The text of the file that :meth:`Plan.save` writes.'''
+    '''Return the text of the file that :meth:`Plan.save` writes.'''
     return json.dumps(plan.to_dict(), indent=1) + '\n'
 
 
 def weights_sum(model: nn.Module) -> str:
-    '''SHA-256 checksum over names, types, shapes and bytes of ``state_dict()``, in its order.'''
+    '''Return the SHA-256 checksum over names, types, shapes and bytes of ``state_dict()``, in its order.'''
     digest = hashlib.sha256()
     for name, tensor in unwrapped(model).state_dict().items():
         if isinstance(tensor, torch.Tensor):

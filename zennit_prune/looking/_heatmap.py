@@ -114,7 +114,7 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
 
 def explained(model: nn.Module, composite: Composite | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
               graph: ChannelGraph | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    '''The heatmaps for the relevance that ``start`` gives to the output, and the output.'''
+    '''Return the heatmaps for the relevance that ``start`` gives to the output, and the output.'''
     model = unwrapped(model)
     composite = recommended_composite() if composite is None else composite
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
@@ -127,7 +127,7 @@ def explained(model: nn.Module, composite: Composite | None, x: Any, start: Call
 
 
 def first_floating(inputs: Any) -> torch.Tensor:
-    '''The first floating-point input, which a heatmap is of.'''
+    '''Return the first floating-point input, whose relevance a heatmap shows.'''
     for tensor in tensors_in(inputs):
         if tensor.requires_grad:
             return tensor
@@ -135,7 +135,7 @@ def first_floating(inputs: Any) -> torch.Tensor:
 
 
 def summed(relevance: torch.Tensor) -> torch.Tensor:
-    '''Relevance at the input, summed over its channels, on the CPU.'''
+    '''Return relevance at the input, summed over its channels, on the CPU.'''
     relevance = relevance.detach().cpu()
     if not torch.isfinite(relevance).all():
         raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
@@ -144,7 +144,7 @@ def summed(relevance: torch.Tensor) -> torch.Tensor:
 
 def _through_channels(model: nn.Module, composite: Composite | None, x: Any, target: Any, initial: Initial,
                       channel: Any, graph: ChannelGraph | None) -> torch.Tensor:
-    '''The heatmaps of single channels, shape (N, H, W), or (K, N, H, W) for a sequence of positions.'''
+    '''Return the heatmaps of single channels, shape (N, H, W), or (K, N, H, W) for a sequence of positions.'''
     group, position = _checked_channel(channel)
     model = unwrapped(model)
     graph = graph or trace(model, x)
@@ -160,7 +160,7 @@ def _through_channels(model: nn.Module, composite: Composite | None, x: Any, tar
 
 
 def _checked_channel(channel: Any) -> tuple[str | ChannelGroup, Any]:
-    '''A group and a position in it, or several positions.'''
+    '''Return the group and the position or positions in it, after a check of their form.'''
     if not isinstance(channel, (tuple, list)) or len(channel) != 2 or not isinstance(channel[0], (str, ChannelGroup)):
         raise PruneError(f"channel={channel!r} names no channel: give a group and a position in it, e.g. channel=('"
                          "layer1.0.conv1', 3), or several positions, channel=('layer1.0.conv1', [3, 5]).")
@@ -186,7 +186,7 @@ class Taps(Reader):
 
 
 def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
-    '''The group of a graph that a name, or a group of another trace of the same network, stands for.'''
+    '''Return the group of a graph that a name, or a group of another trace of the same network, stands for.'''
     found = graph.group(group.name if isinstance(group, ChannelGroup) else group)
     if isinstance(group, ChannelGroup) and found.size != group.size:
         raise PruneError(f'group {group.name!r} has {group.size} channels, but {found.size} in this network: it is of '
@@ -195,7 +195,7 @@ def known_group(graph: ChannelGraph, group: str | ChannelGroup) -> ChannelGroup:
 
 
 def sites_of(graph: ChannelGraph, group: ChannelGroup) -> list[ActivationSite]:
-    '''The sites where the relevance of a group's channels is read.'''
+    '''Return the sites where the relevance of a group's channels is read.'''
     sites, missing = find_sites(graph)
     if group.name in missing:
         raise PruneError(f'the relevance of group {group.name!r} cannot be read: {missing[group.name]}.')
@@ -203,12 +203,12 @@ def sites_of(graph: ChannelGraph, group: ChannelGroup) -> list[ActivationSite]:
 
 
 def _several(position: Any) -> bool:
-    '''Whether several positions are given, rather than a number.'''
+    '''Return whether several positions are given, rather than a number.'''
     return isinstance(position, Sequence) or getattr(position, 'ndim', 0) > 0
 
 
 def _positions(group: ChannelGroup, position: Any) -> list[int]:
-    '''One position or several as a list, each within the group.'''
+    '''Return one position or several as a list, each within the group.'''
     try:
         channels = [operator.index(item) for item in (position if _several(position) else [position])]
     except TypeError as error:
@@ -225,7 +225,7 @@ def _positions(group: ChannelGroup, position: Any) -> list[int]:
 
 def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: Any, target: Any, initial: Initial,
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
-    '''The heatmaps of several channels of a group, shape (K, N, H, W).'''
+    '''Return the heatmaps of several channels of a group, shape (K, N, H, W).'''
     network, taps, registered = attribution
     number = batch_size(x)
     at_once = max(1, AT_ONCE // number)
@@ -266,7 +266,7 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
 
 
 def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
-    '''Relevance given at activation sites, propagated to the input.'''
+    '''Propagate relevance given at activation sites to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
         arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
@@ -276,7 +276,7 @@ def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tens
 
 
 def _kept(site: ActivationSite, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:
-    '''The relevance at a site, zero but for one channel, divided by the number of sites that hold the channel.'''
+    '''Return the relevance of one channel at a site, zero elsewhere, divided by the number of sites that hold it.'''
     shape = [1] * relevance.dim()
     for dim, size in zip(site.dims, site.positions.shape):
         if relevance.shape[dim] != size:

@@ -114,7 +114,7 @@ def _check_fit(x: torch.Tensor, maps: Mapping[str, torch.Tensor], captions: Sequ
 
 
 def _sheet(rows: Sequence[tuple[str, list[Pixels]]], captions: Sequence[str]) -> Image.Image:
-    '''Rows of tiles with their names to the left and captions above.'''
+    '''Draw rows of tiles with their names to the left and captions above.'''
     font = ImageFont.load_default(TEXT)
     height, width = rows[0][1][0].shape[:2]
     zoom = max(1, -(-TILE // max(height, width)))
@@ -137,7 +137,7 @@ def _sheet(rows: Sequence[tuple[str, list[Pixels]]], captions: Sequence[str]) ->
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    '''A text, shortened at its end to at most ``width`` pixels.'''
+    '''Return a text, shortened at its end to at most ``width`` pixels.'''
     shown = text
     while shown and font.getlength(shown) > width:
         text = text[:-1]
@@ -183,7 +183,7 @@ def heat(values: torch.Tensor, scale: float, colours: Sequence[tuple[int, int, i
 
 
 def full_colour(maps: torch.Tensor, largest: int = LARGEST) -> float:
-    '''The scale at which the strongest pixels of some heatmaps, shape (N, H, W), have the full colour.'''
+    '''Return the scale at which the strongest pixels of some heatmaps, shape (N, H, W), have the full colour.'''
     values = _reduced(maps.detach().cpu().float(), largest).abs().flatten()
     return float(values.double().quantile(BRIGHTEST)) or float(values.max())
 
@@ -195,19 +195,19 @@ def _check_image(image: torch.Tensor, remedy: str) -> None:
 
 
 def stretched(values: torch.Tensor) -> torch.Tensor:
-    '''Values scaled to the range from 0 to 1.'''
+    '''Return values scaled to the range from 0 to 1.'''
     low, high = float(values.min()), float(values.max())
     return (values - low) / ((high - low) or 1.0)
 
 
 def _bytes(values: torch.Tensor) -> Pixels:
-    '''An image with values from 0 to 1, shape (1 or 3, H, W), as (H, W, 3) bytes.'''
+    '''Return an image with values from 0 to 1, shape (1 or 3, H, W), as (H, W, 3) bytes.'''
     pixels = (values.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
     return np.ascontiguousarray(pixels)
 
 
 def _palette(colours: Sequence[tuple[int, int, int]]) -> Pixels:
-    '''Colours from the first to the second in the middle, and on to the third.'''
+    '''Return a palette from the first colour over the second in the middle to the third.'''
     anchors = np.array(colours, float)
     at = np.linspace(0, 2, LEVELS)
     mixed = np.stack([np.interp(at, [0, 1, 2], anchors[:, channel]) for channel in range(3)], 1)
@@ -215,18 +215,18 @@ def _palette(colours: Sequence[tuple[int, int, int]]) -> Pixels:
 
 
 def _reduced(values: torch.Tensor, largest: int) -> torch.Tensor:
-    '''Averages over blocks of pixels where the picture is large.'''
+    '''Return averages over blocks of pixels where the picture is large.'''
     factor = -(-max(values.shape[-2:]) // largest)
     return values if factor == 1 else F.avg_pool2d(values[None], factor, ceil_mode=True)[0]
 
 
 def _encoded(drawn: Image.Image, kind: str, **options: int) -> bytes:
-    '''The bytes of an image file.'''
+    '''Return the bytes of an image file.'''
     buffer = io.BytesIO()
     drawn.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def _uri(drawn: Image.Image, kind: str, **options: int) -> str:
-    '''A picture as a data URI.'''
+    '''Return a picture as a data URI.'''
     return f'data:image/{kind.lower()};base64,{base64.b64encode(_encoded(drawn, kind, **options)).decode()}'

@@ -41,8 +41,8 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
     Returns
     -------
     torch.Tensor
-        int64, shape (grid..., 4): top, bottom, left and right in pixels, bottom and right excluded; all zero for a
-        position that depends on no pixel.
+        The boxes, int64, shape (grid..., 4): top, bottom, left and right in pixels, bottom and right excluded; all
+        zero for a position that depends on no pixel.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
 
 
 def _edges(network: nn.Module, keeper: Any, sites: Any, x: torch.Tensor, dim: int, name: str) -> torch.Tensor:
-    '''First and last row (or column) that each position depends on, the last excluded, shape (grid..., 2).'''
+    '''Return the first row (or column) that each position depends on, and that behind the last, shape (grid..., 2).'''
     size = x.shape[dim]
     seen = []
     for first in range(0, size, AT_ONCE):

@@ -221,7 +221,7 @@ def _page(pruner: Subject, plan: Plan, relevance: Relevance | None, images: Imag
 
 def _first(groups: Sequence[Group], checks: Sequence[Check], heatmaps: HeatmapSection | None,
            classes: ClassSection | None, reliability: Reliability | None) -> Iterator[tuple[str, str]]:
-    '''The findings to read first, each with the section that shows it.'''
+    '''Return the findings to read first, each with the section that shows it.'''
     for check in checks:
         if check.good is False:
             yield f'A check failed: “{check.name}”.', 'checks'
@@ -238,7 +238,7 @@ def _first(groups: Sequence[Group], checks: Sequence[Check], heatmaps: HeatmapSe
 
 
 def _curves(sweep: Curved) -> Curves:
-    '''The chart of a sweep.'''
+    '''Draw the chart of a sweep.'''
     curves = sweep.curves()
     plain = {repair for _, repair in curves} == {'none'}
     drawn = [charts.Line(criterion if plain else f'{criterion}, {repair}',
@@ -253,7 +253,7 @@ def _curves(sweep: Curved) -> Curves:
 
 def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,
              max_images: Any) -> Images:
-    '''The images of the report; raise where arguments do not fit each other.'''
+    '''Return the images of the report, after a check that the arguments fit each other.'''
     if plan.graph is not pruner.graph and plan.graph.groups != pruner.graph.groups:
         raise PruneError('the plan was made from another trace than the pruner: read it with '
                          'Plan.load(path, pruner.graph).')

@@ -22,7 +22,7 @@ from ._findings import Subject
 from ._heatmap import heatmap
 from ._pictures import CHANGE, SMALL, full_colour, heat, picture
 
-MOVED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
+CHANGED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
 CLASSES = 20  # rows of the chart of classes
 PAIRS = 5  # channels at risk, each beside one that is kept
 SHOWN = 5  # reference samples of a channel
@@ -43,17 +43,17 @@ class Images:
     most: int
 
     def shown(self, number: int) -> str:
-        '''An image as a data URI.'''
+        '''Return an image as a data URI.'''
         source = self.x if self.display is None else self.display
         assert source is not None
         return picture(source[number], self.display is not None)
 
     def class_name(self, number: int) -> str:
-        '''The name of a class.'''
+        '''Return the name of a class.'''
         return str(self.classes[number]) if 0 <= number < len(self.classes) else f'class {number}'
 
     def image_name(self, number: int) -> str:
-        '''The name of an image.'''
+        '''Return the name of an image.'''
         return str(self.names[number]) if self.names else f'image {number}'
 
 
@@ -72,7 +72,7 @@ class ImageHeatmaps:
     small: bool
     cosine: float
     rank: float
-    moved: float
+    total_variation: float
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,19 @@ class ClassSection:
 
 
 def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images: Images) -> HeatmapSection | None:
-    '''Heatmaps before and after pruning, images whose explanation changes most first; None without images.'''
+    '''Compute heatmaps before and after pruning, images whose explanation changes most first; None without images.'''
     if images.x is None:
         return None
     after = plan.masked(pruner.model) if small is None else small
     target = 'predicted' if images.target is None else images.target
     found = agreement(pruner.model, after, pruner.composite, images.x, target)
-    turns = found.same & (found.moved > MOVED)
+    turns = found.same & (found.total_variation > CHANGED)
     order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
     shown = [_image_heatmaps(number, found, images) for number in order[:images.most]]
     stay = int(found.same.sum())
     summary = (f'{stay:,} of {len(order):,} predictions stay the same; for {int(turns.sum()):,} of these, the heatmap '
-               f'changes by a total variation distance of more than {MOVED:.0%}. Median cosine between heatmaps before '
-               f'and after: {float(found.cosine.median()):.2f}.')
+               f'changes by a total variation distance of more than {CHANGED:.0%}. Median cosine between heatmaps '
+               f'before and after: {float(found.cosine.median()):.2f}.')
     most = f' The {len(shown)} images that change most are shown.' if len(shown) < len(order) else ''
     note = (f'{summary}{most} Images that keep their prediction while its explanation changes come first, because '
             'accuracy does not show them; then those whose prediction changes.')
@@ -114,10 +114,10 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
 
 
 def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatmaps:
-    '''One image of the section.'''
+    '''Draw one image of the section with its heatmaps.'''
     assert images.x is not None
-    same, moved = bool(found.same[number]), float(found.moved[number])
-    level = 'bad' if not same else 'warn' if moved > MOVED else 'good'
+    same, variation = bool(found.same[number]), float(found.total_variation[number])
+    level = 'bad' if not same else 'warn' if variation > CHANGED else 'good'
     verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'no change'}[level]
     before, after = (classes[number] for classes in found.predicted)
     prediction = 'predicted position by position'
@@ -131,11 +131,11 @@ def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatm
     return ImageHeatmaps(
         images.image_name(number), prediction, verdict, level, images.shown(number), heat(maps[0], scale),
         heat(maps[1], scale), heat(found.difference[number], scale, CHANGE), max(images.x.shape[-2:]) <= SMALL,
-        float(found.cosine[number]), float(found.rank[number]), moved)
+        float(found.cosine[number]), float(found.rank[number]), variation)
 
 
 def class_section(plan: Plan, relevance: Relevance | None, images: Images) -> ClassSection | None:
-    '''The share of relevance that each class loses at each group; None where scores are not known by class.'''
+    '''Return the share of relevance that each class loses at each group; None where scores are not known by class.'''
     exemplars = getattr(relevance, 'exemplars', None)
     losses = None if relevance is None or exemplars is None else plan.at_risk(relevance).classes
     if losses is None or exemplars is None:
@@ -186,7 +186,7 @@ Samples = dict[int, tuple[torch.Tensor, int | None]]
 
 def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
                  names: Callable[[int], str]) -> RiskSection | None:
-    '''The channels at the largest risk; None where relevance has no exemplars, or there are no references.
+    '''Return the channels at the largest risk; None where no reference samples were kept or given.
 
     Parameters
     ----------
@@ -236,14 +236,14 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
 
 
 def _least_kept(plan: Plan, relevance: Relevance, group: str) -> int | None:
-    '''The least relevant channel of a group that is kept.'''
+    '''Return the least relevant channel of a group that is kept.'''
     removed = set(plan.removed.get(group, ()))
     order: list[int] = relevance[group].argsort().tolist()
     return next((position for position in order if position not in removed), None)
 
 
 def _samples(references: Any, wanted: Collection[int]) -> Samples:
-    '''Images and labels by their number in the loader's order.'''
+    '''Return images and labels by their number in the loader's order.'''
     if isinstance(getattr(references, 'sampler', None), RandomSampler):
         raise PruneError('references are shuffled, so that samples cannot be identified: give a loader with '
                          'shuffle=False to collect() and here.')
@@ -275,7 +275,7 @@ def _check_order(risks: Collection[Risk], samples: Samples) -> None:
 
 def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
               names: Callable[[int], str]) -> list[Excerpt]:
-    '''Parts of reference samples around the relevance of a channel.'''
+    '''Return parts of reference samples around the relevance of a channel.'''
     if not numbers:
         return []
     x = torch.stack([samples[number][0] for number in numbers]).to(device_of(pruner.model))
@@ -294,7 +294,7 @@ def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], sam
 
 
 def _box(values: torch.Tensor) -> tuple[slice, slice]:
-    '''The square that holds most of the absolute relevance of a heatmap.'''
+    '''Return the square that holds most of the absolute relevance of a heatmap.'''
     strength = values.abs().double()
     ends = []
     for dim in (1, 0):

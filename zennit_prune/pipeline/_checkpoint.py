@@ -22,7 +22,7 @@ FORMAT = 'zennit_prune iteration'
 
 
 class State(NamedTuple):
-    '''How far a run came: all that its next step depends on.
+    '''The progress of a run: all that its next step depends on.
 
     The network is the original itself before the first step.
     '''
@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 def filled(small: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
-    '''The network itself, with other values in its parameters and buffers; flags, hooks and types stay.
+    '''Write other values into the parameters and buffers of a network, whose flags, hooks and types stay; return it.
 
     Raises
     ------
@@ -57,9 +57,9 @@ class Checkpoint:
     Parameters
     ----------
     folder: path-like
-        Made if it is not there.
+        The folder, which is created if needed.
     settings: mapping
-        What has to be equal for a run to go on, as JSON values.
+        The settings that have to be equal for a run to go on, as JSON values.
 
     Raises
     ------
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 def _step(values: dict[str, Any]) -> Step:
-    '''A step from JSON values; before, the reliability was called stability.'''
+    '''Return a step from JSON values; in older files, the reliability has another name.'''
     if 'stability' in values:
         values['reliability'] = values.pop('stability')
     return Step(**values)

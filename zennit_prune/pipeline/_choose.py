@@ -1,4 +1,4 @@
-'''Choose a criterion for a network and a budget, judged without labels on references that were held out.'''
+'''Choose a criterion for a network and a budget by held-out references, without labels.'''
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,16 +27,26 @@ LEAST = 8  # samples
 
 @dataclass(frozen=True)
 class Choice:
-    '''The criterion that ``criterion='auto'`` chose, and how all candidates did; ``result.choice``, print it.
+    '''The criterion that ``criterion='auto'`` chose, with the results of all candidates; it prints as a table.
+
+    A result has it as ``result.choice``.
 
     Attributes
     ----------
     criterion: str or callable
         The candidate with the least squared error of the outputs; of equals, the first.
     divergences: dict of str to Divergence or str
-        By candidate, how far the outputs of the pruned and repaired network are from those of the original, on
+        By candidate, the distance of the outputs of the pruned and repaired network from those of the original, on
         references that were held out (``.error``, the squared error, and ``.kl``, the Kullback-Leibler divergence of
-        the predictions, which a few confident mistakes decide, so that it is a worse guide); or why it failed.
+        the predictions, which a few confident mistakes decide, so that it is a worse guide); or the reason of its
+        failure.
+
+    Examples
+    --------
+    >>> pruner = zp.Pruner(model, None, example, progress=False)
+    >>> choice = pruner.prune(loader, zp.Budget(channels=0.5), criterion='auto', repair='bias').choice
+    >>> choice.criterion in choice.divergences
+    True
     '''
 
     criterion: AnyCriterion
@@ -57,8 +67,8 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
     model: torch.nn.Module
         The network.
     loader: iterable
-        As for :meth:`Pruner.collect`; of more than 1,024 samples, a random choice is used. Labels are used by the
-        criteria that need them, not by the comparison.
+        As for :meth:`Pruner.collect`; at most 1,024 samples are used, a uniform subset beyond that. Labels are used by
+        the criteria that need them, not by the comparison.
     planned: callable
         Makes a plan from references by a criterion.
     method: str
@@ -99,7 +109,7 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
 
 
 def _split(loader: Iterable[Any], seed: int) -> tuple[list[Batch], list[Batch]]:
-    '''Three quarters of the samples with their targets, and the others.'''
+    '''Return three quarters of the samples with their targets, and the others.'''
     chunks = References(loader, KEPT, seed=seed, targets=True).chosen()
     total = sum(chunk.size for chunk in chunks)
     if total < LEAST:

@@ -1,4 +1,4 @@
-'''Train a pruned network on, briefly: plain PyTorch with sensible defaults.'''
+'''Train a pruned network further, briefly: plain PyTorch with sensible defaults.'''
 from __future__ import annotations
 
 import math
@@ -48,7 +48,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     loader: iterable
         Yields (inputs, labels) batches; or a pair of tensors, which is shuffled. A generator is held in memory.
     epochs: int
-        How often to go through the loader, at most.
+        The largest number of passes through the loader.
     optimizer: str
         ``'sgd'`` or ``'adamw'``.
     lr: float, optional
@@ -68,7 +68,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     clip: float
         The largest norm of the gradients of all parameters together; longer ones are scaled down.
     seed: int
-        For shuffling, dropout and what is held out; global random states are restored.
+        The seed of shuffling, dropout and the held-out share; global random states are restored.
     callback: callable, optional
         Called after every epoch with its ``'epoch'``, ``'loss'``, and ``'validation'`` loss if there is one.
     progress: bool
@@ -194,7 +194,7 @@ class _Objective:
         return self._per_sample(total, samples)
 
     def _set_training(self, size: int) -> None:
-        '''Training mode, but for BatchNorm whose parameters are frozen, and all of it for a single sample.'''
+        '''Put the network into training mode, but for frozen BatchNorm, and for all of it at a single sample.'''
         self.network.train()
         for module in self.network.modules():
             if isinstance(module, _BatchNorm):
@@ -202,7 +202,7 @@ class _Objective:
                 module.train(size > 1 and (not own or any(parameter.requires_grad for parameter in own)))
 
     def mean(self, loader: Iterable[Any]) -> float:
-        '''The mean loss over samples.'''
+        '''Return the mean loss over samples.'''
         total, samples = 0.0, 0
         with torch.no_grad():
             for inputs, labels in batches(loader):
@@ -219,7 +219,7 @@ class _Objective:
 
 
 def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
-    '''Labels as a tensor, classes among those of the output.'''
+    '''Return labels as a tensor, after a check that classes are among those of the output.'''
     labels = torch.as_tensor(labels, device=output.device)
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '

@@ -1,4 +1,4 @@
-'''The loop: score, prune a step, repair, fine-tune, evaluate, and again from the smaller network.'''
+'''The loop over budget steps: score, prune, repair, fine-tune, evaluate, and go on from the smaller network.'''
 from __future__ import annotations
 
 import time
@@ -24,7 +24,7 @@ from ._step import Pruned, Recipe, agreed, costs_left, reliability_of, shares_le
 
 @dataclass
 class Loop:
-    '''A run of many steps; see :meth:`zennit_prune.Pruner.iterate` for the meaning.
+    '''A run of many steps, with the options of :meth:`zennit_prune.Pruner.iterate`.
 
     All that a step depends on is in its :class:`State`: the network in it is the original, narrowed by the plan and
     filled with values, as a checkpoint has them.
@@ -49,7 +49,7 @@ class Loop:
                              'these, or prune at once.')
 
     def run(self, loader: Iterable[Any], checkpoint: Any = None) -> Result:
-        '''All steps, or those that a checkpoint lacks.'''
+        '''Run all steps, or those that a checkpoint lacks.'''
         file = None if checkpoint is None else Checkpoint(checkpoint, self._settings())
         state = None if file is None else file.load(Plan(self.recipe.pruner.graph), self.model)
         self._wait()  # all processes have read before one writes
@@ -85,7 +85,7 @@ class Loop:
         return state
 
     def _advanced(self, state: State, budget: Budget, references: References, file: Checkpoint | None) -> State:
-        '''The state after a step to ``budget``.'''
+        '''Return the state after a step to ``budget``.'''
         began, number = time.perf_counter(), len(state.history)
         earlier: Pruned | None = None
         options: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Loop:
         return State(done.plan, network, state.relevance or done.relevance, (*state.history, step))
 
     def _tuned(self, plan: Plan, network: nn.Module) -> nn.Module:
-        '''The network after ``finetune``, of which values alone count: flags, hooks and types are the original's.'''
+        '''Return the network with the values after ``finetune``; flags, hooks and types stay those of the original.'''
         if self.finetune is None:
             return network
         found = self.finetune(network)
@@ -112,7 +112,7 @@ class Loop:
         return filled(plan.graph._narrowed(self.model, plan.removed), values)
 
     def _seen(self, number: int, plan: Plan, network: nn.Module, reliability: float | None, began: float) -> Step:
-        '''A row of the history; ``evaluate`` gets a copy of the network, so that it may do anything.'''
+        '''Return a row of the history; ``evaluate`` gets a copy of the network, so that it may do anything.'''
         value = None if self.evaluate is None else evaluated(self.evaluate, copied(network).eval())
         return Step(number, shares_left(plan), agreed(value, self.recipe.device), reliability,
                     time.perf_counter() - began)
@@ -137,7 +137,7 @@ class Loop:
                 f'min_score={self.min_score}: this is the network before it.')
 
     def _next(self, plan: Plan) -> Budget | None:
-        '''The budget of the next step, None at the end: a multiple of a step, at least half a step further.'''
+        '''Return the budget of the next step, a multiple of a step, at least half a step further; None at the end.'''
         unit, left = self.budget.unit, shares_left(plan)
         if self.step == 1:
             return None if plan.removed else self.budget
@@ -149,7 +149,7 @@ class Loop:
         return self.budget if share * whole <= limit else Budget(**{unit: share})
 
     def _settings(self) -> dict[str, Any]:
-        '''The settings that have to be equal for a run to go on.'''
+        '''Return the settings that have to be equal for a run to go on.'''
         recipe = self.recipe
         return {'weights': fingerprint(tensors_by_module(self.model)), 'composite': described(recipe.pruner.composite),
                 'budget': repr(self.budget), 'step': self.step, 'criterion': described(recipe.criterion),

@@ -55,7 +55,7 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
 
 
 def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    '''The names of the options of a function or class, those included that it passes on.'''
+    '''Return the names of the options of a function or class, those included that it passes on.'''
     if 'options' in vars(function):
         return tuple(vars(function)['options'])
     parameters = inspect.signature(function).parameters.values()

@@ -26,7 +26,7 @@ from ..relevance._attribute import recommended_composite
 
 
 class Preset:
-    '''A composite and the options that belong to it; print it.
+    '''A composite and the options that belong to it.
 
     It goes where a composite goes: to :class:`zennit_prune.Pruner` and :func:`zennit_prune.prune`. The options are the
     defaults of ``collect``, ``plan``, ``prune`` and ``iterate`` then, each where the method has an option of that name;
@@ -35,8 +35,8 @@ class Preset:
     Parameters
     ----------
     composite: callable
-        Makes the composite.
-    **options:
+        A function without arguments that returns the composite.
+    **options: object
         Options of :meth:`Pruner.collect`, :meth:`Pruner.plan`, :meth:`Pruner.prune` and :meth:`Pruner.iterate`.
 
     Examples
@@ -57,7 +57,7 @@ class Preset:
 
 
 def zplus() -> Composite:
-    '''Z-plus (alpha 1, beta 0) on every layer, without biases; the graph's canonizer merges BatchNorm.'''
+    '''Return a composite of z-plus (alpha 1, beta 0) on every layer, without biases.'''
     return LayerMapComposite([*layer_map_base(), (Linear, ZPlus(zero_params='bias'))])
 
 

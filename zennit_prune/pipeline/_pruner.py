@@ -21,7 +21,7 @@ from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
 from ..relevance._collect import Collector
-from ..relevance._criteria import Criterion, known_criterion, looks_at_data
+from ..relevance._criteria import Criterion, known_criterion, uses_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance
@@ -46,8 +46,8 @@ class Pruner:
     model: torch.nn.Module
         The network; no method changes it.
     composite: zennit.core.Composite, Preset or None
-        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. Or a preset, e.g.
-        ``zp.presets.paper``: its composite is used, and its options become the defaults of the methods.
+        The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. A preset, e.g.
+        ``zp.presets.paper``, supplies its composite, and its options become the defaults of the methods.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
     ignore: sequence of str
@@ -55,19 +55,19 @@ class Pruner:
     layernorm: str
         ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
-        Show progress bars on standard error. Every method has this setting, and can be told otherwise.
+        Show progress bars on standard error; every method has an option of this name that overrides it.
 
     Attributes
     ----------
     graph: ChannelGraph
-        The removable channels; print it.
+        The removable channels; it prints as tables.
     composite: zennit.core.Composite
         The rules in use.
 
     Raises
     ------
     PruneError
-        If the network cannot be traced, for what is no composite, or for an option that is not known.
+        If the network cannot be traced, ``composite`` is none, or an option is not known.
 
     Examples
     --------
@@ -101,29 +101,34 @@ class Pruner:
         self._latencies: dict[str, LatencyTable] = {}
 
     def _shows(self, progress: bool | None) -> bool:
-        '''Whether to show progress bars: as a method was told, or else as the pruner was.'''
+        '''Return whether to show progress bars: as a method was told, or else as the pruner was.'''
         return self.progress if progress is None else progress
 
     @takes_options(Collector)
     def collector(self, aggregate: str = 'auto', initial: Initial = 'auto',
                   criterion: str | Criterion = 'relevance', **options: Any) -> Collector:
-        '''Make a collector for a loop of your own, of relevance or any other criterion that looks at data.
+        '''Make a collector for a loop of your own, of relevance or any other criterion that uses data.
 
         Parameters
         ----------
-        aggregate, initial, criterion:
-            See :meth:`collect`.
-        **options:
-            Further ones of :class:`zennit_prune.relevance.Collector`.
+        aggregate: str
+            The number that relevance at all positions of a sample becomes; see :meth:`collect`.
+        initial: str or callable
+            The relevance at the output; see :meth:`collect`.
+        criterion: str or Criterion
+            A criterion that uses data; see :meth:`collect`.
+        **options: object
+            Further options of :class:`zennit_prune.relevance.Collector`.
 
         Returns
         -------
         Collector
+            A collector without samples; use it as a context.
 
         Raises
         ------
         PruneError
-            For a criterion that does not look at data, or an option that is not known or out of range.
+            For a criterion that uses no data, or an option that is not known or out of range.
 
         Examples
         --------
@@ -141,14 +146,16 @@ class Pruner:
 
     @takes_options()
     def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> Preflight:
-        '''Test whether relevance is sound on this network; print the answer.
+        '''Test whether relevance is sound on this network; print the result to read it.
 
         Parameters
         ----------
         x: torch.Tensor, tuple or dict
-            A few inputs.
-        target, initial:
-            Where relevance starts; see :meth:`collect`.
+            A few inputs, shape (N, ...).
+        target: torch.Tensor, callable or ``'predicted'``
+            The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`.
+        initial: str or callable
+            The relevance at the target; see :func:`zennit_prune.heatmap`.
 
         Returns
         -------
@@ -192,23 +199,33 @@ class Pruner:
             or ``target`` is given.
         criterion: str or callable
             ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``;
-            ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which do not look at the data; or a
-            function of (graph, model, loader) that returns a :class:`Relevance`.
-        aggregate, initial, classes, attributor, nonfinite:
-            See :class:`zennit_prune.relevance.Collector`. By default, relevance starts as a one-hot, and the gradients
-            of other criteria start from the cross-entropy.
+            ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which use no data; or a function of
+            (graph, model, loader) that returns a :class:`Relevance`.
+        aggregate: str
+            The number that relevance at all positions of a sample becomes before the mean over samples: ``'abs'``,
+            ``'sumabs'``, ``'signed'`` or ``'positive'``, see :class:`zennit_prune.relevance.Collector`. ``'auto'``
+            depends on the rules.
+        initial: str or callable
+            The relevance at the output, see :class:`zennit_prune.relevance.Collector`. ``'auto'`` is ``'one-hot'`` for
+            relevance; the gradients of other criteria start from the cross-entropy.
         seed: int
-            For ``'random'``, and for the noise of an Attributor.
+            The seed of ``'random'``, and of the noise of an Attributor.
         progress: bool, optional
             Show a progress bar on standard error; as the pruner unless given.
-        target:
-            In place of all labels, e.g. ``'predicted'``.
+        target: torch.Tensor, callable or str, optional
+            A target for all samples in place of the labels of the loader, e.g. ``'predicted'``.
+        classes: iterable of int, optional
+            The labels of the samples that count; by default, all samples do.
+        attributor: callable, optional
+            One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient.
+        nonfinite: str
+            ``'error'`` raises an error where an input or relevance is not finite, ``'skip'`` leaves the sample out.
         checkpoint: path-like, optional
             A file that holds what was collected so far: written every half a minute and when anything ends the pass
             early, read if it is there when the pass starts, removed when it is complete. The loader has to yield the
             same batches in the same order. Each of many processes has a file of its own beside it.
         exemplars: int
-            How many reference samples to keep for each channel, those that matter most to it:
+            The number of reference samples to keep for each channel, those with the most relevance, as
             ``relevance.exemplars``.
 
         Returns
@@ -235,9 +252,9 @@ class Pruner:
         '''
         check_criterion(criterion)
         found = criterion if callable(criterion) else known_criterion(criterion)
-        if exemplars and not looks_at_data(found):
-            raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no exemplars: use '
-                             "'relevance', or leave exemplars= out.")
+        if exemplars and not uses_data(found):
+            raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no reference samples: '
+                             "use 'relevance', or leave exemplars= out.")
         if callable(criterion):
             return criterion(self.graph, self.model, loader)
         if callable(found):
@@ -257,7 +274,7 @@ class Pruner:
         relevance: Relevance
             The scores; groups without are kept whole.
         budget: Budget
-            How much is to be left of the network. A latency budget holds as predicted from ``latencies``; then both
+            The amount to be left of the network. A latency budget holds as predicted from ``latencies``; then both
             networks are measured side by side, and the plan says so (``plan.timing``).
         min_channels: int, optional
             The least number of channels of each group that are kept; 1 by default.
@@ -312,7 +329,7 @@ class Pruner:
 
     @takes_options()
     def latencies(self, seconds: float | None = None, progress: bool | None = None) -> LatencyTable:
-        '''Measure how long the operations of the network take at several widths, where it is now.
+        '''Measure the latency of the network's operations at several widths, on the device where it is now.
 
         Latency budgets need this. It is measured once on each device and kept, or again where ``seconds`` are given.
         The batch is the example's.
@@ -320,7 +337,8 @@ class Pruner:
         Parameters
         ----------
         seconds: float, optional
-            About how long to measure, 30 by default. Large networks take longer: everything is measured three times.
+            The approximate duration of the measurement in seconds, 30 by default. Large networks take longer:
+            everything is measured three times.
         progress: bool, optional
             Show a progress bar on standard error; as the pruner unless given.
 
@@ -328,6 +346,13 @@ class Pruner:
         -------
         LatencyTable
             The medians, to be saved or given to :meth:`plan`.
+
+        Examples
+        --------
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> latencies = pruner.latencies(seconds=0.1)
+        >>> latencies.original > 0
+        True
         '''
         device = device_name(device_of(self.model))
         if seconds is not None or device not in self._latencies:
@@ -339,35 +364,35 @@ class Pruner:
     @takes_options(collect, plan)
     def prune(self, loader: Iterable[Any], budget: Budget, criterion: AnyCriterion = 'relevance', repair: str = 'refit',
               verify: bool = True, progress: bool | None = None, seed: int = 0, **options: Any) -> Result:
-        '''Prune in one step: collect, plan, apply, repair.
+        '''Prune in one step: collect, plan, apply and repair.
 
         Parameters
         ----------
         loader: iterable
-            As for :meth:`collect`. It is read once: what the repair needs is kept as it goes by, all inputs of up to
-            1,024 samples, of more a random choice. A generator loses no batch.
+            Batches of reference data, as for :meth:`collect`. It is read once, and at most 1,024 inputs are kept for
+            the repair, a uniform subset beyond that. A generator loses no batch.
         budget: Budget
-            How much is to be left.
+            The amount to be left.
         criterion: str or callable
             See :meth:`collect`; or ``'auto'``: the network is pruned and repaired with three quarters of the
-            references by each of a few criteria, and the one is taken whose outputs for the others are closest to the
+            references by each of a few criteria, and the one is used whose outputs for the others are closest to the
             original's (``result.choice``).
         repair: str
             ``'refit'``, ``'batchnorm'``, ``'bias'`` or ``'none'``, see :func:`zennit_prune.repair`. A refitted network
             is good at what the references show: a warning says if they show few of the classes.
         verify: bool
-            See :meth:`Plan.apply`.
+            Compare the outputs with those of the masked original; see :meth:`Plan.apply`.
         progress: bool, optional
             Show progress bars on standard error; as the pruner unless given.
         seed: int
-            For whatever is drawn.
-        **options:
-            Further ones of :meth:`collect` and :meth:`plan`.
+            The seed of all random numbers.
+        **options: object
+            Further options of :meth:`collect` and :meth:`plan`.
 
         Returns
         -------
         Result
-            ``.model``, ``.plan``, ``.relevance``, ``.history``, ``.choice``.
+            The pruned and repaired network (``.model``), with ``.plan``, ``.relevance``, ``.history`` and ``.choice``.
 
         Raises
         ------
@@ -402,7 +427,7 @@ class Pruner:
                 evaluate: Callable[[nn.Module], float] | None = None, min_score: float | None = None,
                 checkpoint: str | os.PathLike[str] | None = None, seed: int = 0, verify: bool = True,
                 progress: bool | None = None, **options: Any) -> Result:
-        '''Prune step by step, scoring the network anew as it is after each.
+        '''Prune step by step, and score the network anew after each step.
 
         Every step starts from random states of its own (of torch, NumPy and Python, restored after), so that loaders
         that shuffle, ``finetune`` and ``evaluate`` draw the same numbers in a run that was interrupted.
@@ -413,13 +438,15 @@ class Pruner:
         Parameters
         ----------
         loader: iterable
-            As for :meth:`collect`. It is read at every step; a generator is held in memory.
+            Batches of reference data, as for :meth:`collect`. It is read at every step; a generator is held in memory.
         budget: Budget
-            How much is to be left in the end.
+            The amount to be left in the end.
         step: float
             The share of the original's cost that a step removes, in the unit of the budget.
-        criterion, repair, verify, progress:
-            See :meth:`prune`. The repair of every step aims at what the original network computes.
+        criterion: str or callable
+            The criterion of all steps; see :meth:`prune`.
+        repair: str
+            The method of repair after every step; see :meth:`prune`. Its target is the output of the original network.
         finetune: callable, optional
             Called with the network after each repair; trains it in place, or returns it trained. See
             :func:`zennit_prune.finetune`.
@@ -428,20 +455,24 @@ class Pruner:
         evaluate: callable, optional
             From a network (a copy, in evaluation mode) to a number, the higher the better.
         min_score: float, optional
-            Stop before ``evaluate`` falls below it: the last network that does not is returned, with a warning.
+            Stop before ``evaluate`` returns less: the last network that reaches it is returned, with a warning.
         checkpoint: path-like, optional
-            A folder to go on from after an interruption: the same call ends with the same bits. Removed when the run is
-            complete.
+            A folder from which an interrupted run is resumed: an equal call ends with equal bits. Removed when the run
+            is complete.
         seed: int
-            For whatever is drawn.
-        **options:
-            Further ones of :meth:`collect` and :meth:`plan`.
+            The seed of all random numbers.
+        verify: bool
+            Compare the outputs of every step with those of the masked original; see :meth:`Plan.apply`.
+        progress: bool, optional
+            Show progress bars on standard error; as the pruner unless given.
+        **options: object
+            Further options of :meth:`collect` and :meth:`plan`.
 
         Returns
         -------
         Result
             ``.plan`` leads from the original to ``.model``; ``.history`` has the original and every step; the scores
-            (and exemplars) in ``.relevance`` are those of the original.
+            (and reference samples) in ``.relevance`` are those of the original.
 
         Raises
         ------
@@ -466,7 +497,7 @@ class Pruner:
 
     def _recipe(self, budget: Budget, criterion: AnyCriterion, repair: str, seed: int, verify: bool,
                 progress: bool | None, options: dict[str, Any]) -> Recipe:
-        '''How steps are done, after a check of all that can be known without data.'''
+        '''Return the recipe of a run, after a check of all that can be known without data.'''
         check_run(budget, criterion, repair)
         planning = {name: value for name, value in options.items() if name in options_of(Pruner.plan)}
         collecting = {name: value for name, value in options.items() if name not in planning}
@@ -476,7 +507,7 @@ class Pruner:
         return Recipe(self, budget, criterion, repair, seed, verify, self._shows(progress), collecting, planning)
 
     def on(self, network: nn.Module, progress: bool | None = None) -> Pruner:
-        '''A pruner with the same composite, example and options for a pruned version of the network.
+        '''Make a pruner with the same composite, example and options for a pruned version of the network.
 
         Parameters
         ----------
@@ -488,6 +519,14 @@ class Pruner:
         Returns
         -------
         Pruner
+            A new pruner, whose network is traced anew.
+
+        Examples
+        --------
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> small = zp.Plan(pruner.graph, {'conv1': [0, 1]}).apply(model)
+        >>> pruner.on(small).graph.group('conv1').size
+        6
         '''
         pruner = Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
                         self._shows(progress))
@@ -497,22 +536,28 @@ class Pruner:
     @takes_options()
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *,
                 channel: Channel | None = None) -> torch.Tensor:
-        '''Heatmaps of the network, or of what flows through single channels, under the pruner's composite.
+        '''Compute heatmaps of the network, or of single channels, under the pruner's composite.
 
         Parameters
         ----------
-        x, target, initial, channel:
-            See :func:`zennit_prune.heatmap`.
+        x: torch.Tensor, tuple or dict
+            The inputs, shape (N, C, H, W).
+        target: torch.Tensor, callable or ``'predicted'``
+            The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`.
+        initial: str or callable
+            The relevance at the target; see :func:`zennit_prune.heatmap`.
+        channel: tuple of (str or ChannelGroup, int or sequence of int), optional
+            A group and one or several positions in it, e.g. ``('layer1.0.conv1', 3)``.
 
         Returns
         -------
         torch.Tensor
-            Shape (N, H, W), or (K, N, H, W) for a sequence of K channels.
+            The heatmaps, on the CPU, shape (N, H, W), or (K, N, H, W) for a sequence of K channels.
 
         Raises
         ------
         PruneError
-            See :func:`zennit_prune.heatmap`.
+            If inputs, targets or the channel do not fit the network, or relevance is not finite.
 
         Examples
         --------
@@ -557,15 +602,15 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     loader: iterable
         Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch.
     budget: Budget
-        How much is to be left, e.g. ``Budget(flops=0.5)``.
+        The amount to be left, e.g. ``Budget(flops=0.5)``.
     ignore: sequence of str
         Patterns of module names whose output channels are kept.
     layernorm: str
         ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
         Show progress bars on standard error.
-    **options:
-        Those of :meth:`Pruner.prune` (``repair``, ``criterion``, ``verify``, ``seed``), :meth:`Pruner.collect` and
+    **options: object
+        Options of :meth:`Pruner.prune` (``repair``, ``criterion``, ``verify``, ``seed``), :meth:`Pruner.collect` and
         :meth:`Pruner.plan`, e.g. ``target='predicted'`` for inputs without labels, or ``repair='none'``, which leaves
         the weights that stay as they are.
 

@@ -1,4 +1,4 @@
-'''``Result``: a pruned network and how it was made, and the number that a user's function returns for a network.'''
+'''``Result``: a pruned network with its plan, scores and history; ``evaluated``: the number that a user measures.'''
 from __future__ import annotations
 
 import json
@@ -19,7 +19,7 @@ from ._choose import Choice
 
 
 def evaluated(evaluate: Callable[[nn.Module], Any], network: nn.Module) -> float:
-    '''The number that ``evaluate`` returns, the higher the better.
+    '''Return the number that ``evaluate`` returns, the higher the better.
 
     Raises
     ------
@@ -48,7 +48,7 @@ class Step:
     reliability: float or None
         The split-half rank correlation of the scores that the step was planned from, over the whole network.
     seconds: float
-        How long the step took, ``evaluate`` included.
+        The duration of the step in seconds, ``evaluate`` included.
 
     Examples
     --------
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    '''A pruned network and how it was made; :meth:`Pruner.prune` and :meth:`Pruner.iterate` return it. Print it.
+    '''A pruned network with its plan, scores and history, as :meth:`Pruner.prune` and :meth:`Pruner.iterate` return it.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Result:
     history: tuple of Step
         The original, and the network after every step.
     stopped: str
-        Why it ended.
+        The reason why the run ended.
     choice: Choice or None
         The criterion that ``criterion='auto'`` chose, with a table of all candidates; None where it was given.
 
@@ -111,7 +111,18 @@ class Result:
         Parameters
         ----------
         path: path-like
-            The file.
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> result = pruner.prune((), zp.Budget(channels=0.5), 'l1', 'none')
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result.save_history(f'{folder}/history.json')
+        ...     json.loads(Path(folder, 'history.json').read_text())['stopped']
+        'Budget(channels=0.5) is reached.'
         '''
         steps = [asdict(step) for step in self.history]
         write_text(path, json.dumps({'stopped': self.stopped, 'history': steps}, indent=1) + '\n')
@@ -122,16 +133,24 @@ class Result:
         Parameters
         ----------
         path: path-like, optional
-            Where to write the picture; its suffix says of what kind, e.g. ``.png`` or ``.svg``.
+            An image file to write; its suffix says of which kind, e.g. ``.png`` or ``.svg``.
 
         Returns
         -------
         matplotlib.figure.Figure
+            The figure, with a panel each for shares, evaluation and reliability as far as they are known.
 
         Raises
         ------
         PruneError
-            Without matplotlib.
+            If matplotlib is not installed, or the folder of ``path`` does not exist.
+
+        Examples
+        --------
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> result = pruner.prune((), zp.Budget(channels=0.5), 'l1', 'none')
+        >>> len(result.plot().axes)
+        1
         '''
         panels: list[dict[str, list[Any]]] = [
             {f'{unit} left': [step.left[unit] for step in self.history] for unit in self.history[0].left}]

@@ -36,7 +36,7 @@ MARKERS = 'os^Dv*'
 
 
 class Cell(NamedTuple):
-    '''One combination.'''
+    '''A combination of criterion, repair, seed and budget.'''
 
     criterion: str
     repair: str
@@ -50,8 +50,10 @@ class Row:
 
     Attributes
     ----------
-    criterion, repair, seed:
-        The combination.
+    criterion, repair: str
+        The criterion, and the method of repair.
+    seed: int
+        The seed.
     budget: float
         The value of the budget.
     left: float or None
@@ -59,10 +61,9 @@ class Row:
     value: float or None
         The number that ``evaluate`` returned.
     seconds: float
-        How long collecting, planning, pruning and repairing took, for this row if it were alone; evaluation is left
-        out.
+        The duration of collecting, planning, pruning and repairing for this row if it were alone, without evaluation.
     error: str
-        Why there is no value.
+        The reason why there is no value.
     '''
 
     criterion: str
@@ -76,12 +77,12 @@ class Row:
 
     @property
     def cell(self) -> Cell:
-        '''The combination.'''
+        '''The combination that the row is for.'''
         return Cell(self.criterion, self.repair, self.seed, self.budget)
 
 
 class Point(NamedTuple):
-    '''Mean and standard deviation over the seeds that have a value; ``total`` is how many there are.'''
+    '''The mean and standard deviation over the ``seeds`` that have a value, of ``total``.'''
 
     left: float
     mean: float
@@ -127,7 +128,23 @@ class Sweep:
         return str(self.settings.get('evaluate', 'value')).split(' (')[0].strip('<>')
 
     def curves(self) -> dict[tuple[str, str], dict[float, Point]]:
-        '''Means over the seeds, by criterion and repair, then by budget in descending order.'''
+        '''Return the means over the seeds, by criterion and repair, then by budget in descending order.
+
+        Returns
+        -------
+        dict of (str, str) to dict of float to Point
+            For each criterion and repair, by the value of the budget: ``.left``, the share that is left, ``.mean`` and
+            ``.spread``, mean and standard deviation of the evaluation, ``.seeds``, the number of seeds with a value,
+            and ``.total``, the number of seeds.
+
+        Examples
+        --------
+        >>> from zennit_prune.pipeline import Sweep
+        >>> from zennit_prune.pipeline._sweep import Row
+        >>> found = Sweep('flops', 0.9, [Row('l1', 'none', seed, 0.5, 0.49, 0.8, 1.0) for seed in (0, 1)])
+        >>> found.curves()
+        {('l1', 'none'): {0.5: Point(left=0.49, mean=0.8, spread=0.0, seeds=2, total=2)}}
+        '''
         found: dict[tuple[str, str], dict[float, list[Row]]] = {}
         for row in sorted(self.rows, key=lambda row: -row.budget):
             found.setdefault((row.criterion, row.repair), {}).setdefault(row.budget, []).append(row)
@@ -135,7 +152,25 @@ class Sweep:
         return {key: {budget: _point(rows) for budget, rows in found[key].items()} for key in order}
 
     def table(self) -> str:
-        '''Means and standard deviations over seeds; a column for each budget.'''
+        '''Return a table of means and standard deviations over the seeds, with a column for each budget.
+
+        Returns
+        -------
+        str
+            The lines of the table, and below it the evaluation of the original and the reasons of missing values.
+
+        Examples
+        --------
+        >>> from zennit_prune.pipeline import Sweep
+        >>> from zennit_prune.pipeline._sweep import Row
+        >>> rows = [Row('l1', 'none', 0, budget, budget, value, 1.0) for budget, value in ((0.7, 0.85), (0.5, 0.8))]
+        >>> print(Sweep('flops', 0.9, rows).table())
+        criterion  repair  flops=0.7  flops=0.5
+        ---------  ------  ---------  ---------
+        l1         none    0.85       0.8
+        <BLANKLINE>
+        original: 0.9
+        '''
         curves = self.curves()
         budgets = sorted({row.budget for row in self.rows}, reverse=True)
         rows = [(criterion, repair, *(_written(points.get(budget)) for budget in budgets))
@@ -165,7 +200,16 @@ class Sweep:
         Parameters
         ----------
         path: path-like
-            The file.
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from zennit_prune.pipeline import Sweep
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Sweep('flops', 0.9).save(f'{folder}/sweep.json')
+        ...     Sweep.load(f'{folder}/sweep.json').original
+        0.9
         '''
         write_text(path, json.dumps({'format': FORMAT, 'version': 1, 'unit': self.unit, 'original': self.original,
                                      'settings': self.settings, 'rows': [asdict(row) for row in self.rows]},
@@ -183,11 +227,21 @@ class Sweep:
         Returns
         -------
         Sweep
+            The sweep; of a checkpoint, with the rows that were finished.
 
         Raises
         ------
         PruneError
             If the file is something else.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from zennit_prune.pipeline import Sweep
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Sweep('flops', 0.9).save(f'{folder}/sweep.json')
+        ...     Sweep.load(f'{folder}/sweep.json')
+        Sweep(0 rows over flops)
         '''
         try:
             data = json.loads(Path(path).read_text())
@@ -200,21 +254,30 @@ class Sweep:
 
     # looking
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        '''Draw value over what is left: a line for each criterion and repair, the spread over seeds as a band.
+        '''Draw the evaluation over the share that is left: a line for each criterion and repair, a band for the spread.
 
         Parameters
         ----------
         path: path-like, optional
-            Where to write the picture; its suffix says of what kind, e.g. ``.png`` or ``.svg``.
+            An image file to write; its suffix says of which kind, e.g. ``.png`` or ``.svg``.
 
         Returns
         -------
         matplotlib.figure.Figure
+            The figure, with a legend of criteria and repairs.
 
         Raises
         ------
         PruneError
-            Without matplotlib, or if there is no value.
+            If matplotlib is not installed, the folder of ``path`` does not exist, or no row has a value.
+
+        Examples
+        --------
+        >>> from zennit_prune.pipeline import Sweep
+        >>> from zennit_prune.pipeline._sweep import Row
+        >>> figure = Sweep('flops', 0.9, [Row('l1', 'none', 0, 0.5, 0.49, 0.8, 1.0)]).plot()
+        >>> figure.axes[0].get_xlabel()
+        'FLOPs left'
         '''
         figure = new_figure(path, (7.5, 4.5))
         curves = {key: [point for point in points.values() if point.seeds] for key, points in self.curves().items()}
@@ -367,7 +430,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
 
 
 class Attempt(Generic[Result]):
-    '''A result, or the reason why there is none, and the seconds it took.'''
+    '''A result, or the reason why there is none, and the seconds spent on it.'''
 
     def __init__(self, work: Callable[..., Result], *arguments: Any):
         start = time.perf_counter()
@@ -379,7 +442,7 @@ class Attempt(Generic[Result]):
         self.seconds = time.perf_counter() - start
 
     def result(self) -> Result:
-        '''The result; else the reason is raised again.'''
+        '''Return the result, or raise the error that kept it from being computed.'''
         if self.error is not None:
             raise self.error
         return self._result
@@ -388,7 +451,7 @@ class Attempt(Generic[Result]):
 def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], budgets: Sequence[Budget],
           criteria: Mapping[str, AnyCriterion | Relevance], repairs: Sequence[str], seeds: Sequence[int],
           finished: Collection[Cell], collect: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[Row]:
-    '''The rows that are missing; relevance, and a network before its repairs, are made once for all that need them.'''
+    '''Yield the rows that are missing; relevance, and a network before its repairs, are computed once for them.'''
     def missing(seed: int, criterion: str, some: Sequence[Budget]) -> list[Cell]:
         cells = [Cell(criterion, method, seed, budget.value) for budget in some for method in repairs]
         return [cell for cell in cells if cell not in finished]
@@ -433,7 +496,7 @@ def _rows(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
 
 
 def _left(plan: Plan, budget: Budget) -> float:
-    '''The share of the network that a plan leaves.'''
+    '''Return the share of the network that a plan leaves.'''
     if plan.timing is not None:
         return plan.timing.left
     costs = cost_model(plan.graph)
@@ -449,7 +512,7 @@ def _value(evaluate: Callable[[nn.Module], float], network: nn.Module) -> float:
 
 
 def _several(what: str, given: Any, name: Callable[[Any], str] = repr) -> list[str]:
-    '''The names of what is given, at least one and each once.'''
+    '''Return the names of what is given, at least one and each once.'''
     if isinstance(given, str) or not isinstance(given, Collection) or not given:
         raise PruneError(f'{what}={given!r}: give a list of at least one.')
     names = [name(item) for item in given]
@@ -460,7 +523,7 @@ def _several(what: str, given: Any, name: Callable[[Any], str] = repr) -> list[s
 
 
 def _known(value: Any) -> Any:
-    '''A name by which a part of the call is known again; the data it holds or encloses may change, and do not count.'''
+    '''Return a name that identifies a part of the call; data that it holds or encloses do not count.'''
     if isinstance(value, ATOMIC):
         return value
     if isinstance(value, Relevance):
@@ -470,7 +533,7 @@ def _known(value: Any) -> Any:
 
 
 def _begun(checkpoint: str | os.PathLike[str] | None, settings: dict[str, Any]) -> Sweep | None:
-    '''The sweep in a checkpoint, after a check that it is of the same call.'''
+    '''Return the sweep in a checkpoint, after a check that it is of the same call.'''
     if checkpoint is None:
         return None
     check_folder(checkpoint)

@@ -33,7 +33,7 @@ def allocate(graph: ChannelGraph, costs: CostModel, scores: Scores, budget: Budg
     scores: mapping of str to numpy.ndarray
         A score for each channel of each group; higher is kept. Groups without scores are kept whole.
     budget: Budget
-        How much is to be left.
+        The amount to be left.
     min_channels: int, optional
         The least number of channels of each group that are kept; 1 by default.
     min_share: float
@@ -152,7 +152,7 @@ def check_reachable(graph: ChannelGraph, budget: Budget, min_channels: int | Non
     graph: ChannelGraph
         The traced network.
     budget: Budget
-        How much is to be left. A latency budget is checked only where ``costs`` knows latencies.
+        The amount to be left. A latency budget is checked only where ``costs`` knows latencies.
     min_channels, min_share, round_to:
         The limits for each group; see :func:`allocate`.
     costs: CostModel, optional

@@ -27,7 +27,7 @@ Removed = Mapping[str, Sequence[int]]
 
 
 class Removal(Protocol):
-    '''A plan, as far as this file has to know it.'''
+    '''A plan, reduced to the attribute that this file uses.'''
 
     graph: ChannelGraph
 

@@ -108,7 +108,7 @@ def cost(model: nn.Module, example: Any) -> Cost:
 
 
 class Budget:
-    '''How much is to be left of a network, in one unit.
+    '''The amount to be left of a network, in one unit.
 
     Parameters
     ----------
@@ -120,6 +120,8 @@ class Budget:
         Seconds of a forward pass with the example of the trace; see :func:`zennit_prune.latency`.
     latency_fraction: float, optional
         A fraction in (0, 1) of the original's latency.
+    **unknown_units: object
+        Any other keyword, which is refused with the nearest one that is known.
 
     Attributes
     ----------
@@ -128,7 +130,7 @@ class Budget:
     value: int or float
         Its value.
     unit: str
-        What is counted: ``'flops'``, ``'params'``, ``'bytes'``, ``'channels'`` or ``'latency'``.
+        The unit of the amount: ``'flops'``, ``'params'``, ``'bytes'``, ``'channels'`` or ``'latency'``.
     is_fraction: bool
         Whether ``value`` is a fraction of the original.
 
@@ -170,7 +172,18 @@ class Budget:
         self.is_fraction = self.name != 'latency' and self.value < 1
 
     def limit(self, whole: float) -> float:
-        '''Return the amount that may be left of ``whole``.'''
+        '''Return the amount that may be left of a network.
+
+        Parameters
+        ----------
+        whole: float
+            The cost of the original, in the unit of the budget.
+
+        Returns
+        -------
+        float
+            The cost that may be left, in this unit.
+        '''
         return float(self.value) * whole if self.is_fraction else float(self.value)
 
     def __repr__(self) -> str:

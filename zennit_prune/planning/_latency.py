@@ -1,4 +1,4 @@
-'''The latency of a network, measured, and that of its pruned versions, predicted from a table of measured operations.
+'''Measure the latency of a network, and predict that of its pruned versions from a table of measured operations.
 
 FLOPs say little about seconds: a narrow convolution takes as long as a wider one, activations and launches count, too.
 So every operation that shrinks with channels is timed on the device at hand, at several widths of its inputs and
@@ -174,11 +174,21 @@ class LatencyTable:
         Returns
         -------
         LatencyTable
+            The table as it was saved.
 
         Raises
         ------
         PruneError
             If the file is something else.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from zennit_prune.planning import LatencyTable
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LatencyTable('cpu, 1 thread', 0.001, 1.0, {}).save(f'{folder}/latencies.json')
+        ...     LatencyTable.load(f'{folder}/latencies.json').device
+        'cpu, 1 thread'
         '''
         name = repr(os.fspath(path))
         try:
@@ -261,7 +271,7 @@ class LatencyModel(CostModel):
         if unit != 'latency':
             return super()._saved(unit)
         gone = np.maximum(self.sizes - 1, 1)
-        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is taken
+        whole = self(unit, np.zeros(len(gone)))  # seconds fall in steps: the mean over all channels is used
         return np.array([whole - self(unit, row) for row in np.diag(self.sizes - 1)]) / gone
 
     def _measured(self, model: nn.Module, seconds: float, progress: bool) -> LatencyTable:
@@ -333,7 +343,13 @@ class Timing:
     allowed: float
         The budget, as a share of the original's latency.
     original, pruned: float or None
-        Seconds of both networks, measured in turn; None where the table is of another device.
+        Seconds of both networks, as medians of interleaved measurements; None where the table is of another device.
+
+    Examples
+    --------
+    >>> timing = zp.planning.Timing('cpu, 1 thread', predicted=0.48, allowed=0.5, original=0.004, pruned=0.002)
+    >>> timing.left, timing.holds
+    (0.5, True)
     '''
 
     device: str

@@ -1,6 +1,7 @@
-'''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied.
+'''``Plan``: an immutable choice of channels to remove, to be read, edited, saved, tried and applied; ``verify``.
 
-The channels to remove are positions in groups, equally many of each of their blocks.
+Channels are given as positions in their groups, and every block of a group loses equally many. Everything that is done
+with a plan starts here; cutting, masking and comparing are in :mod:`zennit_prune.surgery`.
 '''
 from __future__ import annotations
 
@@ -33,6 +34,8 @@ from ._carry import composed
 from ._cost import cost_model
 from ._latency import Timing
 from ._risk import AtRisk, at_risk
+
+FORMAT = 'zennit_prune plan'
 
 
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
@@ -71,9 +74,6 @@ def check_balance(graph: ChannelGraph, group: ChannelGroup, positions: Sequence[
                          f'{some(graph._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
                          f'{counts[least]}. Choose all of them in one call; the block of each position is in '
                          f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
-
-
-FORMAT = 'zennit_prune plan'
 
 
 class Plan:
@@ -173,6 +173,7 @@ class Plan:
         Returns
         -------
         Plan
+            A new plan; this one is left as it is.
 
         Raises
         ------
@@ -205,6 +206,7 @@ class Plan:
         Returns
         -------
         Plan
+            A new plan; this one is left as it is.
 
         Raises
         ------
@@ -236,6 +238,7 @@ class Plan:
         Returns
         -------
         Plan
+            A plan for the network that this plan is for.
 
         Raises
         ------
@@ -267,7 +270,7 @@ class Plan:
         Parameters
         ----------
         relevance: Relevance
-            Relevance collected with ``exemplars=``.
+            Relevance collected with reference samples (``exemplars=``).
         count: int
             The largest number of channels to return.
 
@@ -280,7 +283,7 @@ class Plan:
         Raises
         ------
         PruneError
-            If relevance was collected without exemplars, or from another network.
+            If relevance was collected without reference samples, or from another network.
 
         Examples
         --------
@@ -486,7 +489,19 @@ class Plan:
         write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def to_dict(self) -> dict[str, Any]:
-        '''Return the plan as JSON values: its removals, and the sizes of all groups, which identify the network.'''
+        '''Return the plan as JSON values: its removals, and the sizes of all groups, which identify the network.
+
+        Returns
+        -------
+        dict of str to object
+            The values that :meth:`from_dict` reads.
+
+        Examples
+        --------
+        >>> data = zp.Plan(graph, {'conv1': [0, 3]}).to_dict()
+        >>> data['removed'], data['groups']
+        ({'conv1': [0, 3]}, {'conv1': 8, 'conv2': 6})
+        '''
         data = {'format': FORMAT, 'version': 1, 'groups': {group.name: group.size for group in self.graph.groups},
                 'removed': {name: list(positions) for name, positions in self.removed.items()}}
         return data if self.reliability is None else {**data, 'reliability': self.reliability.to_dict()}
@@ -505,11 +520,20 @@ class Plan:
         Returns
         -------
         Plan
+            The plan, with the reliability of its scores if that was saved.
 
         Raises
         ------
         PruneError
             If the file is not a plan, or is one for another network.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     zp.Plan(graph, {'conv1': [0, 3]}).save(f'{folder}/plan.json')
+        ...     dict(zp.Plan.load(f'{folder}/plan.json', graph).removed)
+        {'conv1': (0, 3)}
         '''
         try:
             data = json.loads(Path(path).read_text())
@@ -519,7 +543,33 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any, graph: ChannelGraph, source: str = 'the data') -> Plan:
-        '''Make a plan from the values of :meth:`to_dict`; ``source`` names them in errors.'''
+        '''Make a plan from the values of :meth:`to_dict`.
+
+        Parameters
+        ----------
+        data: object
+            The values, as JSON holds them.
+        graph: ChannelGraph
+            The removable channels of the network that the plan is for.
+        source: str
+            The name of the values in errors.
+
+        Returns
+        -------
+        Plan
+            The plan, with the reliability of its scores if that is among the values.
+
+        Raises
+        ------
+        PruneError
+            If the values are not those of a plan, or of one for another network.
+
+        Examples
+        --------
+        >>> plan = zp.Plan(graph, {'conv1': [0, 3]})
+        >>> zp.Plan.from_dict(plan.to_dict(), graph) == plan
+        True
+        '''
         if not isinstance(data, dict) or data.get('format') != FORMAT:
             raise PruneError(f'{source!r} is not a plan: it lacks "format": "{FORMAT}".')
         if data.get('version') != 1:
@@ -553,16 +603,23 @@ class Plan:
         Parameters
         ----------
         path: path-like, optional
-            An image file to write; its ending says of which kind.
+            An image file to write; its suffix says of which kind, e.g. ``.png`` or ``.svg``.
 
         Returns
         -------
         matplotlib.figure.Figure
+            The figure, with a column for each group.
 
         Raises
         ------
         PruneError
             If matplotlib is not installed, or the folder of ``path`` does not exist.
+
+        Examples
+        --------
+        >>> figure = zp.Plan(graph, {'conv1': [0, 3]}).plot()
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['conv1', 'conv2']
         '''
         return _plotted(self, path)
 

@@ -1,4 +1,4 @@
-'''``Plan.at_risk``: channels that few samples need much, and classes that lose more relevance than others.'''
+'''``Plan.at_risk``: channels to be removed that a single sample needs, and classes that lose much relevance.'''
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,12 @@ class Risk(NamedTuple):
         The number of the sample in the order of the loader.
     class_: int
         The class of the sample, -1 where it has none.
+
+    Examples
+    --------
+    >>> risk = zp.planning.Risk('conv1', 3, 0.4, 17, 2)
+    >>> f'channel {risk.channel} has {risk.value:.0%} of the relevance of sample {risk.sample}'
+    'channel 3 has 40% of the relevance of sample 17'
     '''
 
     group: str
@@ -53,6 +59,14 @@ class AtRisk:
         The class of each row of ``classes``.
     columns: tuple of str
         The group of each column of ``classes``.
+
+    Examples
+    --------
+    >>> pruner = zp.Pruner(model, None, example, progress=False)
+    >>> relevance = pruner.collect(loader, exemplars=2)
+    >>> found = zp.Plan(pruner.graph, {'conv1': [0, 1]}).at_risk(relevance)
+    >>> [(risk.group, risk.channel) for risk in sorted(found.channels)], found.rows, found.columns
+    ([('conv1', 0), ('conv1', 1)], (0, 1, 2, 3), ('conv1', 'conv2'))
     '''
 
     channels: list[Risk]
@@ -100,16 +114,16 @@ def at_risk(graph: ChannelGraph, removed: Mapping[str, Sequence[int]], relevance
 
 
 def _exemplars(graph: ChannelGraph, relevance: Any) -> Exemplars:
-    '''Return the exemplars of relevance, after a check that they are of the network of a graph.'''
+    '''Return the reference samples of relevance, after a check that they are of the network of a graph.'''
     if not isinstance(relevance, Relevance):
         raise PruneError(f'a Relevance is needed, which pruner.collect(loader, exemplars=8) returns, not a '
                          f'{type(relevance).__name__}.')
     found = relevance.exemplars
     if found is None:
-        raise PruneError('relevance was collected without exemplars: collect with exemplars=8, say.')
+        raise PruneError('relevance was collected without reference samples: collect with exemplars=8, say.')
     sizes = {group.name: group.size for group in graph.groups}
     for name, values in found.samples.items():
         if sizes.get(name) != len(values):
-            raise PruneError(f'exemplars of group {name!r} are for {len(values)} channels, but the network of the plan '
-                             f'has {sizes.get(name, "none")}: they are of another network.')
+            raise PruneError(f'the reference samples of group {name!r} are for {len(values)} channels, but the network '
+                             f'of the plan has {sizes.get(name, "none")}: they are of another network.')
     return found

@@ -1,6 +1,6 @@
-'''The ATen calls that take a network's time, which can be repeated on tensors of other widths, and how they are timed.
+'''The ATen calls that a network spends its time on, repeated on tensors of other widths and timed.
 
-Times that are compared are medians of runs in turn, so that a machine that slows down slows all of them.
+Times that are compared are medians of interleaved runs, so that a machine that slows down slows all of them.
 '''
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from ..util._networks import device_of, map_tensors, structural_copy
 
 SAMPLE = 2e-4  # seconds that a sample lasts at least: shorter calls are repeated within it
 LEAST = 3  # rounds
-SECONDS = 5.0  # the longest measurement of networks in turn
+SECONDS = 5.0  # the longest interleaved measurement of networks
 
 clock = time.perf_counter
 Prepare = Callable[[], Callable[[], Any]]
+MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, shrinks as a whole
 
 
 def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20, seconds: float = math.inf,
@@ -88,14 +89,14 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
 
 
 def _wait(device: torch.device) -> Callable[[], object]:
-    '''Waits until a device, which need not be the current one, has done all of its work.'''
+    '''Return a function that waits until a device, current or not, has done all of its work.'''
     if device.type == 'cuda':
         return partial(torch.cuda.synchronize, device)
     return getattr(getattr(torch, device.type, None), 'synchronize', lambda: None)
 
 
 def side_by_side(models: Sequence[nn.Module], example: Example, rounds: int = 30) -> list[float]:
-    '''Measure the median times of several networks on one input, in turn.'''
+    '''Measure the median times of several networks on one input, in interleaved runs.'''
     with running(models, example) as runs:
         return medians(runs, device_of(models[0]), rounds, SECONDS)
 
@@ -115,9 +116,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f'{device.type}, {threads} thread{"s" * (threads > 1)}' if device.type == 'cpu' else device.type
-
-
-MOST_AXES = 2  # as a convolution has; a call with more, such as a concatenation, shrinks as a whole
 
 
 @dataclass(frozen=True)
@@ -266,6 +264,6 @@ def calls_of(graph: ChannelGraph, model: nn.Module, axis_of: Callable[[Any, int]
 
 
 def _is_view(function: Any) -> bool:
-    '''Whether a function returns its argument under another shape, which takes no time.'''
+    '''Return whether a function returns its argument under another shape, which takes no time.'''
     infos = [argument.alias_info for argument in function._schema.arguments]
     return any(info is not None and not info.is_write for info in infos)

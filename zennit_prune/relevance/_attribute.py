@@ -33,7 +33,7 @@ from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 
 
 def recommended_composite() -> Composite:
-    '''Epsilon on every layer, the rule that ranks channels best; the graph's canonizer merges BatchNorm.'''
+    '''Return the composite with epsilon on every layer, the rule that ranks channels best.'''
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
 
 
@@ -247,9 +247,9 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
 
 def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
               again: bool = False) -> Sequence[torch.Tensor | None]:
-    '''The relevance at ``inputs`` (tensors or gradient edges) for ``start`` on ``output``; None where none arrives.
+    '''Return the relevance at ``inputs`` (tensors or gradient edges) for ``start`` on ``output``.
 
-    With ``again``, the graph is kept for another start.
+    An input that no relevance arrives at gets None. With ``again``, the graph is kept for another start.
 
     Raises
     ------
@@ -288,7 +288,7 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    '''The first floating-point tensor that a network returned.'''
+    '''Return the first floating-point tensor that a network returned.'''
     for tensor in output_tensors(output):
         if tensor.is_floating_point():
             return tensor
@@ -338,13 +338,13 @@ class Passes(nn.Module):
         self.passes += 1
 
     def mean(self) -> dict[Place, torch.Tensor]:
-        '''The relevance at each place that any arrived at.'''
+        '''Return the mean relevance over the passes, for each place where any arrived.'''
         return {place: values / self.passes for place, values in self.sums.items()}
 
 
 def attributed(factory: AttributorFactory, passes: Passes, inputs: Any,
                start: Callable[[torch.Tensor], torch.Tensor], seed: int) -> dict[Place, torch.Tensor]:
-    '''The mean relevance at every place over the passes of an Attributor, whose noise depends on ``seed`` only.
+    '''Return the mean relevance at every place over the passes of an Attributor, whose noise depends on ``seed`` only.
 
     Raises
     ------

@@ -44,7 +44,7 @@ def pairs(operations: Sequence[Operation], calls: Mapping[str, int]) -> list[Pai
     writer = {value: operation for operation in operations for value in operation.writes[:1]}
     found: list[Pair] = []
     for before in (False, True):
-        taken = {name for pair in found for name in (pair.linear, pair.batch_norm)}
+        paired = {name for pair in found for name in (pair.linear, pair.batch_norm)}
         for operation in operations:
             for value in operation.reads:
                 source = writer.get(value)
@@ -54,18 +54,18 @@ def pairs(operations: Sequence[Operation], calls: Mapping[str, int]) -> list[Pai
                 if linear.name not in LINEAR or 'batch_norm' not in batch_norm.name:
                     continue
                 names = linear.site.module, batch_norm.site.module
-                if all(calls.get(name) == 1 for name in names) and (not before or names[1] not in taken):
+                if all(calls.get(name) == 1 for name in names) and (not before or names[1] not in paired):
                     found.append(Pair(*names, before))
     return found
 
 
 def computes_plainly(linear: Any) -> bool:
-    '''Whether a layer of torch's own uses its weight parameter as it is.'''
+    '''Return whether a layer of torch's own uses its weight parameter as it is.'''
     return linear._parameters.get('weight') is not None and type(linear).forward in PLAIN_FORWARDS
 
 
 def mergeable(linear: Any, batch_norm: Any, before: bool) -> bool:
-    '''Whether merging is exact, and not done yet.'''
+    '''Return whether a BatchNorm can be merged into a linear layer exactly and was not merged before.'''
     if not isinstance(linear, Linear) or not isinstance(batch_norm, BatchNorm) or batch_norm.running_mean is None:
         return False
     transposed = isinstance(linear, ConvolutionTranspose)
@@ -77,7 +77,7 @@ def mergeable(linear: Any, batch_norm: Any, before: bool) -> bool:
 
 
 def _is_identity(batch_norm: Any) -> bool:
-    '''Whether another canonizer has merged this BatchNorm already.'''
+    '''Return whether another canonizer has merged this BatchNorm already.'''
     ones, zeros = (batch_norm.running_var, batch_norm.weight), (batch_norm.running_mean, batch_norm.bias)
     return all(value is not None and bool((value == number).all())
                for values, number in ((ones, 1), (zeros, 0)) for value in values)
@@ -200,7 +200,25 @@ class GraphCanonizer(Canonizer):
 
     @classmethod
     def from_recording(cls, recording: Recording) -> GraphCanonizer:
-        '''Make the canonizer from an existing trace.'''
+        '''Make the canonizer from an existing trace.
+
+        Parameters
+        ----------
+        recording: Recording
+            The trace of the network that will be attributed.
+
+        Returns
+        -------
+        GraphCanonizer
+            A canonizer for this network and its copies.
+
+        Examples
+        --------
+        >>> from zennit_prune.tracing._trace import record
+        >>> canonizer = GraphCanonizer.from_recording(record(model, example))
+        >>> [site.function for site in canonizer.functions if site.module == 'pool']
+        ['adaptive_avg_pool2d']
+        '''
         canonizer = cls.__new__(cls)
         Canonizer.__init__(canonizer)
         canonizer._find(recording)
@@ -253,7 +271,7 @@ class GraphCanonizer(Canonizer):
 
 
 def has_its_own_rule(module: nn.Module | None) -> bool:
-    '''Whether a composite's rule for a module's type fits what the module computes.'''
+    '''Return whether a composite's rule for a module's type fits what the module computes.'''
     if isinstance(module, Linear):
         return computes_plainly(module)
     return isinstance(module, (Activation, AvgPool, BatchNorm, MaxPool, Sum)) and not _takes_several(module)
@@ -264,13 +282,13 @@ def _takes_several(module: nn.Module) -> bool:
 
 
 def rules_of(module: nn.Module) -> list[Hook]:
-    '''The rules that a composite registered with a module.'''
+    '''Return the rules that a composite registered with a module.'''
     hooks = (getattr(hook, 'rule', getattr(hook, '__self__', None)) for hook in module._forward_hooks.values())
     return list({id(hook): hook for hook in hooks if isinstance(hook, Hook)}.values())
 
 
 def lends_its_rules(module: nn.Module | None) -> bool:
-    '''Whether a layer uses another weight than its parameter, so that its rules belong where it does.'''
+    '''Return whether a layer computes with another weight than its parameter, so that rules belong to that call.'''
     return isinstance(module, Linear) and not computes_plainly(module)
 
 
@@ -323,7 +341,7 @@ class FunctionalModules(Canonizer):
         root_module.forward = self._forward = canonized_forward
 
     def _with_rules(self) -> dict[Site, tuple[Equivalent, list[Any]]]:
-        '''The functions that the composite has rules for; rules that do not fit their module are removed from it.'''
+        '''Return the functions that the composite has rules for; rules that do not fit their module are removed.'''
         self._lend_rules()
         ruled = {site: found for site, found in self._functions.items() if any(map(rules_of, found[1]))}
         named = dict(self._root.named_modules())
@@ -365,7 +383,7 @@ class FunctionalModules(Canonizer):
 
 
 def _host(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
-    '''The module itself, or the nearest around it (else the first inside) that does not run its children in a row.'''
+    '''Return the module, or the nearest around it (else the first inside) that does not run its children in a row.'''
     parts = name.split('.') if name else []
     around = ['.'.join(parts[:length]) for length in range(len(parts), -1, -1)]
     inside = [other for other in modules if other.startswith(f'{name}.' if name else '')]

@@ -45,15 +45,16 @@ from ._sums import Sums
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')
+NONFINITE = ('error', 'skip')
 
 
 def holds_lrp(composite: Composite) -> bool:
-    '''Whether any rule in force is one of LRP.'''
+    '''Return whether any rule in force is one of LRP.'''
     return any(isinstance(hook, (Epsilon, *SIGNED_RULES)) for hook in composite.hook_refs)
 
 
 def suitable_aggregate(composite: Composite) -> str:
-    '''The aggregate that suits the rules in force.
+    '''Return the aggregate that suits the rules in force.
 
     ``'sumabs'`` where most rules keep positive and negative contributions apart, ``'abs'`` where most mix them.
     '''
@@ -75,14 +76,11 @@ def aggregated(how: str, site: ActivationSite, relevance: torch.Tensor, batch: i
     return values.clamp(min=0) if how == 'positive' else values
 
 
-NONFINITE = ('error', 'skip')
-
-
 class Collector:
     '''Accumulate scores of channels batch by batch.
 
-    A criterion says what is read at the activation sites of the channels: the tensors that carry a channel's complete
-    value. For each sample this is summed over space and aggregated; the score is the mean over samples, and over sites
+    A criterion defines a quantity at the activation sites of the channels, the tensors that carry a channel's complete
+    value. For each sample it is summed over space and aggregated; the score is the mean over samples, and over sites
     where a group has several (a residual stream).
 
     Parameters
@@ -95,8 +93,8 @@ class Collector:
         The rules of relevance; the canonizer of the graph is applied after the composite's own. Other criteria run the
         plain network.
     aggregate: str
-        What is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the sum of
-        absolute values; ``'signed'``, the sum; ``'positive'``, its positive part. ``'auto'`` for relevance is
+        The number that is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the
+        sum of absolute values; ``'signed'``, the sum; ``'positive'``, its positive part. ``'auto'`` for relevance is
         ``'sumabs'`` where most rules keep positive and negative contributions apart (gamma, alpha-beta, z-plus), else
         ``'abs'``; for another criterion, it is what its formula says.
     initial: str or callable
@@ -113,10 +111,10 @@ class Collector:
         One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient:
         relevance is the mean over its passes.
     nonfinite: str
-        What happens to a sample whose input or relevance is not finite: with ``'error'``, an error is raised; with
+        The treatment of a sample whose input or relevance is not finite: with ``'error'``, an error is raised; with
         ``'skip'``, the sample is left out, and a warning says so.
     seed: int
-        For the noise of an Attributor.
+        The seed of the noise of an Attributor.
     exemplars: int
         The number of reference samples to keep for each channel, those with the largest scores; see
         :class:`zennit_prune.relevance.Exemplars`.
@@ -202,8 +200,8 @@ class Collector:
         if isinstance(self.exemplars, bool) or not isinstance(self.exemplars, int) or self.exemplars < 0:
             raise PruneError(f'exemplars={self.exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
         if self.exemplars and not self.criterion.per_sample:
-            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no exemplars: use '
-                             "another criterion, e.g. 'relevance'.")
+            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no reference '
+                             "samples: use another criterion, e.g. 'relevance'.")
         if not self.graph.groups:
             raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
                              'locks them.')
@@ -257,7 +255,19 @@ class Collector:
             warnings.warn(note, PruneWarning, stacklevel=3)
 
     def holds_lrp(self) -> bool:
-        '''Whether any rule in force is one of LRP; inside the ``with`` block only.'''
+        '''Return whether any rule in force is one of LRP; callable inside the ``with`` block only.
+
+        Returns
+        -------
+        bool
+            False where a composite of gradients, say, has no rule for any layer.
+
+        Examples
+        --------
+        >>> with Collector(graph, model, EpsilonPlus()) as collector:
+        ...     collector.holds_lrp()
+        True
+        '''
         return self.criterion.lrp and holds_lrp(self._registered)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -273,10 +283,11 @@ class Collector:
         Parameters
         ----------
         inputs: torch.Tensor, tuple or dict
-            What the network is called with; moved to its device.
+            The arguments of the network, of N samples; they are copied to its device.
         target: torch.Tensor, callable, ``'predicted'`` or None
-            See :func:`zennit_prune.relevance._initial.initial_relevance`; may be None where ``initial`` is a function.
-            Several targets of a sample are aggregated one by one and averaged. A sample without any is not counted.
+            Class indices, int64, shape (N,); other kinds as for :func:`zennit_prune.heatmap`. May be None where
+            ``initial`` is a function. Several targets of a sample are aggregated one by one and averaged. A sample
+            without any is not counted.
 
         Raises
         ------
@@ -287,7 +298,26 @@ class Collector:
         self.add(Batch(inputs, target))
 
     def add(self, batch: Batch) -> None:
-        '''Add a batch whose values may have been checked already; see :meth:`update`.'''
+        '''Add a batch whose values may have been checked already.
+
+        Parameters
+        ----------
+        batch: Batch
+            Inputs and target, as for :meth:`update`.
+
+        Raises
+        ------
+        PruneError
+            For the reasons of :meth:`update`; the batch is then not counted.
+
+        Examples
+        --------
+        >>> from zennit_prune.util._loaders import Batch
+        >>> with Collector(graph, model, EpsilonPlus()) as collector:
+        ...     collector.add(Batch(images, labels))
+        >>> collector.samples
+        8
+        '''
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
@@ -297,13 +327,13 @@ class Collector:
         self.sums = self.sums.plus(scores, samples.size, samples.skipped, samples.reason, tuple(batch), best)
 
     def _best(self, samples: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
-        '''The samples of a batch with the largest scores, for each channel.'''
+        '''Return the samples of a batch with the largest scores, for each channel.'''
         layout = tuple((group.name, group.size) for group in self.graph.groups)
         classes = None if self._targets is None else self._targets[samples.rows.to(self._targets.device)]
         return Best.of(layout, scores, samples.numbers[samples.rows], classes, self.exemplars, spots.only(samples.rows))
 
     def _sampled(self, samples: Selection, spots: Spots | None) -> dict[str, torch.Tensor]:
-        '''By group, the scores of the samples that count: the mean over each sample's targets.'''
+        '''Return, by group, the scores of the samples that count: the mean over each sample's targets.'''
         totals: dict[str, torch.Tensor] = {}
         weight = torch.zeros((), device='cpu')
         try:
@@ -327,7 +357,7 @@ class Collector:
         return samples.counted(totals, weight > 0)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        '''For each target: the quantity at every site, shaped as the tensor there, and the weight of each sample.'''
+        '''Yield, for each target, the quantity at every site in the tensor's shape, and the weight of each sample.'''
         quantity, nothing = self.criterion.quantity, torch.empty(0, device=self.device)
         if not self.criterion.gradients:
             output = self._run_forward(batch)
@@ -339,20 +369,20 @@ class Collector:
             yield {place: quantity(values.get(place, nothing), gradient) for place, gradient in arrived.items()}, share
 
     def _activations(self) -> dict[Place, torch.Tensor]:
-        '''The values of the last pass by place, where the criterion looks at them.'''
+        '''Return the values of the last pass by place, where the criterion needs them.'''
         return dict(self._reader.values) if self.criterion.activations else {}
 
     def _run_forward(self, batch: Batch) -> torch.Tensor:
-        '''The output of the network, for criteria that need no target.'''
+        '''Return the output of the network, for criteria that need no target.'''
         if self.classes is not None and of_classes(batch.target, self.classes) is None:
             raise PruneError(f'classes={self.classes} needs a label for each sample, as '
-                             f'criterion={self.criterion.name!r} looks at no output.')
+                             f'criterion={self.criterion.name!r} uses no output.')
         inputs = differentiable(batch, self._network)
         with torch.no_grad():
             return main_output(call_network(self._network, inputs))
 
     def _propagated(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
-        '''For each target: the relevance or gradient that arrives at every site, and the weight of each sample.'''
+        '''Yield, for each target, the relevance or gradient at every site, and the weight of each sample.'''
         inputs = differentiable(batch, self._network)
         with torch.enable_grad():
             output = main_output(call_network(self._network, inputs))
@@ -378,7 +408,7 @@ class Collector:
             hook.remove()
 
     def _scores(self, quantities: Mapping[Place, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
-        '''By group, the score of every sample and channel: the mean over the group's sites.'''
+        '''Return, by group, the score of every sample and channel: the mean over the group's sites.'''
         totals: dict[str, torch.Tensor] = {}
         covered: dict[str, torch.Tensor] = {}
         for site in self.sites:
@@ -390,7 +420,7 @@ class Collector:
         return {name: values / covered[name].clamp(min=1).to(values.device) for name, values in totals.items()}
 
     def _score(self, site: ActivationSite, quantity: torch.Tensor, batch: int) -> torch.Tensor:
-        '''The score of every sample and channel at one site, shape (batch, size of the group).'''
+        '''Return the score of every sample and channel at one site, shape (batch, size of the group).'''
         sums = aggregated(self.aggregate, site, quantity, batch)
         if self.criterion.per_element:
             one_sample = torch.ones_like(quantity[:quantity.shape[0] // batch])
@@ -408,19 +438,39 @@ class Collector:
         Returns
         -------
         Collector
-            This one.
+            This collector, with the samples of both.
 
         Raises
         ------
         PruneError
             If the two do not fit together.
+
+        Examples
+        --------
+        >>> one, two = Collector(graph, model, EpsilonPlus()), Collector(graph, model, EpsilonPlus())
+        >>> with one, two:
+        ...     one.update(images[:4], labels[:4])
+        ...     two.update(images[4:], labels[4:])
+        >>> one.merge(two).samples
+        8
         '''
         self.check_fits(other.settings(), 'the collectors', bool(other.samples))
         self.sums = self.sums.merged(other.sums)
         return self
 
     def settings(self) -> dict[str, Any]:
-        '''The settings that must be equal where sums are to be added, as JSON values.'''
+        '''Return the settings that must be equal where sums are to be added, as JSON values.
+
+        Returns
+        -------
+        dict of str to object
+            Criterion, groups and their sizes, composite, and the options of the collector.
+
+        Examples
+        --------
+        >>> Collector(graph, model, EpsilonPlus(), 'signed').settings()['aggregate']
+        'signed'
+        '''
         return {'criterion': self.criterion.name, 'groups': {group.name: group.size for group in self.graph.groups},
                 'composite': described(self.composite), 'aggregate': self.aggregate,
                 'initial': described(self.initial), 'classes': self.classes and list(self.classes),
@@ -433,11 +483,25 @@ class Collector:
         Parameters
         ----------
         settings: mapping
-            As :meth:`settings` returns them.
+            The settings that :meth:`settings` returned.
         what: str
             The collectors compared, for the message.
         used: bool
-            Whether the settings belong to sums that hold anything; if not, only the network must be equal.
+            The settings belong to sums that hold samples; if not, only the network must be equal.
+
+        Raises
+        ------
+        PruneError
+            If a setting differs, with its name and both values.
+
+        Examples
+        --------
+        >>> one, two = (Collector(graph, model, EpsilonPlus(), how) for how in ('abs', 'signed'))
+        >>> try:
+        ...     one.check_fits(two.settings(), 'the collectors')
+        ... except zp.PruneError as error:
+        ...     print(error)
+        the collectors differ in aggregate: 'abs' and 'signed'.
         '''
         mine = self.settings()
         if settings.get('groups') != mine['groups']:
@@ -449,16 +513,53 @@ class Collector:
                 raise PruneError(f'{what} differ in {key}: {value!r} and {settings.get(key)!r}.')
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        '''Write the sums so far to one safetensors file, from which :meth:`load` goes on.'''
+        '''Write the sums so far to one safetensors file, from which :meth:`load` goes on.
+
+        Parameters
+        ----------
+        path: path-like
+            The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with Collector(graph, model, EpsilonPlus()) as collector:
+        ...     collector.update(images, labels)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     collector.save(f'{folder}/collector.safetensors')
+        ...     Collector(graph, model, EpsilonPlus()).load(f'{folder}/collector.safetensors').samples
+        8
+        '''
         self.sums.save(path, {**self.settings(), 'weights': fingerprint(tensors_by_module(self.model))})
 
     def load(self, path: str | os.PathLike[str]) -> Collector:
-        '''Go on from what :meth:`save` wrote; ``.sums.batches`` says how many batches it holds.
+        '''Go on from the sums that :meth:`save` wrote; ``.sums.batches`` is the number of their batches.
+
+        Parameters
+        ----------
+        path: path-like
+            The file.
+
+        Returns
+        -------
+        Collector
+            This collector, with the sums of the file.
 
         Raises
         ------
         PruneError
             If something was added already, or the file is of another network, other rules or other settings.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with Collector(graph, model, EpsilonPlus()) as collector:
+        ...     collector.update(images, labels)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     collector.save(f'{folder}/collector.safetensors')
+        ...     resumed = Collector(graph, model, EpsilonPlus()).load(f'{folder}/collector.safetensors')
+        >>> resumed.sums.batches
+        1
         '''
         if self.sums.batches:
             raise PruneError('a collector that holds batches cannot load others: load into a fresh one, then merge.')
@@ -470,12 +571,12 @@ class Collector:
         return self
 
     def compute(self) -> Relevance:
-        '''The mean over all samples so far.
+        '''Return the scores: the mean over all samples so far.
 
         Returns
         -------
         Relevance
-            ``.info`` says how the scores came about, ``.exemplars`` holds the reference samples of each channel.
+            The scores; ``.info`` holds the settings and the number of samples, ``.exemplars`` the reference samples.
 
         Raises
         ------
@@ -507,15 +608,15 @@ class Collector:
                              'layer is zero.')
 
     def _info(self) -> dict[str, Any]:
-        '''How the scores came about, as JSON values.'''
+        '''Return the origin of the scores as JSON values: criterion, options, rules, samples and notes.'''
         sums, notes = self.sums, [*self.notes]
         held = sorted(self.gates - set(sums.halves))
         if held:
             notes.append(f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
                          'channels have no scores and are kept')
         if sums.best is not None and sums.best.dropped:
-            notes.append(f'exemplars: means of the first {len(sums.best.classes)} classes were kept, without those of '
-                         f'{sums.best.dropped} samples of others')
+            notes.append(f'reference samples: means of the first {len(sums.best.classes)} classes were kept, without '
+                         f'those of {sums.best.dropped} samples of others')
         return {'criterion': self.criterion.name,
                 **({'composite': named(self.composite)} if self.criterion.lrp else {}),
                 'aggregate': self.aggregate,

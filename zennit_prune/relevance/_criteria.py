@@ -1,12 +1,12 @@
-'''Criteria: by what channels are scored, each a value that says where to read what, and how it becomes a score.
+'''The criteria that channels are scored by: LRP relevance, and those that it is compared with.
 
-A :class:`Criterion` describes a criterion that looks at data; one collector computes all of them. The criteria that
-look at no data are functions of a graph, a network and a seed. ``CRITERIA`` has both by name: whoever adds a criterion
-adds an entry there.
+A :class:`Criterion` describes a criterion that uses data: where values are read, what is computed there, and how that
+becomes a score; one collector computes all of them. Criteria without data are functions of a graph, a network and a
+seed. ``CRITERIA`` has both by name, and a new criterion needs an entry there.
 
 Criteria with a formula of their own run the plain network, without rules. Where they read a channel behind its norm and
-nonlinearity, that is the last value that norms and activations alone compute from it (``Flow.settled``); a residual
-stream, which several layers read, has several such values, over which the score is averaged.
+nonlinearity, that is the last value that norms and activations alone compute from it (``Flow.behind_activations``); a
+residual stream, which several layers read, has several such values, over which the score is averaged.
 '''
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Quantity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    '''How a criterion scores channels: where it reads, what, and how that becomes a score.
+    '''A criterion that uses data: where it reads, what it computes there, and how that becomes a score.
 
     For each sample, the collector computes ``quantity`` at every activation site, sums it over space as the aggregate
     says, and turns the sums into the sample's ``score``. These are averaged over the sites of a group and over samples;
@@ -50,15 +50,15 @@ class Criterion:
         From the activation and the gradient (or relevance) at a site, shaped as the tensor there, to what is summed,
         of the same shape.
     aggregate: str
-        What ``aggregate='auto'`` stands for; ``'auto'`` itself where the rules decide.
+        The meaning of ``aggregate='auto'``; ``'auto'`` itself where the rules decide.
     initial: str or callable
-        What ``initial='auto'`` stands for.
+        The meaning of ``initial='auto'``.
     lrp: bool
         Whether the composite's rules are in force; else the plain network runs.
     activations, gradients: bool
-        What ``quantity`` looks at; it gets an empty tensor in place of the other. Gradients need labels.
+        The arguments that ``quantity`` uses; the other one is an empty tensor. Gradients need labels.
     per_element: bool
-        Take the mean over space in place of the sum.
+        The mean over space is used in place of the sum.
     score: callable
         From the sums, shape (samples, channels), and their site to the scores of single samples, shaped alike.
     finish: callable
@@ -101,11 +101,11 @@ Computed = Callable[[ChannelGraph, nn.Module, int], Relevance]
 
 
 def _behind_activations(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationSite], dict[str, str]]:
-    return find_sites(graph, Flow.settled)
+    return find_sites(graph, Flow.behind_activations)
 
 
 def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationSite], dict[str, str]]:
-    '''The sites where layers with weights read channels, each with the sums of the absolute weights.'''
+    '''Return the sites where layers with weights read channels, each with the sums of the absolute weights.'''
     flow, tensors = Flow(graph), computed_tensors(model)
     sites: list[ActivationSite] = []
     missing = {}
@@ -120,7 +120,7 @@ def _where_read(graph: ChannelGraph, model: nn.Module) -> tuple[list[ActivationS
 
 def _weights_read(graph: ChannelGraph, group: ChannelGroup, operation: Operation,
                   tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    '''The sums of the absolute weights with which an operation reads the channels of a group.'''
+    '''Return the sums of the absolute weights with which an operation reads the channels of a group.'''
     total = torch.zeros(group.size, dtype=torch.float64, device='cpu')
     axes = graph._recording.axes
     numbers = {number for labels in operation.consumers for number in graph._roles.axis[labels].flat}
@@ -210,7 +210,7 @@ def random(graph: ChannelGraph, model: nn.Module, seed: int = 0) -> Relevance:
 
 
 def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
-    '''The norm of the filters that produce a channel, averaged over the layers that produce the group.
+    '''Return the norm of the filters that produce a channel, averaged over the layers that produce the group.
 
     ``order`` 1 is the criterion of Li et al., "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710): the sum of a
     filter's absolute weights; 2 takes the root of the sum of squares.
@@ -222,7 +222,7 @@ def weight_norm(graph: ChannelGraph, model: nn.Module, order: int) -> Relevance:
 
 
 def geometric_median(graph: ChannelGraph, model: nn.Module) -> Relevance:
-    '''The sum of the l2 distances of a channel's filter to all filters of its layer, averaged over producing layers.
+    '''Return the sum of the distances of a channel's filter to all filters of its layer, averaged over its layers.
 
     He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration" (arXiv
     1811.00250): a filter near all others can be replaced by them. A channel that holds several filters of a layer has
@@ -232,7 +232,7 @@ def geometric_median(graph: ChannelGraph, model: nn.Module) -> Relevance:
 
 
 def batch_norm_scale(graph: ChannelGraph, model: nn.Module) -> Relevance:
-    '''The absolute factor ``|gamma|`` of the BatchNorm that follows, averaged over the group's BatchNorms.
+    '''Return the absolute factor ``|gamma|`` of the BatchNorm that follows, averaged over the group's BatchNorms.
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (arXiv 1708.06519), for networks
     trained with or without their penalty. Groups without BatchNorm have no scores.
@@ -246,7 +246,7 @@ def batch_norm_scale(graph: ChannelGraph, model: nn.Module) -> Relevance:
 def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
               score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
               chosen: Callable[[Member], bool] = lambda member: member.role == 'producer') -> Relevance:
-    '''The mean of ``score(slices, index)`` over the chosen members of each group.
+    '''Return the mean of ``score(slices, index)`` over the chosen members of each group.
 
     ``slices`` are the weight's along the member's dimension, as rows in float64, and ``index`` is the member's.
     '''
@@ -262,7 +262,7 @@ def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
     silent = [group.name for group in graph.groups if group.name not in scores]
     if silent and not scores:
         raise PruneError(f'criterion={criterion!r} says nothing about any channel of this network: no group has the '
-                         "parameters it looks at. Use another, e.g. 'l1'.")
+                         "parameters it uses. Use another, e.g. 'l1'.")
     if silent:
         warnings.warn(f'criterion={criterion!r} says nothing about some groups, so they will be kept whole: '
                       f'{", ".join(silent)}', PruneWarning, stacklevel=6)
@@ -279,8 +279,8 @@ CRITERIA: dict[str, Criterion | Computed] = {
 }
 
 
-def looks_at_data(criterion: object) -> bool:
-    '''Whether ``criterion`` is a :class:`Criterion` or the name of one, so that a collector computes it.'''
+def uses_data(criterion: object) -> bool:
+    '''Return whether ``criterion`` is a :class:`Criterion` or the name of one, so that a collector computes it.'''
     return isinstance(CRITERIA.get(criterion) if isinstance(criterion, str) else criterion, Criterion)
 
 
@@ -300,15 +300,15 @@ def known_criterion(criterion: object) -> Criterion | Computed:
 
 
 def collected_criterion(criterion: object) -> Criterion:
-    '''Look up a criterion that looks at data.
+    '''Look up a criterion that uses data.
 
     Raises
     ------
     PruneError
-        If there is no such name, or the criterion looks at no data.
+        If there is no such name, or the criterion uses no data.
     '''
     found = known_criterion(criterion)
     if not isinstance(found, Criterion):
-        raise PruneError(f'criterion={criterion!r} is no criterion that looks at data: use one of '
-                         f'{", ".join(repr(name) for name in CRITERIA if looks_at_data(name))}.')
+        raise PruneError(f'criterion={criterion!r} is no criterion that uses data: use one of '
+                         f'{", ".join(repr(name) for name in CRITERIA if uses_data(name))}.')
     return found

@@ -105,7 +105,7 @@ class Best:
                    members.sum(1)).capped()
 
     def numbered_from(self, first: int) -> Best:
-        '''Renumber the samples, where ``first`` samples went by before.'''
+        '''Renumber the samples of a batch that ``first`` samples came before.'''
         return replace(self, samples=torch.where(self.samples < 0, self.samples, self.samples + first),
                        share_samples=self.share_samples + first)
 
@@ -149,7 +149,7 @@ class Best:
         return replace(self, **moved)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        '''All tensors by name.'''
+        '''Return all tensors by name.'''
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -177,7 +177,7 @@ class Best:
                 raise ValueError('sizes differ')
             return found
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PruneError(f'{source!r} holds damaged exemplars ({error!r}).') from error
+            raise PruneError(f'{source!r} holds damaged reference samples ({error!r}).') from error
 
 
 class Spots:
@@ -221,7 +221,7 @@ class Spots:
         return self
 
     def all(self, layout: Layout, scores: Mapping[str, torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-        '''Flat positions for the samples ``order``, shape (C, k), of the channels of all groups.'''
+        '''Return flat positions for the samples ``order``, shape (C, k), of the channels of all groups.'''
         rows = self._rows.to(order.device)[order]
         result, start = torch.full_like(order, -1), 0
         for name, size in layout:
@@ -239,7 +239,7 @@ class Spots:
 
 def looked_at(sites: Sequence[ActivationSite], shape: Callable[[ActivationSite], Sequence[int]],
               batch: int) -> ActivationSite:
-    '''The site that positions are in: the last of those with the finest grid that hold most of the channels.'''
+    '''Return the site that positions are in: the last of those with the finest grid that hold most of the channels.'''
     def key(site: ActivationSite) -> tuple[int, int, int]:
         return (int((_places(site) >= 0).sum()), math.prod(grid_of(site, shape(site), batch) or ()), site.value)
 
@@ -247,14 +247,14 @@ def looked_at(sites: Sequence[ActivationSite], shape: Callable[[ActivationSite],
 
 
 def grid_of(site: ActivationSite, shape: Sequence[int], batch: int) -> tuple[int, ...] | None:
-    '''The dimensions of a site that hold neither samples nor channels; None where samples are cut to pieces.'''
+    '''Return the dimensions of a site that hold neither samples nor channels; None where samples are cut to pieces.'''
     if shape[0] != batch:
         return None
     return tuple(size for dim, size in enumerate(shape) if dim and dim not in site.dims)
 
 
 def _places(site: ActivationSite) -> torch.Tensor:
-    '''For each channel, the first of the places in the site's (flattened) dimensions that hold it; -1 for none.'''
+    '''Return, for each channel, the first place in the site's flattened dimensions that holds it, or -1.'''
     found, first = np.unique(site.positions.numpy().reshape(-1), return_index=True)
     places = np.full(site.size + 1, -1)
     places[found] = first
@@ -264,13 +264,13 @@ def _places(site: ActivationSite) -> torch.Tensor:
 class Exemplars:
     '''For each channel of each group, the reference samples with the most relevance; print it for a table.
 
-    Made by ``pruner.collect(loader, exemplars=8)`` as ``relevance.exemplars``; tensors are on the CPU. Of several
+    ``pruner.collect(loader, exemplars=8)`` returns them as ``relevance.exemplars``; tensors are on the CPU. Of several
     processes, the samples of rank 0 come first, then those of rank 1.
 
     Parameters
     ----------
     best: Best
-        What a collector kept.
+        The samples that a collector kept.
 
     Attributes
     ----------
@@ -366,7 +366,7 @@ class Exemplars:
             For an unknown group or channel, or fields of another grid.
         '''
         if group not in self.samples:
-            raise PruneError(f'there are no exemplars for {group!r}. Groups: {", ".join(self.samples)}.')
+            raise PruneError(f'there are no reference samples for {group!r}. Groups: {", ".join(self.samples)}.')
         grid, size = self.grids[group], len(self.samples[group])
         if not 0 <= channel < size:
             raise PruneError(f'channel {channel} is out of range: group {group!r} has {size} channels.')
@@ -401,7 +401,7 @@ class Exemplars:
 
 
 def _unravelled(flat: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-    '''Positions in a grid, shape (channels, k, dimensions of the grid).'''
+    '''Return positions in a grid, shape (channels, k, dimensions of the grid).'''
     if not grid:
         return torch.zeros(*flat.shape, 0, dtype=torch.int64, device=flat.device)
     positions = torch.from_numpy(np.stack(np.unravel_index(flat.clamp(min=0).numpy(), grid), -1))

@@ -14,7 +14,7 @@ multiplication by a constant   ``BatchNorm``     passes relevance on
 gates (squeeze-excitation)     ``BatchNorm``     passes relevance to the signal; the gate is held constant
 division by a tensor           ``BatchNorm``     passes relevance to the numerator; the denominator is held constant
 layer, group, RMS norm         ``BatchNorm``     passes relevance on (the identity rule of arXiv 2402.05602)
-``x - x.mean()``               ``BatchNorm``     the same; the mean is held constant
+``x - x.mean()``               ``BatchNorm``     passes relevance on; the mean is held constant
 product of two signals         ``BatchNorm``     passes half to each (the uniform rule of arXiv 2402.05602)
 matmul of two signals          ``Sum``           half to each, split by what each element adds (arXiv 2402.05602)
 softmax of an attention        ``Sum``           x_i (R_i - s_i sum_j R_j) for softmax s of x (arXiv 2402.05602)
@@ -24,7 +24,7 @@ masks and biases before it     ``Sum``           absorb a share by what they add
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
 pools; where it does not, the preflight says so.
 
-The modules made here have one of these types and compute whatever function they are given.
+The modules of this file have one of these types and compute the function that they are given.
 '''
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ from ..util._networks import map_tensors, tensors_in
 
 Function = Callable[..., torch.Tensor]
 Exchange = Callable[[dict[int, torch.Tensor]], torch.Tensor]
+LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
+          'conv_transpose1d': nn.ConvTranspose1d, 'conv_transpose2d': nn.ConvTranspose2d,
+          'conv_transpose3d': nn.ConvTranspose3d}
+PRODUCTS = {'matmul', 'rmatmul', 'mm', 'bmm', 'mv', 'einsum', 'baddbmm', 'addmm', 'tensordot', 'inner'}
+AVERAGES = {'mean', 'sum', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
+NORMS = {'layer_norm', 'group_norm', 'instance_norm', 'rms_norm', 'local_response_norm', 'normalize', 'batch_norm',
+         'log_softmax'}
+ACTIVATIONS = {'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hardtanh': nn.Hardtanh, 'elu': nn.ELU, 'selu': nn.SELU,
+               'celu': nn.CELU, 'leaky_relu': nn.LeakyReLU, 'prelu': nn.PReLU, 'rrelu': nn.RReLU, 'silu': nn.SiLU,
+               'gelu': nn.GELU, 'hardswish': nn.Hardswish, 'softplus': nn.Softplus, 'softsign': nn.Softsign,
+               'log_sigmoid': nn.LogSigmoid, 'sigmoid': nn.Sigmoid, 'tanh': nn.Tanh, 'hardsigmoid': nn.Hardsigmoid}
+ELEMENTWISE = nn.Tanh  # stands for any other function of one element
+AVERAGE, SCALING = nn.AdaptiveAvgPool2d, nn.BatchNorm1d
+GATES = ('reciprocal', 'rtruediv', 'rsqrt', 'sigmoid', 'hardsigmoid', 'hardtanh', 'relu6', 'clamp', 'softmax', 'tanh')
+STATISTICS = {'mean', 'amax', 'max', 'var_mean', 'std_mean'}
+ARITHMETIC = {'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
+PASSING = {'clone', '_to_copy', 'detach', 'alias', 'copy', 'where', 'masked_fill', 'native_dropout', 'lift_fresh'}
+VIEWS = PASSING | set('view expand unsqueeze squeeze permute transpose t select slice as_strided'.split())
 
 
 class Functional(nn.Module):
@@ -86,7 +104,7 @@ def functional(kind: Any) -> type[Any]:
 
 @dataclass(frozen=True)
 class Equivalent:
-    '''How a call of a function becomes calls of modules.
+    '''The calls of modules that a call of a function becomes.
 
     Attributes
     ----------
@@ -106,7 +124,7 @@ class Equivalent:
     absorbs: ClassVar[bool] = False
 
     def modules(self) -> list[Any]:
-        '''New modules, one of each kind.'''
+        '''Return new modules, one of each kind.'''
         return [functional(kind)() for kind in self.kinds]  # type: ignore[arg-type]
 
     def __call__(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
@@ -127,7 +145,7 @@ class Equivalent:
         return result if self.in_place is None else tensors[self.in_place].copy_(result)
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
-        '''Each module computes the function of one signal; those that are no constants share relevance equally.
+        '''Let each module compute the function of one signal; those that are no constants share relevance equally.
 
         Parameters
         ----------
@@ -259,28 +277,8 @@ class Gated(Equivalent):
         return module(signal)
 
 
-LAYERS = {'linear': nn.Linear, 'conv1d': nn.Conv1d, 'conv2d': nn.Conv2d, 'conv3d': nn.Conv3d,
-          'conv_transpose1d': nn.ConvTranspose1d, 'conv_transpose2d': nn.ConvTranspose2d,
-          'conv_transpose3d': nn.ConvTranspose3d}
-PRODUCTS = {'matmul', 'rmatmul', 'mm', 'bmm', 'mv', 'einsum', 'baddbmm', 'addmm', 'tensordot', 'inner'}
-AVERAGES = {'mean', 'sum', *(f'{adaptive}avg_pool{rank}d' for adaptive in ('', 'adaptive_') for rank in (1, 2, 3))}
-NORMS = {'layer_norm', 'group_norm', 'instance_norm', 'rms_norm', 'local_response_norm', 'normalize', 'batch_norm',
-         'log_softmax'}
-ACTIVATIONS = {'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hardtanh': nn.Hardtanh, 'elu': nn.ELU, 'selu': nn.SELU,
-               'celu': nn.CELU, 'leaky_relu': nn.LeakyReLU, 'prelu': nn.PReLU, 'rrelu': nn.RReLU, 'silu': nn.SiLU,
-               'gelu': nn.GELU, 'hardswish': nn.Hardswish, 'softplus': nn.Softplus, 'softsign': nn.Softsign,
-               'log_sigmoid': nn.LogSigmoid, 'sigmoid': nn.Sigmoid, 'tanh': nn.Tanh, 'hardsigmoid': nn.Hardsigmoid}
-ELEMENTWISE = nn.Tanh  # stands for any other function of one element
-AVERAGE, SCALING = nn.AdaptiveAvgPool2d, nn.BatchNorm1d
-GATES = ('reciprocal', 'rtruediv', 'rsqrt', 'sigmoid', 'hardsigmoid', 'hardtanh', 'relu6', 'clamp', 'softmax', 'tanh')
-STATISTICS = {'mean', 'amax', 'max', 'var_mean', 'std_mean'}
-ARITHMETIC = {'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
-PASSING = {'clone', '_to_copy', 'detach', 'alias', 'copy', 'where', 'masked_fill', 'native_dropout', 'lift_fresh'}
-VIEWS = PASSING | set('view expand unsqueeze squeeze permute transpose t select slice as_strided'.split())
-
-
 def equivalents(calls: Sequence[FunctionCall], outputs: Sequence[int]) -> list[tuple[FunctionCall, Equivalent]]:
-    '''The calls that rules have to be applied to, each with what it becomes; ``outputs`` are the network's values.'''
+    '''Return the calls that rules apply to, each with its equivalent; the network returns the values ``outputs``.'''
     origins = Origins(calls)
     last = {id(origins.of(value)) for value in outputs}
     shifts = {id(earlier) for call in calls if call.site.function == 'softmax' and call.active and id(call) not in last
@@ -317,7 +315,7 @@ class Origins:
 
 
 def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) -> Equivalent | None:
-    '''The equivalent of a call, given whether it is the network's ``last`` and whether it ``shifts`` a softmax.'''
+    '''Return the equivalent of a call that may be the network's ``last`` or one that ``shifts`` a softmax.'''
     name, active, in_place = call.site.function.strip('_'), call.active, call.in_place
     first = tuple(active[:1])
     if name in LAYERS:
@@ -349,7 +347,7 @@ def _equivalent(call: FunctionCall, origins: Origins, last: bool, shifts: bool) 
 
 
 def _product(call: FunctionCall, summands: int) -> Equivalent | None:
-    '''The equivalent of a product of tensors; the ``summands`` in front of the factors are biases.'''
+    '''Return the equivalent of a product of tensors; the ``summands`` in front of the factors are biases.'''
     factors = range(summands, len(call.arguments))
     signals = tuple(call.active)
     constants = [position for position in factors if position not in signals]
@@ -379,14 +377,14 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shif
 
 
 def _is_statistic(call: FunctionCall, origins: Origins) -> bool:
-    '''Whether what is subtracted is one number for many elements of what it is subtracted from, as in a norm.'''
+    '''Return whether the subtrahend is one number for many elements of the minuend, as the mean in a norm.'''
     maker = origins.of(call.arguments[1].value)
     return (maker is not None and maker.site.function in STATISTICS
             and maker.arguments[0].value == call.arguments[0].value)
 
 
 def _signals(call: FunctionCall, origins: Origins) -> tuple[int, ...]:
-    '''The factors of a product that are no gates: the larger one, or the one that is surely none, or both.'''
+    '''Return the factors of a product that are no gates: the larger one, or the one that is surely none, or both.'''
     sizes = [prod(argument.shape) for argument in call.arguments]
     if sizes[0] != sizes[1]:
         return (0 if sizes[0] > sizes[1] else 1,)
@@ -399,7 +397,7 @@ def _signals(call: FunctionCall, origins: Origins) -> tuple[int, ...]:
 
 
 def _changes_elements(operation: Operation) -> bool:
-    '''Whether an operation computes each element from one of its input, and does not just pass it on.'''
+    '''Return whether an operation computes each element from one of its input, and does not just pass it on.'''
     packet = getattr(torch.ops.aten, operation.name, None)
     overload = getattr(packet, packet.overloads()[0]) if packet is not None else None
     known = OPERATIONS.get(operation.name, UNKNOWN).pointwise  # older releases lack some tags

@@ -1,4 +1,4 @@
-'''Where relevance starts: the kinds of targets, and the relevance at the output that each stands for.'''
+'''The start of relevance: the kinds of targets, and the relevance at the output that belongs to each.'''
 from __future__ import annotations
 
 import operator
@@ -12,7 +12,7 @@ from ..util._options import nearest, unknown
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
-UNKNOWN = 255  # what segmentation masks hold where nobody knows the class
+UNKNOWN = 255  # the value of segmentation masks where the class is unknown
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -29,7 +29,7 @@ class Start(NamedTuple):
 
 
 def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> torch.Tensor:
-    '''The relevance at the output that is propagated back; where a sample has several targets, their mean.
+    '''Return the relevance at the output that is propagated back, averaged over the targets of a sample.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def _no_rival() -> PruneError:
 
 
 def shares(found: Sequence[Start]) -> list[torch.Tensor]:
-    '''The weight of each start for each sample, such that the weights of a sample with any target sum to 1.'''
+    '''Return the weight of each start for each sample, such that the weights of a sample with any target sum to 1.'''
     given = [start.given.to(accumulation_dtype(start.given.device)) for start in found]
     number = sum(given, torch.zeros((), device='cpu')).clamp(min=1)
     return [each / number for each in given]
@@ -146,7 +146,7 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
 
 
 def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None = None) -> list[torch.Tensor]:
-    '''Rows shaped as the output for any kind of target that is no function; zero where there is no target.'''
+    '''Return rows shaped as the output for any kind of target that is no function; zero where there is no target.'''
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
                          'as initial=.')
@@ -190,7 +190,7 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
 
 
 def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
-    '''Rows for class indices, for several of them per sample, or for a mask of them.'''
+    '''Return rows for class indices, for several of them per sample, or for a mask of them.'''
     expected = (output.shape[0], *output.shape[2:])
     several = output.dim() == 2 and target.dim() == 2 and len(target) == len(output) and target.dtype != torch.bool
     if (target.shape != expected and not several) or target.is_floating_point():
@@ -214,7 +214,7 @@ def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _among(output: torch.Tensor, classes: Sequence[int] | None) -> torch.Tensor:
-    '''The output with minus infinity at all other classes.'''
+    '''Return the output with minus infinity at all other classes.'''
     if classes is None:
         return output
     allowed = torch.full_like(output, -torch.inf)
@@ -223,7 +223,7 @@ def _among(output: torch.Tensor, classes: Sequence[int] | None) -> torch.Tensor:
 
 
 def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
-    '''Sorted class indices, each once; None for all.'''
+    '''Return sorted class indices, each once, or None for all.'''
     if classes is None:
         return None
     try:
@@ -237,12 +237,12 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
 
 
 def as_labels(target: Any) -> torch.Tensor:
-    '''Labels as a tensor: one stays where it is, and what is none goes to the CPU.'''
+    '''Return labels as a tensor: a tensor stays on its device, anything else becomes one on the CPU.'''
     return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
 
 
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:
-    '''Which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
+    '''Return which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
     if classes is None or target is None or isinstance(target, str) or callable(target):
         return None
     target = as_labels(target)

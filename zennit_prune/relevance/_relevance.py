@@ -17,6 +17,9 @@ from ..util._files import read_tensors, write_tensors
 from ..util._plots import KEPT, finished, new_figure, without_mathematics
 from ._exemplars import Best, Exemplars
 
+FORMAT = 'zennit_prune relevance'
+PANELS = 5  # in a row
+
 
 @dataclass(frozen=True)
 class Reliability:
@@ -55,7 +58,20 @@ class Reliability:
 
     @classmethod
     def of(cls, halves: Mapping[str, torch.Tensor], samples: int) -> Reliability:
-        '''Compute the correlations from the scores of two halves by group, shape (2, channels).'''
+        '''Compute the correlations from the scores of two halves of the samples.
+
+        Parameters
+        ----------
+        halves: mapping of str to torch.Tensor
+            By group, shape (2, channels): the scores of either half.
+        samples: int
+            The number of samples in both halves together.
+
+        Returns
+        -------
+        Reliability
+            The correlations within groups of at least two channels, and over all channels.
+        '''
         return cls({name: spearman(*values) for name, values in halves.items() if values.shape[1] > 1},
                    spearman(*torch.cat(list(halves.values()), 1)), samples)
 
@@ -65,7 +81,7 @@ class Reliability:
         return 2 * self.network / (1 + self.network) if self.network > 0 else self.network
 
     def needed(self, correlation: float = 0.95) -> int | None:
-        '''The number of samples that would reach a correlation, estimated by Spearman and Brown's formula.
+        '''Estimate the number of samples that would reach a correlation, by Spearman and Brown's formula.
 
         Parameters
         ----------
@@ -75,7 +91,7 @@ class Reliability:
         Returns
         -------
         int or None
-            None where the halves do not agree at all.
+            The number of samples, None where the halves do not agree at all.
 
         Raises
         ------
@@ -96,17 +112,46 @@ class Reliability:
                    else f'about {needed:,} would reach 0.95'))
 
     def to_dict(self) -> dict[str, Any]:
-        '''Return JSON values, for :meth:`from_dict`.'''
+        '''Return the correlations as JSON values, for :meth:`from_dict`.
+
+        Returns
+        -------
+        dict of str to object
+            The attributes by name.
+
+        Examples
+        --------
+        >>> Reliability({'conv1': 0.8}, 0.8, 20).to_dict()
+        {'groups': {'conv1': 0.8}, 'network': 0.8, 'samples': 20}
+        '''
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any, source: str) -> Reliability:
-        '''Read what :meth:`to_dict` returned.
+        '''Read the values that :meth:`to_dict` returned.
+
+        Parameters
+        ----------
+        data: object
+            The values, as JSON holds them.
+        source: str
+            The name of the values in errors.
+
+        Returns
+        -------
+        Reliability
+            The correlations.
 
         Raises
         ------
         PruneError
             If the data are something else.
+
+        Examples
+        --------
+        >>> found = Reliability({'conv1': 0.8}, 0.8, 20)
+        >>> Reliability.from_dict(found.to_dict(), 'plan.json') == found
+        True
         '''
         try:
             groups = {str(name): float(value) for name, value in data['groups'].items()}
@@ -116,7 +161,7 @@ class Reliability:
 
 
 def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
-    '''Spearman's rank correlation, with average ranks for ties; 0 where one side is constant.'''
+    '''Return Spearman's rank correlation, with average ranks for ties; 0 where one side is constant.'''
     ranks = [_ranks(values.numpy()) for values in (left, right)]
     if any(np.ptp(rank) == 0 for rank in ranks):
         return 0.0
@@ -124,15 +169,10 @@ def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _ranks(values: Any) -> Any:
-    '''The rank of each value; equal values share the mean of their ranks.'''
+    '''Return the rank of each value; equal values share the mean of their ranks.'''
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + last - 1) / 2.0)[inverse]
-
-
-FORMAT = 'zennit_prune relevance'
-
-PANELS = 5  # in a row
 
 
 class Relevance:
@@ -146,7 +186,7 @@ class Relevance:
     halves: mapping of str to torch.Tensor, optional
         By group, shape (2, channels): the scores of the even and of the odd samples alone, for :meth:`reliability`.
     info: mapping, optional
-        How the scores came about, as JSON values: ``'criterion'``, ``'samples'``, ``'notes'`` and more.
+        The origin of the scores as JSON values: ``'criterion'``, ``'samples'``, ``'notes'`` and more.
     exemplars: Exemplars, optional
         The reference samples with the highest scores for each channel.
 
@@ -205,21 +245,41 @@ class Relevance:
         return name in self._scores
 
     def items(self) -> ItemsView[str, torch.Tensor]:
-        '''Pairs of group name and scores.'''
+        '''Return pairs of group name and scores, as of a dict.
+
+        Returns
+        -------
+        ItemsView of (str, torch.Tensor)
+            The names, and the scores of shape (channels,).
+
+        Examples
+        --------
+        >>> relevance = Relevance({'conv1': [0.5, 2.0], 'conv2': [3.0]})
+        >>> {name: scores.tolist() for name, scores in relevance.items()}
+        {'conv1': [0.5, 2.0], 'conv2': [3.0]}
+        '''
         return self._scores.items()
 
     def reliability(self) -> Reliability:
-        '''How far the ranking depends on the samples: the rank correlation of the scores of two halves.
+        '''Compute the split-half rank correlation of the scores, which says how far the ranking depends on the samples.
 
         Returns
         -------
         Reliability
-            For each group and for the whole network, and the number of samples that would be enough.
+            The correlation within each group and over the whole network, and the number of samples that would be
+            enough.
 
         Raises
         ------
         PruneError
             If the scores were not collected from at least two samples.
+
+        Examples
+        --------
+        >>> relevance = zp.Pruner(model, None, example, progress=False).collect(loader)
+        >>> found = relevance.reliability()
+        >>> found.samples, sorted(found.groups), -1 <= found.network <= 1
+        (8, ['conv1', 'conv2'], True)
         '''
         if not self.has_halves:
             raise PruneError('reliability needs relevance collected from at least two samples: collect from more.')
@@ -237,6 +297,14 @@ class Relevance:
         ----------
         path: path-like
             The file; it appears when it is complete.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Relevance({'conv1': [0.5, 2.0]}).save(f'{folder}/relevance.safetensors')
+        ...     Relevance.load(f'{folder}/relevance.safetensors')['conv1'].tolist()
+        [0.5, 2.0]
         '''
         tensors = {f'scores.{name}': values for name, values in self._scores.items()}
         tensors.update({f'halves.{name}': values for name, values in self._halves.items()})
@@ -248,7 +316,7 @@ class Relevance:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relevance:
-        '''Read what :meth:`save` wrote.
+        '''Read scores that :meth:`save` wrote.
 
         Parameters
         ----------
@@ -258,12 +326,20 @@ class Relevance:
         Returns
         -------
         Relevance
-            With its reference samples, where there were any.
+            The scores, with their reference samples where there were any.
 
         Raises
         ------
         PruneError
             If the file is something else.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Relevance({'conv1': [0.5, 2.0]}, info={'criterion': 'mine'}).save(f'{folder}/relevance.safetensors')
+        ...     Relevance.load(f'{folder}/relevance.safetensors').info
+        {'criterion': 'mine'}
         '''
         tensors, metadata = read_tensors(path, FORMAT)
         parts: dict[str, dict[str, torch.Tensor]] = {'scores': {}, 'halves': {}, 'exemplars': {}}
@@ -282,17 +358,23 @@ class Relevance:
         Parameters
         ----------
         path: path-like, optional
-            A file to write the figure to; its suffix says of what kind.
+            An image file to write; its suffix says of which kind, e.g. ``.png`` or ``.svg``.
 
         Returns
         -------
         matplotlib.figure.Figure
-            A panel for each group.
+            The figure, with a panel for each group.
 
         Raises
         ------
         PruneError
-            Without matplotlib.
+            If matplotlib is not installed, or the folder of ``path`` does not exist.
+
+        Examples
+        --------
+        >>> figure = Relevance({'conv1': [0.5, 2.0], 'conv2': [3.0, 1.0]}).plot()
+        >>> [axes.get_title() for axes in figure.axes]
+        ['conv1', 'conv2']
         '''
         return _plotted(self, path)
 

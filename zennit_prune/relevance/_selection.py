@@ -1,4 +1,4 @@
-'''``Selection``: the samples of a batch that count, which are of the wanted classes, have a target and are finite.'''
+'''``Selection``: the samples of a batch that count: those of the wanted classes with a target and finite values.'''
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,9 @@ class Selection:
     skipped: int
         The number of samples left out because something was not finite.
     reason: str
-        What was not finite, for the first of them.
+        The value that was not finite, for the first of them.
     rows: torch.Tensor
-        Which of the samples left have counted in the end.
+        The samples left that have counted in the end.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class Selection:
         self.batch = batch
 
     def counted(self, scores: Mapping[str, torch.Tensor], given: torch.Tensor) -> dict[str, torch.Tensor]:
-        '''The scores of the samples that have a target and are finite.
+        '''Return the scores of the samples that have a target and are finite.
 
         Parameters
         ----------

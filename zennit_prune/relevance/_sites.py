@@ -82,12 +82,12 @@ class ActivationSite:
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    '''The type that sums are taken in: float64 where the device has it, else float32.'''
+    '''Return the type of sums: float64 where the device has it, else float32.'''
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def keeps_elements(name: str) -> bool:
-    '''Whether an operation is a norm, a view, or acts on each element by itself.'''
+    '''Return whether an operation is a norm, a view, or acts on each element by itself.'''
     packet = getattr(torch.ops.aten, name, None)
     tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags} if packet else set()
     is_pointwise = torch.Tag.pointwise in tags or OPERATIONS.get(name, UNKNOWN).pointwise
@@ -165,25 +165,25 @@ class Flow:
                     self._renewing[number].append(operation)
 
     def _numbers(self, arrays: list[Labels]) -> list[int]:
-        '''The numbers of the groups whose channels are in label arrays.'''
+        '''Return the numbers of the groups whose channels are in label arrays.'''
         return sorted({number for labels in arrays for number in np.unique(self.owner[labels]).tolist() if number >= 0})
 
     def carries(self, value: int, group: ChannelGroup) -> Field | None:
-        '''The field of a value that holds channels of a group.'''
+        '''Return the field of a value that holds channels of a group.'''
         for field in self.fields.get(value, ()):
             if (self.owner[field.labels] == self.number[group.name]).any():
                 return field
         return None
 
     def complete(self, group: ChannelGroup) -> Iterator[int]:
-        '''The values that carry a channel's complete value.'''
+        '''Yield the values that carry a channel's complete value.'''
         number = self.number[group.name]
         for value in self._written(group, self._producing[number] + self._renewing[number]):
             if self.is_complete(value, group):
                 yield value
 
-    def settled(self, group: ChannelGroup) -> Iterator[int]:
-        '''The complete values, each behind the norms and activations that are its only readers.'''
+    def behind_activations(self, group: ChannelGroup) -> Iterator[int]:
+        '''Yield the complete values, each behind the norms and activations that are its only readers.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         for value in self.complete(group):
             last = value
@@ -197,11 +197,11 @@ class Flow:
             yield last
 
     def produced(self, group: ChannelGroup) -> Iterator[int]:
-        '''The values that layers with weights produce.'''
+        '''Yield the values that layers with weights produce.'''
         return self._written(group, self._producing[self.number[group.name]])
 
     def consumed(self, group: ChannelGroup) -> Iterator[tuple[int, Operation]]:
-        '''The values that layers with weights read, each with the operation that reads it.'''
+        '''Yield the values that layers with weights read, each with the operation that reads it.'''
         for operation in self.operations:
             if self.number[group.name] in self._numbers(operation.consumers):
                 for value, active in zip(operation.reads, operation.active):
@@ -215,13 +215,13 @@ class Flow:
                     yield value
 
     def _before_moves(self, value: int) -> int:
-        '''The value before views and permutations, where it enters or leaves a module or function.'''
+        '''Return the value before views and permutations, where it enters or leaves a module or function.'''
         while value not in self.places and value in self.writer and self.writer[value].name in MOVES:
             value = self.writer[value].reads[0]
         return value
 
     def is_complete(self, value: int, group: ChannelGroup) -> bool:
-        '''Whether anything but a coupling operation reads the value, perhaps behind norms and activations.'''
+        '''Return whether anything but a coupling operation reads the value, perhaps behind norms and activations.'''
         renewing = {id(operation) for operation in self._renewing[self.number[group.name]]}
         front, seen = [value], {value}
         while front:
@@ -237,7 +237,7 @@ class Flow:
         return False
 
     def sites(self, group: ChannelGroup, value: int) -> Iterator[ActivationSite]:
-        '''The site of a value: where it, or what alone is computed from it, enters or leaves a module or function.'''
+        '''Yield the site of a value: where it, or what is computed from it alone, enters or leaves a call.'''
         while True:
             field = self.carries(value, group)
             if field is None:

@@ -35,7 +35,7 @@ class Sums:
     skipped: int
         The number of samples left out because something was not finite.
     reason: str
-        What was not finite, for the first of them.
+        The value that was not finite, for the first of them.
     last: object
         The last batch, or its fingerprint where these sums were read from a file.
     best: Best, optional

@@ -35,7 +35,7 @@ class Inputs:
     data: torch.Tensor, dict or iterable
         Inputs, or a loader; labels are ignored.
     device: torch.device
-        Where chunks are moved when they run.
+        The device that chunks are copied to when they run.
 
     Attributes
     ----------

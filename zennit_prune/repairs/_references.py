@@ -23,7 +23,7 @@ class References:
     '''A loader that keeps inputs while they pass: at most ``limit`` samples, a uniform random subset of more.
 
     Every pass begins anew. Memory does not grow with the number of samples. Samples whose inputs are not finite are
-    passed on and not kept. What is kept stays where the loader has it.
+    passed on and not kept. Kept samples stay on the device that the loader has them on.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class References:
     classes: iterable of int, optional
         Keep samples with one of these labels only.
     seed: int
-        For the random subset.
+        The seed of the random subset.
     targets: bool
         Keep the targets as well.
 
@@ -68,7 +68,7 @@ class References:
         return len(self.loader)  # type: ignore[arg-type]  # generators have none, and raise TypeError as they should
 
     def _eligible(self, batch: Batch) -> torch.Tensor:
-        '''Which samples are of the wanted classes, and finite.'''
+        '''Return which samples are of the wanted classes, and finite.'''
         wanted = of_classes(batch.target, self.classes)
         return batch.finite if wanted is None or len(wanted) != batch.size else batch.finite & wanted.cpu()
 
@@ -88,14 +88,14 @@ class References:
             self._chunks = []
 
     def chosen(self) -> list[Batch]:
-        '''The batches that the last pass of this process kept, in the loader's order; makes one if there was none.'''
+        '''Return the batches that the last pass of this process kept, in the loader's order; make a pass if needed.'''
         if not self._chunks:
             for _ in self:
                 pass
         return [batch for _, batch in self._chunks]
 
     def inputs(self, device: torch.device) -> list[Batch]:
-        '''Batches of what the last pass kept, those of all processes under ``torch.distributed``.
+        '''Return batches of the inputs that the last pass kept, those of all processes under ``torch.distributed``.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ def joined(chunks: Iterable[Batch], size: int = BATCH) -> Iterator[Batch]:
 
 
 def _shapes(batch: Batch) -> list[Any]:
-    '''The shapes that must be equal where batches are concatenated; a tensor without samples must be the same.'''
+    '''Return what must be equal where batches are concatenated: shapes, and tensors without samples.'''
     return [tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == batch.size
             else id(tensor) for tensor in tensors_in(batch.inputs)]
 

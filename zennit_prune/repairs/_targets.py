@@ -22,6 +22,8 @@ from ..tracing._labels import Field
 from ..tracing._recorded import FunctionCall
 from ..tracing._trace import Run
 
+LAYERS = {'linear', 'conv1d', 'conv2d', 'conv3d'}
+
 
 class LayerCall:
     '''One call of ``F.linear`` or ``F.conv1d``, ``F.conv2d``, ``F.conv3d``.
@@ -113,9 +115,6 @@ class LayerCall:
         else:
             sides = [(size, size) for size in self._numbers('padding', len(kernel), 0)]
         return [size for pair in reversed(sides) for size in pair]
-
-
-LAYERS = {'linear', 'conv1d', 'conv2d', 'conv3d'}
 
 
 @dataclass

@@ -1,10 +1,8 @@
 '''The masked network: it has the original's shapes and computes what the pruned network computes.
 
-It is built by zeroing, not by pruning, so that it can check pruning: the slices of weights that read a removed channel
-are zero, so that the channel neither contributes nor receives relevance.
-
-LayerNorm reads all channels without such a weight: there, its calls are given the channels that are kept, and zeros
-stand where the others would be.
+It is built by zeroing, not by pruning, so that it can check pruning. The slices of weights that read a removed channel
+are zero: the channel neither contributes nor receives relevance. LayerNorm reads all channels without such a weight;
+there, its calls get the kept channels only, and their results have zeros at the removed ones.
 '''
 from __future__ import annotations
 
@@ -113,7 +111,7 @@ class ForwardOverKept:
 
 
 def normalize_over_kept(network: nn.Module, kept: KeptPositions) -> None:
-    '''Make these calls of LayerNorm take their statistics over the channels that are kept.'''
+    '''Make these calls of LayerNorm compute their statistics over the channels that are kept.'''
     network.forward = ForwardOverKept(network, kept)
 
 

@@ -1,7 +1,7 @@
 '''Narrow a network: slice parameters, buffers, the attributes that state their sizes, and optimizer state.
 
 In place, tensors are exchanged wherever a network keeps them: besides its parameters and buffers, in lists, dicts and
-objects. The protocols describe the graph of channels, which is made above this room, as far as it is needed here.
+objects. The protocols describe the graph of channels, which belongs to a room above, as far as it is needed here.
 '''
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from ..tracing._trace import Recording
 from ..util._networks import ATOMIC, Indices, computed_name, copied, modules_by_name, narrowed, tensors_by_module
 
 Mask = npt.NDArray[np.bool_]
+LEAVES = (torch.Tensor, str, bytes, type, ModuleType)
+New = Mapping[int, torch.Tensor]
 
 
 class Solved(Protocol):
@@ -70,10 +72,6 @@ class RemovableChannels(Protocol):
 
     def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''Return, for each label, whether it is removed with the channels at these positions of these groups.'''
-
-
-LEAVES = (torch.Tensor, str, bytes, type, ModuleType)
-New = Mapping[int, torch.Tensor]
 
 
 def held_by(model: nn.Module) -> list[Any]:

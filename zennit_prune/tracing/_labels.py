@@ -166,12 +166,12 @@ class BlockField(Field):
 
 
 def same(left: Array, right: Array) -> bool:
-    '''Fast ``numpy.array_equal`` for short arrays.'''
+    '''Return ``numpy.array_equal(left, right)``, computed faster for short arrays.'''
     return left is right or (left.shape == right.shape and left.tobytes() == right.tobytes())
 
 
 def every(flags: npt.NDArray[np.bool_]) -> bool:
-    '''Fast ``flags.all()`` for short arrays.'''
+    '''Return ``flags.all()``, computed faster for short arrays.'''
     return b'\0' not in flags.tobytes()
 
 

@@ -207,7 +207,7 @@ def plain(network: nn.Module, freely: bool = False) -> nn.Module:
     Parameters
     ----------
     network: torch.nn.Module
-        A copy that nobody else has.
+        A copy that is used here only.
     freely: bool
         Whether only modules are changed whose parametrizations can compute any weight.
 

@@ -39,6 +39,8 @@ from ._shapes import Shapes, described_call, is_regular
 
 SAME = {'_unsafe_view': 'view', 'reshape': 'view', '_reshape_copy': 'view'}
 ACTIVE, UNIFORM, VANISHING, OWN = 1, 2, 4, 8  # what is known of a storage
+TORCHSCRIPT = 'TorchScript interpreter'
+NO_FIELDS: list[Field] = []
 
 
 class Known(NamedTuple):
@@ -107,9 +109,6 @@ def vanishes(operation: Operation, zero: str, facts: Sequence[int]) -> bool:
     return vanishing[:1] == [True] and (zero == 'first' or bool(operation.producers))  # 'first', 'bias'
 
 
-TORCHSCRIPT = 'TorchScript interpreter'
-
-
 def refuse_values(tracer: Tracer, how: str, tensors: Sequence[torch.Tensor]) -> None:
     '''Refuse a network that uses values of its input in Python.'''
     if any(map(tracer.is_active, tensors)):
@@ -173,9 +172,6 @@ def _said(text: str) -> str:
         return first
     where = [line.strip() for line in others if line.strip().startswith('File ')]
     return f'{first} ' + ': '.join([*where[-1:], *others[-1:]])
-
-
-NO_FIELDS: list[Field] = []
 
 
 class Tracer(TorchDispatchMode):
@@ -320,7 +316,7 @@ class Tracer(TorchDispatchMode):
         for tensor in outputs:
             self._alive[id(tensor)] = tensor
         written = [storage_key(tensor) for tensor in outputs]
-        facts = self._settle_facts(known, inputs, outputs, written, in_place)
+        facts = self._note_facts(known, inputs, outputs, written, in_place)
         fields = [self._fields.get(number, NO_FIELDS) for number in ids]
         reads = [self._values.get(id(tensor)) or self.value_of(tensor) for tensor in inputs]
         labelled = any(fields)
@@ -346,7 +342,7 @@ class Tracer(TorchDispatchMode):
             candidates = [[] for _ in outputs]
         else:
             candidates = self._apply(known.rule, Call(self, operation, func, args, kwargs, outputs), inputs)
-        self.settle(operation, outputs, candidates)
+        self.assign_fields(operation, outputs, candidates)
         zero = 'never' if known.name == 'constant_pad_nd' and (args[2:3] or [0])[0] else known.zero
         vanish = vanishes(operation, zero, facts[:len(tensors_in(args))] if kwargs else facts)
         self._mark(written, VANISHING, vanish)
@@ -395,8 +391,8 @@ class Tracer(TorchDispatchMode):
         if operation.scalars:
             self.record(operation)
 
-    def _settle_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
-                      written: Sequence[int], in_place: bool) -> list[int]:
+    def _note_facts(self, known: Known, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+                    written: Sequence[int], in_place: bool) -> list[int]:
         '''Note whether the results of an operation are active and uniform; return the facts about its inputs.'''
         facts = [self._facts.get(storage_key(tensor), 0) for tensor in inputs]
         some, every = 0, ~0
@@ -473,7 +469,7 @@ class Tracer(TorchDispatchMode):
                 call.lock(f'no rule covers the operation {call.func}', *self.fields_of(tensor))
             return [[] for _ in call.outputs]
 
-    def settle(self, operation: Operation, outputs: Sequence[torch.Tensor], candidates: Candidates) -> None:
+    def assign_fields(self, operation: Operation, outputs: Sequence[torch.Tensor], candidates: Candidates) -> None:
         '''Turn the candidates of a rule into the fields of the output tensors.'''
         for tensor, options in zip(outputs, candidates):
             fields: list[Field] = []

@@ -14,56 +14,6 @@ from tqdm.auto import tqdm
 
 WIDEST = 60
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # a header and rows
-
-
-class Share(str):
-    '''A share, written in per cent; drawn as a bar where that can be done.'''
-
-    def __new__(cls, value: float) -> Share:
-        '''Of a number from 0 to 1.'''
-        written = super().__new__(cls, f'{value:.0%}')
-        written.value = value
-        return written
-
-    value: float
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    '''Columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
-    last = len(header) - 1
-    cells = [[cell(value) if column == last else _cut(cell(value)) for column, value in enumerate(row)]
-             for row in rows]
-    widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
-    numeric = [is_numeric(rows, column) for column in range(len(header))]
-
-    def line(values: Sequence[str]) -> str:
-        return '  '.join(value.rjust(width) if right else value.ljust(width)
-                         for value, width, right in zip(values, widths, numeric)).rstrip()
-
-    return '\n'.join([line(header), line(['-' * width for width in widths]), *map(line, cells)])
-
-
-def some(names: Iterable[str], limit: int = 8) -> str:
-    '''A list to read, cut after ``limit`` names.'''
-    names = list(names)
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + more
-
-
-def is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
-    '''Whether a column holds numbers only.'''
-    return bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
-
-
-def cell(value: Any) -> str:
-    '''A value as it is written.'''
-    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else str(value)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDEST else text[:WIDEST - 3] + '...'
-
-
 STYLE = '''<style>
 .zennit-prune {font-size: 13px; line-height: 1.45; max-width: 60rem; color: inherit}
 .zennit-prune b {font-weight: 600}
@@ -78,9 +28,59 @@ STYLE = '''<style>
 .zennit-prune i span {display: block; height: 100%; border-radius: 2px; background: #3b82c4}
 .zennit-prune p {margin: .15rem 0; opacity: .8}
 </style>'''
+PATIENCE = 2.0  # seconds
+
+
+class Share(str):
+    '''A share, written in per cent; drawn as a bar where that can be done.'''
+
+    def __new__(cls, value: float) -> Share:
+        '''Make a share from a number from 0 to 1.'''
+        written = super().__new__(cls, f'{value:.0%}')
+        written.value = value
+        return written
+
+    value: float
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    '''Write columns under a header; numbers are aligned to the right, long cells are cut except in the last column.'''
+    last = len(header) - 1
+    cells = [[cell(value) if column == last else _cut(cell(value)) for column, value in enumerate(row)]
+             for row in rows]
+    widths = [max(len(row[column]) for row in [list(header), *cells]) for column in range(len(header))]
+    numeric = [is_numeric(rows, column) for column in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        return '  '.join(value.rjust(width) if right else value.ljust(width)
+                         for value, width, right in zip(values, widths, numeric)).rstrip()
+
+    return '\n'.join([line(header), line(['-' * width for width in widths]), *map(line, cells)])
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    '''Write a list to read, cut after ``limit`` names.'''
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more
+
+
+def is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
+    '''Return whether a column holds numbers only.'''
+    return bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
+
+
+def cell(value: Any) -> str:
+    '''Return the text of a value.'''
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else text[:WIDEST - 3] + '...'
+
 
 def panel(title: str, tables: Sequence[Table] = (), notes: Sequence[str] = ()) -> str:
-    '''A title, tables of a header and rows, and notes below, all of it escaped.'''
+    '''Write a title, tables of a header and rows, and notes below as HTML, all of it escaped.'''
     parts = [STYLE, '<div class="zennit-prune">', f'<b>{escape(title)}</b>', *(_drawn(*one) for one in tables),
              *(f'<p>{escape(note)}</p>' for note in notes), '</div>']
     return '\n'.join(parts)
@@ -104,13 +104,12 @@ def _cell(value: Any) -> str:
     return escape(cell(value))
 
 
-PATIENCE = 2.0  # seconds
 _bar: ContextVar[Any] = ContextVar('bar', default=None)
 
 
 @contextmanager
 def waiting(what: str, shown: bool = True) -> Iterator[None]:
-    '''Inside, :func:`advance` moves a bar on standard error.'''
+    '''Show a bar on standard error inside the context, which :func:`advance` moves.'''
     with tqdm(desc=what, unit=' modules', delay=PATIENCE, leave=False, disable=not shown) as bar:
         token = _bar.set(bar)
         try:
@@ -120,7 +119,7 @@ def waiting(what: str, shown: bool = True) -> Iterator[None]:
 
 
 def advance() -> None:
-    '''One more module is done.'''
+    '''Move the bar of :func:`waiting` on by one module.'''
     bar = _bar.get()
     if bar is not None:
         bar.update()

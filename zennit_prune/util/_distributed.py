@@ -14,14 +14,14 @@ END = object()
 
 
 def rank_and_world() -> tuple[int, int]:
-    '''The number of this process and of all; (0, 1) outside of ``torch.distributed``.'''
+    '''Return the number of this process and the number of all; (0, 1) outside of ``torch.distributed``.'''
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def gathered(value: Any, device: torch.device) -> list[Any]:
-    '''The values of all processes, by rank, in all of them.
+    '''Return the values of all processes, by rank, in all of them.
 
     Raises
     ------
@@ -40,9 +40,9 @@ def gathered(value: Any, device: torch.device) -> list[Any]:
 
 
 def in_step(steps: Iterator[None], device: torch.device) -> None:
-    '''Take the steps of this process until all processes are through.
+    '''Run the steps of this process until all processes are done.
 
-    After each step all of them talk, those that are through as well: nobody waits for long, whatever happens.
+    After each step all processes exchange messages, finished ones included, so that none waits for long.
 
     Raises
     ------

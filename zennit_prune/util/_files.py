@@ -42,13 +42,13 @@ def refuse_path_first(call: str, *objects: object) -> None:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    '''Ask for a folder to write the file into.'''
+    '''Refuse a file in a folder that does not exist.'''
     if not Path(path).absolute().parent.is_dir():
         raise PruneError(f'there is no folder for {os.fspath(path)!r}: make it first.')
 
 
 def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    '''Write beside the file, then put it in its place: whoever is killed in between leaves no half of it.'''
+    '''Write a temporary file beside the target and rename it, so that an interruption leaves no partial file.'''
     unfinished = f'{os.fspath(path)}.unfinished'
     check_folder(path)
     try:
@@ -60,7 +60,7 @@ def _appear(path: str | os.PathLike[str], write: Callable[[str], object]) -> Non
 
 
 def check_absent(folder: Path, names: Sequence[str]) -> None:
-    '''Ask for a folder without files of these names.'''
+    '''Refuse a folder that has files of these names.'''
     there = [name for name in names if (folder / name).exists()]
     if there:
         raise PruneError(f'{str(folder)!r} has {", ".join(there)} already: name another folder by --out, or give '
@@ -69,15 +69,15 @@ def check_absent(folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> Iterator[Path]:
-    '''A new folder to write files into, which go to ``folder`` when the block is complete.
+    '''Yield a new folder to write files into, which go to ``folder`` when the block is complete.
 
-    Whoever is killed before leaves nothing in ``folder``, and whole files only after; what is unfinished lies beside
-    it, in ``<folder>.unfinished-<number of the process>``, and goes if there is time.
+    Until then, files are in ``<folder>.unfinished-<number of the process>`` beside it, which is removed after an error.
+    An interruption leaves nothing in ``folder`` before that, and whole files only after.
 
     Parameters
     ----------
     folder: pathlib.Path
-        Made if it is not there.
+        The folder, which is created if needed.
     names: sequence of str
         The files that may be written.
     replace: bool
@@ -108,7 +108,7 @@ def all_at_once(folder: Path, names: Sequence[str], replace: bool = False) -> It
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    '''Tensors and metadata of a file.
+    '''Read the tensors and the metadata of a file.
 
     Raises
     ------

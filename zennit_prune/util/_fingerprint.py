@@ -16,7 +16,7 @@ BY_NAME = (type, BuiltinFunctionType, ModuleType)
 
 
 def fingerprint(*values: Any) -> str:
-    '''Equal for values that hold the same: tensors, containers, functions with what they enclose, any objects.'''
+    '''Return a text that is equal for equal contents: tensors, containers, functions with closures, any objects.'''
     digest = hashlib.blake2b(digest_size=8)
     for part in _parts(values, {}):
         digest.update(part)
@@ -24,7 +24,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def described(value: Any) -> Any:
-    '''A name or number as it is; a function, class or object by its name and fingerprint.'''
+    '''Return a name or number as it is; a function, class or object by its name and fingerprint.'''
     if isinstance(value, ATOMIC):
         return value
     if isinstance(value, Composite):  # its handles say where it is in use, its canonizers hold networks
@@ -36,7 +36,7 @@ def described(value: Any) -> Any:
 
 
 def named(value: Any) -> str:
-    '''What a function or class is called, or the class of an object.'''
+    '''Return the name of a function or class, or that of the class of an object.'''
     if isinstance(value, partial):
         return named(value.func)
     return value if isinstance(value, str) else str(getattr(value, '__name__', type(value).__name__))
@@ -62,7 +62,7 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
 
 
 def _held(value: Any) -> Iterator[Any]:
-    '''What tells an object from others of its class.'''
+    '''Yield the values that tell an object from others of its class.'''
     if isinstance(value, (tuple, list)):
         yield from value
     elif isinstance(value, dict):

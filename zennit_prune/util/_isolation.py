@@ -21,9 +21,14 @@ from torch import nn
 
 from ._networks import ATOMIC, device_of, modules_by_name, tensors_in
 
+OWNERS = (type, ModuleType)
+NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
+LARGE = 100  # entries: what holds more is data rather than a cache
+FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
+
 
 def start(seed: int, device: torch.device) -> None:
-    '''Set these random states for good.'''
+    '''Set the random states from a seed, without restoring them.'''
     torch.default_generator.manual_seed(seed)
     if device.type == 'cuda':
         with torch.cuda.device(device):
@@ -33,7 +38,7 @@ def start(seed: int, device: torch.device) -> None:
 
 
 def states() -> tuple[object, ...]:
-    '''The random states of Python, NumPy and torch (CPU), to compare.'''
+    '''Return the random states of Python, NumPy and torch (CPU), to compare.'''
     _, keys, position, *_ = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
@@ -53,7 +58,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def unrounded(device: torch.device) -> Iterator[None]:
-    '''Let products of float32 on a GPU be such: there, convolutions round what they are given to 11 bits by default.'''
+    '''Compute float32 products on a GPU in full precision: by default, convolutions there round inputs to 11 bits.'''
     if device.type != 'cuda':
         yield
         return
@@ -86,18 +91,12 @@ def _unrounded_by_layer() -> Iterator[None]:
             layer.fp32_precision = precision
 
 
-OWNERS = (type, ModuleType)
-NAMING = (FunctionType, _lru_cache_wrapper, *OWNERS)
-LARGE = 100  # entries: what holds more is data rather than a cache
-FOREIGN = frozenset((*sys.stdlib_module_names, 'torch', 'numpy')) - {'__main__'}
-
-
 _around = threading.local()
 
 
 @contextmanager
 def isolated(network: nn.Module) -> Iterator[None]:
-    '''Let runs of a network or its copies compile nothing, and leave random states and caches as they are.
+    '''Let a network and its copies run without compilation, and restore random states and caches afterwards.
 
     Such blocks may be nested: each run within one starts from the same random numbers, and with the same caches.
     '''
@@ -119,21 +118,21 @@ def isolated(network: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    '''Functions under ``torch.compile`` run as they are written; up to torch 2.5 nothing can be done about them.'''
+    '''Let functions under ``torch.compile`` run as they are written; up to torch 2.5, the context does nothing.'''
     stance = getattr(torch.compiler, 'set_stance', None)
-    # importing the compiler takes a second, and where nobody has, nothing is compiled
+    # importing the compiler takes a second, and where it was not imported, nothing is compiled
     return nullcontext() if stance is None or 'torch._dynamo' not in sys.modules else stance('force_eager')
 
 
 class Caches:
-    '''What ``forward`` may keep in classes, in globals and by ``functools.cache``, and hooks in what they refer to.
+    '''The places where ``forward`` and hooks may keep tensors: classes, globals, closures and ``functools.cache``.
 
-    In a trace that is without data, or of another width.
+    Tensors that they keep during a trace have no data, or another width.
 
     Parameters
     ----------
     network: torch.nn.Module
-        What is run.
+        The network that is run.
     '''
 
     def __init__(self, network: nn.Module):
@@ -155,7 +154,7 @@ class Caches:
                     _note(value, self._containers)
 
     def restore(self) -> None:
-        '''Take out what holds tensors and was not there before.'''
+        '''Remove what holds tensors and was not there before.'''
         for owner, values in self._owners:
             _rebind(owner, values)
         for value, before in self._containers:
@@ -167,7 +166,7 @@ class Caches:
 
 
 def _owners(modules: Iterable[nn.Module], hooks: Iterable[Any]) -> list[type | ModuleType]:
-    '''The classes of all modules, the files that these and hooks are written in, and the files that are used there.'''
+    '''Return the classes of all modules, the files that define these and hooks, and the files that are used there.'''
     kinds = {kind for own in set(map(type, modules)) for kind in own.__mro__ if _is_own(kind.__module__)}
     files = {maker.__module__ for maker in (*kinds, *hooks) if _is_own(maker.__module__)} & sys.modules.keys()
     used = {value.__name__ if type(value) is ModuleType else value.__module__
@@ -187,7 +186,7 @@ def _enclosed(function: FunctionType) -> Iterator[Any]:
 
 
 def _note(value: Any, containers: list[tuple[Any, Any]], depth: int = 2) -> None:
-    '''What a container, and those in it, hold now.'''
+    '''Record the contents of a container and of those in it.'''
     if len(value) <= LARGE:
         before = dict(value) if isinstance(value, dict) else list(value)
         containers.append((value, before))

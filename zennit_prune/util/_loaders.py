@@ -1,6 +1,6 @@
-'''``Batch``: samples with their target, checked and moved once; and batches from whatever yields them.
+'''``Batch``: samples with their target, whose values are checked once; and batches from whatever yields them.
 
-Loaders that are read many times, and a share of their samples held out, are made here as well.
+The file also makes loaders that can be read many times, and holds out a share of their samples.
 '''
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Pair(NamedTuple):
 
 
 class Batch(Pair):
-    '''Samples with their target, made where they enter the library; it unpacks as ``inputs, target``.
+    '''Samples with their target; a batch is created where data enter the library and unpacks as ``inputs, target``.
 
-    Values are checked at most once: what is sliced, moved or stripped of its target keeps the result.
+    Values are checked at most once: slices, copies on other devices and copies without target keep the result.
 
     Parameters
     ----------
     inputs: torch.Tensor, tuple, list or dict
-        What a network is called with.
+        The arguments of a network.
     target: object, optional
         Labels, or anything else that :func:`zennit_prune.relevance._initial.initial_relevance` takes.
     '''
@@ -45,7 +45,7 @@ class Batch(Pair):
 
     @classmethod
     def of(cls, value: Any) -> Batch:
-        '''The batch that a loader yielded: a pair of inputs and target, or inputs alone.
+        '''Return the batch that a loader yielded: a pair of inputs and target, or inputs alone.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class Batch(Pair):
 
     @property
     def finite(self) -> torch.Tensor:
-        '''Which samples hold finite values only, shape (size,), bool, on the CPU.'''
+        '''The mask of the samples that hold finite values only, shape (size,), bool, on the CPU.'''
         if self._finite is None:
             size = self.size
             finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool, device='cpu'), True
@@ -94,25 +94,25 @@ class Batch(Pair):
                              'infinite): check the data.')
 
     def only(self, samples: torch.Tensor | slice) -> Batch:
-        '''Some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
+        '''Select some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
         size = self.size
         inputs, target = only((self.inputs, _indexable(self.target, size)), size, samples)
         at = samples.to('cpu') if isinstance(samples, torch.Tensor) else samples
         return self._derived(inputs, target, None if self._finite is None else self._finite[at])
 
     def to(self, device: torch.device) -> Batch:
-        '''The batch on a device; itself if it is there.'''
+        '''Return the batch on a device; itself if it is there.'''
         if all(tensor.device == device for tensor in tensors_in(tuple(self))):
             return self
         inputs, target = map_tensors(lambda tensor: tensor.to(device), tuple(self))
         return self._derived(inputs, target, self._finite)
 
     def with_target(self, target: Any) -> Batch:
-        '''The inputs with another target, or with None.'''
+        '''Return the inputs with another target, or with None.'''
         return self if target is self.target else self._derived(self.inputs, target, self._finite)
 
     def zeroed(self) -> Batch:
-        '''The batch with zeros in place of the samples that are not finite, so that it can run.'''
+        '''Return the batch with zeros in place of the samples that are not finite, so that it can run.'''
         broken, size = ~self.finite, self.size
 
         def zero(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def _goes_by_samples(tensor: torch.Tensor, size: int) -> bool:
 
 
 def _indexable(target: Any, size: int) -> Any:
-    '''Labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
+    '''Return labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
     if isinstance(target, (list, tuple, np.ndarray)) and len(target) == size:
         try:
             return torch.as_tensor(target, device='cpu')
@@ -210,7 +210,7 @@ def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def _own_samples(loader: Any) -> int | None:
-    '''The number of samples that a ``DistributedSampler`` gives this process before it repeats any.
+    '''Return the number of samples that a ``DistributedSampler`` gives this process before it repeats any.
 
     None for other samplers.
     '''
@@ -222,12 +222,12 @@ def _own_samples(loader: Any) -> int | None:
 
 
 def batch_size(inputs: Any) -> int:
-    '''The number of samples in a batch: the length of its first tensor.'''
+    '''Return the number of samples in a batch: the length of its first tensor.'''
     return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
 
 def only(batch: Any, size: int, samples: Any) -> Any:
-    '''Some samples of a batch of ``size``: every tensor of that length is indexed.'''
+    '''Select some samples of a batch of ``size`` samples by indexing every tensor of that length.'''
     def index(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or len(tensor) != size:
             return tensor

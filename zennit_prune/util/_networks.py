@@ -34,7 +34,7 @@ COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', 
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    '''Traces make a hundred thousand objects that stay; a search for garbage takes longer than the trace.'''
+    '''Suspend garbage collection: among the many lasting objects of a trace, it takes longer than the trace.'''
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -45,7 +45,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    '''All tensors in nested tuples, lists and dicts, in order.'''
+    '''Return all tensors in nested tuples, lists and dicts, in order.'''
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -64,7 +64,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    '''All tensors a network returned, in nested tuples, lists, dicts and the attributes of objects.'''
+    '''Return all tensors a network returned, in nested tuples, lists, dicts and the attributes of objects.'''
     return [output] if isinstance(output, torch.Tensor) else list(_found(output, set()))
 
 
@@ -89,7 +89,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    '''Where a network is.'''
+    '''Return the device of a network.'''
     return next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
 
 
@@ -99,7 +99,7 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 
 def modules_by_name(model: nn.Module, name: str = '') -> list[tuple[str, nn.Module]]:
-    '''``named_modules(remove_duplicate=False)``, without a chain of generators as long as the network is deep.'''
+    '''Return ``named_modules(remove_duplicate=False)``, faster: without a chain of generators for deep networks.'''
     found = [(name, model)]
     for key, child in model._modules.items():
         if child is not None:
@@ -108,7 +108,7 @@ def modules_by_name(model: nn.Module, name: str = '') -> list[tuple[str, nn.Modu
 
 
 def set_mode(network: nn.Module, training: bool) -> None:
-    '''``network.train(training)``, without the detour over ``Module.__setattr__`` where no module has its own.'''
+    '''Do ``network.train(training)``, without the detour over ``Module.__setattr__`` where no module has its own.'''
     modules = [module for _, module in modules_by_name(network)]
     if any(type(module).train is not nn.Module.train for module in modules):
         network.train(training)
@@ -118,7 +118,7 @@ def set_mode(network: nn.Module, training: bool) -> None:
 
 
 def tensors_by_module(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    '''Every parameter and buffer under each of its names.'''
+    '''Return every parameter and buffer under each of its names.'''
     parameters: list[tuple[str, torch.Tensor]] = []
     buffers: list[tuple[str, torch.Tensor]] = []
     for prefix, module in modules_by_name(model):
@@ -130,20 +130,20 @@ def tensors_by_module(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    '''Every parameter and buffer once, under its first name.'''
+    '''Return every parameter and buffer once, under its first name.'''
     names: dict[int, str] = {}
     return {name: tensor for name, tensor in tensors_by_module(model) if names.setdefault(id(tensor), name) == name}
 
 
 def computed_name(name: str) -> str:
-    '''``'conv.parametrizations.weight.original1'`` is computed with for ``'conv.weight'``; other names stay.'''
+    '''Return the name of the weight that a parametrization computes from the tensor ``name``; other names stay.'''
     parts = name.split('.')
     at = parts.index(LISTS) if LISTS in parts[:-2] else len(parts)
     return '.'.join((*parts[:at], *parts[at + 1:at + 2]))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    '''The network inside ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile``.
+    '''Return the network inside ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile``.
 
     Raises
     ------
@@ -174,7 +174,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
-    '''A copy of a network: on ``'meta'`` without data; ``forward`` may write what it likes into it.'''
+    '''Copy a network, without data on ``'meta'``; ``forward`` may write into the copy.'''
     if device != 'meta':
         return copied(model)
     memo: dict[int, Any] = {}
@@ -185,14 +185,14 @@ def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
 
 
 def without_data(tensor: torch.Tensor) -> torch.Tensor:
-    '''A tensor of the same size, strides and type on ``'meta'``.'''
+    '''Return a tensor of the same size, strides and type on ``'meta'``.'''
     if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')  # a tenth of the time
     return torch.empty_like(tensor, device='meta', requires_grad=False)
 
 
 class _Copier:
-    '''What ``copy.deepcopy`` does to modules, ten times as fast: it would copy every key and number they hold.
+    '''A replacement of ``copy.deepcopy`` for modules, ten times as fast: keys and numbers are not copied.
 
     Parameters
     ----------
@@ -239,14 +239,14 @@ class _Copier:
         return new
 
     def content(self, value: Any) -> Any:
-        '''A parameter, buffer or module within a module.'''
+        '''Return a parameter, buffer or module within a module.'''
         if value is None or id(value) in self.memo:
             return None if value is None else self.memo[id(value)]
         return self.module(value) if isinstance(value, nn.Module) else copy.deepcopy(value, self.memo)
 
 
 def _copies_as_usual(kind: type) -> bool:
-    '''Whether a class of modules leaves copying as it is; torch's own ``__setstate__`` complete old files.'''
+    '''Return whether a class of modules leaves copying as it is; torch's own ``__setstate__`` complete old files.'''
     for name in COPY_PROTOCOL:
         method = getattr(kind, name, None)
         of_torch = name == '__setstate__' and str(getattr(method, '__module__', '')).startswith('torch.nn.modules.')
@@ -256,7 +256,7 @@ def _copies_as_usual(kind: type) -> bool:
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None, for_trace: bool = False) -> nn.Module:
-    '''``copy.deepcopy`` with an error that says what to do; see :class:`_Copier`.'''
+    '''Copy a network as ``copy.deepcopy`` does, faster, with an error that says what to do; see :class:`_Copier`.'''
     memo = {} if memo is None else memo
     for _, module in modules_by_name(model):
         for hook in module._forward_pre_hooks.values():
@@ -292,7 +292,7 @@ def narrowed(tensor: torch.Tensor, kept: Mapping[int, Indices], device: str | No
 
 
 def _laid_out(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
-    '''The same values with the dimensions in this order in memory: ``torch.channels_last`` stays.'''
+    '''Return equal values with the dimensions in this order in memory, so that ``torch.channels_last`` stays.'''
     if order is None:
         return tensor
     return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))

@@ -26,7 +26,7 @@ def unknown(what: str, value: object, known: Iterable[str], remedy: str = '') ->
     known: iterable of str
         The names that are allowed.
     remedy: str
-        What else is allowed, to follow the list of names, e.g. ``', or a function of the output'``.
+        The other values that are allowed, to follow the list of names, e.g. ``', or a function of the output'``.
 
     Returns
     -------

@@ -22,7 +22,7 @@ def needed(module: str, extra: str, what: str) -> Any:
     extra: str
         The extra of this package that installs it.
     what: str
-        What needs it, for the error.
+        The function that needs it, for the error.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def needed(module: str, extra: str, what: str) -> Any:
 
 
 def new_figure(path: str | os.PathLike[str] | None, size: tuple[float, float]) -> Any:
-    '''An empty matplotlib figure of a size in inches; the folder of ``path`` has to be there.'''
+    '''Return an empty matplotlib figure of a size in inches; the folder of ``path`` has to be there.'''
     figure = needed('matplotlib.figure', 'plot', 'plot()').Figure(figsize=size, layout='constrained')
     if path is not None:
         check_folder(path)
@@ -44,7 +44,7 @@ def new_figure(path: str | os.PathLike[str] | None, size: tuple[float, float]) -
 
 
 def finished(figure: Any, panels: Iterable[Any], path: str | os.PathLike[str] | None) -> Any:
-    '''The figure without the upper and right lines of its panels, written to ``path`` where there is one.'''
+    '''Return the figure without the upper and right lines of its panels, written to ``path`` where there is one.'''
     for axes in panels:
         axes.spines[['top', 'right']].set_visible(False)
     if path is not None:
@@ -53,5 +53,5 @@ def finished(figure: Any, panels: Iterable[Any], path: str | os.PathLike[str] | 
 
 
 def without_mathematics(name: str) -> str:
-    '''A name without signs that would be read as mathematics.'''
+    '''Return a name without signs that would be read as mathematics.'''
     return name.replace('$', r'\$')
