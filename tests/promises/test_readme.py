@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import torchvision
@@ -98,7 +99,6 @@ def test_code_runs(page: Path, stand_ins: None) -> None:
     exec(compile(blocks(page), page, 'exec'), {} if page.name == 'README.md' else names())
 
 
-
 @pytest.mark.parametrize('line', COMMANDS)
 def test_commands_are_understood(line: str, stand_ins: None) -> None:
     '''Options exist and have the right kinds of values; what commands do is tested elsewhere.'''
@@ -107,4 +107,5 @@ def test_commands_are_understood(line: str, stand_ins: None) -> None:
     for name in ('resnet18.pth', 'pruned/plan.json'):
         Path(name).touch()
     _, command, *arguments = shlex.split(line)
-    assert main.commands[command].make_context(command, arguments).params['images'] == Path('photos')
+    found = main.get_command(click.Context(main), command)
+    assert found is not None and found.make_context(command, arguments).params['images'] == Path('photos')
