@@ -9,7 +9,6 @@ import click
 from .. import __version__
 from ..util._options import nearest
 
-ARGUMENTS = 'zennit_prune.arguments'
 COMMANDS = {
     'demo': 'Train a small network on scanned digits, explain it, look at heatmaps, and prune it to half of its FLOPs.',
     'inspect': 'Explain MODEL on IMAGES and plan what to prune, without removing anything.',
@@ -21,8 +20,8 @@ class Group(click.Group):
     '''A group of commands that are imported when they are used; it keeps the command line as it was typed.'''
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        '''Keep the arguments for the report, then parse them as any group does.'''
-        ctx.meta[ARGUMENTS] = shlex.join(['zennit-prune', *args])
+        '''Keep the command line as ``ctx.obj``, for the report, then parse it as any group does.'''
+        ctx.obj = shlex.join(['zennit-prune', *args])
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -18,7 +18,6 @@ from ..planning._cost import BUDGETS, Budget
 from ..relevance._criteria import CRITERIA
 from ..repairs._repair import METHODS
 from . import _demo
-from ._cli import ARGUMENTS
 from ._commands import Outcome, execute, foresee
 from ._jobs import NAMES as COMPOSITES
 from ._jobs import PER_CLASS, WITHOUT_CLASSES, Job, Options
@@ -187,7 +186,7 @@ def _carry_out(cut: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     budget = _budget({name: value for name, value in budgets.items() if value is not None}, options.get('plan'))
     if options.get('plan') is not None and options['round_to'] is not None:
         raise click.UsageError('--round-to is for planning by a budget: the plan that is given says what goes.')
-    command = click.get_current_context().meta.get(ARGUMENTS, '')
+    command = click.get_current_context().obj or ''
     met: list[str] = []
     with clean_errors(), terminable(), contextlib.redirect_stdout(sys.stderr), told_warnings(met):
         job = Job(Options(budget=budget, command=command, progress=sys.stderr.isatty(), **options), _tell(met))
