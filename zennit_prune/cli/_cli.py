@@ -7,7 +7,7 @@ from importlib import import_module
 import click
 
 from .. import __version__
-from ..util._options import nearest
+from ..errors import nearest
 
 COMMANDS = {
     'demo': 'Train a small network on scanned digits, explain it, look at heatmaps, and prune it to half of its FLOPs.',

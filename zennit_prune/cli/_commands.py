@@ -21,9 +21,8 @@ from ..relevance._attribute import main_output
 from ..relevance._relevance import Relevance
 from ..repairs._references import References
 from ..repairs._repair import repair
-from ..util._display import table
+from ..util._display import needed, table
 from ..util._files import all_at_once, check_absent
-from ..util._plots import needed
 from ._jobs import Job
 
 SHOWN = 8  # columns of the picture

@@ -16,9 +16,8 @@ from ..errors import PruneError
 from ..planning._cost import UNIT_NAMES
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance, Reliability
-from ..util._display import some
+from ..util._display import needed, some
 from ..util._files import check_folder, refuse_path_first, write_text
-from ..util._plots import needed
 from . import _charts as charts
 from . import _findings as findings
 from ._charts import Chart, Markup, amount

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
-from ..errors import PruneError
+from ..errors import PruneError, unknown
 from ..relevance._attribute import call_network, main_output
 from ..relevance._initial import check_labels
 from ..util._isolation import seeded
 from ..util._loaders import batch_size, batches, held_out, many_times
 from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
-from ..util._options import unknown
 from ._options import takes_options
 
 WARM_UP = 0.05  # of all updates

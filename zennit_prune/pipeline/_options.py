@@ -8,12 +8,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, unknown
 from ..graph._graph import ChannelGraph
 from ..planning._cost import Budget
 from ..relevance._criteria import CRITERIA, Criterion
 from ..relevance._relevance import Relevance
-from ..util._options import unknown
 
 AnyCriterion = str | Criterion | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 Arguments = ParamSpec('Arguments')

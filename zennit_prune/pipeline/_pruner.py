@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError
+from ..errors import PruneError, unknown
 from ..graph._graph import trace
 from ..looking._heatmap import Channel, heatmap
 from ..planning._allocate import allocate, check_reachable
@@ -30,7 +30,6 @@ from ..repairs._repair import checked_method
 from ..util._isolation import seeded
 from ..util._loaders import batches
 from ..util._networks import device_of, map_tensors, unwrapped
-from ..util._options import unknown
 from ._iterate import Loop
 from ._options import AnyCriterion, check_budget, check_criterion, options_of, takes_options
 from ._presets import Preset

@@ -12,9 +12,8 @@ from torch import nn
 from ..errors import PruneError
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
-from ..util._display import table
+from ..util._display import finished, new_figure, table
 from ..util._files import write_text
-from ..util._plots import finished, new_figure
 from ._choose import Choice
 
 

@@ -19,12 +19,11 @@ from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._repair import checked_method, repaired
-from ..util._display import table
+from ..util._display import finished, new_figure, table
 from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ..util._plots import finished, new_figure
 from ._options import AnyCriterion, check_criterion, check_names, options_of, takes_options
 from ._pruner import Pruner
 from ._result import evaluated

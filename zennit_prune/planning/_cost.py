@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import PruneError
+from ..errors import PruneError, nearest
 from ..graph._graph import ChannelGraph
-from ..tracing._example import prepare_example
 from ..tracing._labels import Labels, first
+from ..tracing._trace import prepare_example
 from ..util._display import panel
 from ..util._isolation import isolated
 from ..util._networks import structural_copy, unique_tensors, unwrapped
-from ..util._options import nearest
 
 UNITS = ('flops', 'params', 'bytes', 'channels')
 UNIT_NAMES = {'flops': 'FLOPs', 'params': 'parameters'}

@@ -27,8 +27,8 @@ from torch import nn
 
 from ..errors import PruneError, PruneWarning
 from ..graph._graph import ChannelGraph
-from ..tracing._example import prepare_example
 from ..tracing._labels import Labels
+from ..tracing._trace import prepare_example
 from ..util._display import table
 from ..util._files import write_text
 from ..util._networks import device_of, structural_copy, unwrapped

@@ -25,11 +25,22 @@ from ..relevance._relevance import Relevance, Reliability
 from ..surgery._masking import masked_copy, warn_of_changed_statistics
 from ..surgery._surgery import transplant
 from ..surgery._verify import compare
-from ..util._display import Share, Table, panel, some, table, waiting
+from ..util._display import (
+    BEFORE,
+    KEPT,
+    Share,
+    Table,
+    finished,
+    new_figure,
+    panel,
+    some,
+    table,
+    waiting,
+    without_mathematics,
+)
 from ..util._files import write_text
 from ..util._isolation import isolated
 from ..util._networks import tensors_by_module, unwrapped, without_garbage_collection
-from ..util._plots import BEFORE, KEPT, finished, new_figure, without_mathematics
 from ._carry import composed
 from ._cost import cost_model
 from ._latency import Timing

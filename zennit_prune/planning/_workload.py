@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 
 from ..graph._graph import ChannelGraph
 from ..surgery._verify import evaluating
-from ..tracing._example import Example
 from ..tracing._recorded import Operation
-from ..tracing._trace import run_network
+from ..tracing._trace import Example, run_network
 from ..tracing._tracer import Tracer
 from ..util._networks import device_of, map_tensors, structural_copy
 

@@ -14,13 +14,12 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, PruneWarning, unknown
 from ..graph._graph import ChannelGraph
 from ..tracing._boundaries import Place
 from ..util._fingerprint import described, fingerprint, named
 from ..util._loaders import Batch
 from ..util._networks import device_of, tensors_by_module
-from ..util._options import unknown
 from ._attribute import (
     Attribution,
     AttributorFactory,
@@ -39,9 +38,8 @@ from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
 from ._initial import Initial, check_initial, checked_classes, of_classes, shares, starts
 from ._relevance import Relevance
-from ._selection import Selection
 from ._sites import ActivationSite
-from ._sums import Sums
+from ._sums import Selection, Sums
 
 SIGNED_RULES = (AlphaBeta, Flat, Gamma, WSquare, ZBox, ZPlus)  # contributions of either sign are kept apart
 AGGREGATES = ('auto', 'abs', 'sumabs', 'signed', 'positive')

@@ -18,12 +18,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, PruneWarning, unknown
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup, Member
 from ..tracing._parametrized import computed_tensors
 from ..tracing._recorded import Operation
-from ..util._options import unknown
 from ._initial import Initial
 from ._relevance import Relevance
 from ._sites import ActivationSite, Flow, find_sites

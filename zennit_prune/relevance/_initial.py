@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import PruneError
-from ..util._options import nearest, unknown
+from ..errors import PruneError, nearest, unknown
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from ..errors import PruneError
-from ..util._display import Table, panel, table
+from ..util._display import KEPT, Table, finished, new_figure, panel, table, without_mathematics
 from ..util._files import read_tensors, write_tensors
-from ..util._plots import KEPT, finished, new_figure, without_mathematics
 from ._exemplars import Best, Exemplars
 
 FORMAT = 'zennit_prune relevance'

@@ -18,8 +18,7 @@ from ._collect import Collector
 from ._initial import check_target
 from ._preflight import preflight
 from ._relevance import Relevance
-from ._selection import Selection
-from ._sums import Sums
+from ._sums import Selection, Sums
 
 EVERY = 30.0  # seconds from one checkpoint to the next
 CHECKED = 4  # samples

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from zennit.types import BatchNorm
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, PruneWarning, unknown
 from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
@@ -26,7 +26,6 @@ from ..surgery._verify import evaluating
 from ..tracing._parametrized import copy_values, parametrizations, plain
 from ..util._loaders import Batch, batch_size
 from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in
-from ..util._options import unknown
 from ._chunks import Chunk, Inputs, wide
 from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import PruneError, VerificationError
-from ..tracing._example import Example, prepare_example
+from ..tracing._trace import Example, prepare_example
 from ..util._display import advance
 from ..util._isolation import isolated, unrounded
 from ..util._networks import device_of, map_tensors, output_tensors

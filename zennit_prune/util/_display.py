@@ -1,16 +1,22 @@
-'''Show results and progress: plain text tables, the same tables as HTML for notebooks, and a progress bar.
+'''Show results and progress: tables as text and as HTML for notebooks, figures of matplotlib in one style, a bar.
 
 The HTML suits light and dark pages. The bar counts modules and appears only where a call takes more than some seconds.
+Optional libraries, which only some functions need, are imported here as well.
 '''
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
+from importlib import import_module
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from ..errors import PruneError
+from ._files import check_folder
 
 WIDEST = 60
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # a header and rows
@@ -123,3 +129,51 @@ def advance() -> None:
     bar = _bar.get()
     if bar is not None:
         bar.update()
+
+
+KEPT, BEFORE = '#0072b2', '0.85'
+
+
+def needed(module: str, extra: str, what: str) -> Any:
+    '''Import a module of an optional dependency.
+
+    Parameters
+    ----------
+    module: str
+        The module, e.g. ``'matplotlib.figure'``.
+    extra: str
+        The extra of this package that installs it.
+    what: str
+        The function that needs it, for the error.
+
+    Raises
+    ------
+    PruneError
+        If it is not installed.
+    '''
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise PruneError(f"{what} needs {module.partition('.')[0]}: pip install 'zennit-prune[{extra}]'.") from error
+
+
+def new_figure(path: str | os.PathLike[str] | None, size: tuple[float, float]) -> Any:
+    '''Return an empty matplotlib figure of a size in inches; the folder of ``path`` has to be there.'''
+    figure = needed('matplotlib.figure', 'plot', 'plot()').Figure(figsize=size, layout='constrained')
+    if path is not None:
+        check_folder(path)
+    return figure
+
+
+def finished(figure: Any, panels: Iterable[Any], path: str | os.PathLike[str] | None) -> Any:
+    '''Return the figure without the upper and right lines of its panels, written to ``path`` where there is one.'''
+    for axes in panels:
+        axes.spines[['top', 'right']].set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def without_mathematics(name: str) -> str:
+    '''Return a name without signs that would be read as mathematics.'''
+    return name.replace('$', r'\$')

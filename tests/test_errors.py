@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 import zennit_prune as zp
-from zennit_prune.util._options import nearest, unknown
+from zennit_prune.errors import nearest, unknown
 
 
 @pytest.mark.parametrize('value, expected', [
