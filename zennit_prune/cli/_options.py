@@ -139,7 +139,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def examples(command: str) -> str:
-    '''The examples at the end of a help text.'''
+    '''Return the examples at the end of a help text.'''
     return '\n'.join(['\b', 'Examples:', *(f'  zennit-prune {command} {line}' for line in EXAMPLES[command])])
 
 

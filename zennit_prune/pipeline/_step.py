@@ -29,7 +29,7 @@ from ._options import AnyCriterion
 
 
 class Pruning(Protocol):
-    '''A network, its channels, and how they are scored and chosen: :class:`zennit_prune.Pruner` is one.'''
+    '''A network and its channels, with the methods that score and choose them; :class:`zennit_prune.Pruner` is one.'''
 
     model: nn.Module
     composite: Composite
@@ -42,7 +42,7 @@ class Pruning(Protocol):
         '''Choose the channels to remove.'''
 
     def on(self, network: nn.Module, progress: bool) -> Pruning:
-        '''The same for a pruned version of the network.'''
+        '''Return a pruner with these rules and options for a pruned version of the network.'''
 
 
 class Pruned(NamedTuple):
@@ -55,7 +55,7 @@ class Pruned(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    '''How the steps of a run are done; see :meth:`zennit_prune.Pruner.iterate` for the meaning.
+    '''The settings that all steps of a run share; :meth:`zennit_prune.Pruner.iterate` documents them.
 
     Every step starts from random states of its own, which depend on the seed and the step's number.
     '''
@@ -72,11 +72,11 @@ class Recipe:
 
     @cached_property
     def device(self) -> torch.device:
-        '''Where the network is.'''
+        '''The device of the network.'''
         return device_of(self.pruner.model)
 
     def decided(self, loader: Iterable[Any]) -> tuple[Recipe, Iterable[Any], Choice | None]:
-        '''The recipe with a criterion in place of ``'auto'``, a loader that has lost no batch, and the choice.'''
+        '''Return the recipe with a criterion in place of ``'auto'``, a loader that has lost no batch, and the choice.'''
         if self.criterion != 'auto':
             return self, loader, None
         loader = list(loader) if isinstance(loader, Iterator) else loader
@@ -90,7 +90,7 @@ class Recipe:
         return replace(self, criterion=choice.criterion), loader, choice
 
     def references(self, loader: Iterable[Any]) -> References:
-        '''The loader, remembering the inputs that the repair needs.'''
+        '''Wrap a loader so that it keeps the inputs that the repair needs.'''
         kept = 0 if self.repair == 'none' else -(-KEPT // rank_and_world()[1])
         return References(loader, kept, self.collecting.get('classes'), self.seed)
 
@@ -109,7 +109,7 @@ class Recipe:
         earlier: Pruned, optional
             The result of the step before.
         stacklevel: int
-            How far up the user's call is, for a warning.
+            The level of the user's call, for a warning.
         **collecting:
             Options of :meth:`Pruner.collect` for this step.
         '''
@@ -139,7 +139,7 @@ class Recipe:
         return plan if budget is self.budget else self._planned(relevance, budget)
 
     def _later_plan(self, earlier: Plan, graph: ChannelGraph, relevance: Relevance, budget: Budget) -> Plan:
-        '''A plan for the original network that removes what ``earlier`` does, and more.'''
+        '''Make a plan for the original network that removes all channels of ``earlier``, and more.'''
         plan = self._planned(scores_for_original(earlier, graph, relevance), budget)
         for name, positions in earlier.removed.items():
             plan = plan.remove(name, positions)
@@ -147,23 +147,23 @@ class Recipe:
 
 
 def agreed(value: Any, device: torch.device) -> Any:
-    '''The first process's value, in all of them; nobody goes on before all are here.'''
+    '''Return the value of the first process in all processes, once all of them have called this.'''
     return gathered(value, device)[0] if rank_and_world()[1] > 1 else value
 
 
 def reliability_of(relevance: Relevance) -> float | None:
-    '''The split-half rank correlation over the whole network; None for scores that no samples were needed for.'''
+    '''Return the split-half rank correlation over the whole network, or None for scores that use no data.'''
     return relevance.reliability().network if relevance.has_halves else None
 
 
 def costs_left(plan: Plan) -> dict[str, float]:
-    '''By unit, the cost that a plan leaves.'''
+    '''Return the cost that a plan leaves, by unit.'''
     costs = cost_model(plan.graph)
     removed = costs.counts(plan.removed)
     return {unit: costs(unit, removed) for unit in UNITS}
 
 
 def shares_left(plan: Plan) -> dict[str, float]:
-    '''By unit, the share of the original's cost that a plan leaves.'''
+    '''Return the share of the original's cost that a plan leaves, by unit.'''
     return {unit: cost / (whole or 1.0) for (unit, cost), whole in zip(costs_left(plan).items(),
                                                                      costs_left(Plan(plan.graph)).values())}

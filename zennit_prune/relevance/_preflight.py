@@ -199,7 +199,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
 
 
 def _may_absorb(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
-    '''Whether a call may absorb relevance, as a layer does, or by constants (class tokens, pads) beside its input.'''
+    '''Return whether a call may absorb relevance, as a layer does, or by constants (class tokens, pads) beside its input.'''
     if equivalent is not None:
         return equivalent.absorbs
     names = {operation.name for operation in call.operations if any(operation.active)}
@@ -208,7 +208,7 @@ def _may_absorb(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequ
 
 def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
           ) -> tuple[dict[Any, Account], tuple[float, float]]:
-    '''The accounts of one pass by call, in the order of the forward pass, the input first.
+    '''Return the accounts of one pass by call, in the order of the forward pass, the input first.
 
     Beside them, the sum and the L1 norm of the initial relevance.
     '''
@@ -235,7 +235,7 @@ class Bookkeeper(CallCounter):
         self.accompany(network)
 
     def attach(self) -> None:
-        '''Nothing to do: the modules are met while the network runs.'''
+        '''Do nothing: modules are found while the network runs.'''
 
     def __enter__(self) -> CallCounter:
         self._owners = {name: module for name, module in self._network.named_modules() if rules_of(module)}
@@ -297,7 +297,7 @@ class Bookkeeper(CallCounter):
             self.open((frame.module, frame.call), Account('', frame.module, not between), tensors_in(output))
 
     def close(self, start: torch.Tensor) -> tuple[dict[Any, Account], tuple[float, float]]:
-        '''The accounts relative to the initial relevance, and its sum and L1 norm.'''
+        '''Return the accounts relative to the initial relevance, and its sum and L1 norm.'''
         total, norm = float(start.double().sum()), float(start.double().abs().sum())
         if not 0 < norm < torch.inf:
             raise PruneError(f'the initial relevance has an L1 norm of {norm:.3g}: start from an output that the '
@@ -320,7 +320,7 @@ def _place(function: str, module: str) -> str:
 
 
 def _bottlenecks(run: Run) -> Iterator[tuple[str, list[Any]]]:
-    '''The values that all relevance flows through, from output to input, with the keys of their accounts.
+    '''Yield the values that all relevance flows through, from output to input, with the keys of their accounts.
 
     Of values that follow each other with only norms and activations between them, the last is used.
     '''
@@ -378,7 +378,7 @@ def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[
 
 
 def _listed(accounts: Sequence[Account]) -> str:
-    '''The first few accounts, from the output, with the relevance they received and passed on.'''
+    '''List the first few accounts, from the output, with the relevance they received and passed on.'''
     shown = [f'{account} ({account.received:.3g} becomes {account.passed:.3g})' for account in accounts[:3]]
     more = [f'{len(accounts) - 3} more'] if len(accounts) > 3 else []
     return ', '.join([*shown, *more]) or 'no function or module that can be named'

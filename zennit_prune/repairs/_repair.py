@@ -33,6 +33,10 @@ from ._regression import RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
 from ._trial import holdout_check
 
+MEMORY = 4 * 2 ** 30  # bytes for activations: fewer inputs are used where these would take more
+METHODS = ('refit', 'bias', 'batchnorm', 'none')
+LARGEST = 1536  # the most features that are solved for at once; a layer with more is refitted block by block
+PER_FEATURE, ENOUGH = 64, 16384  # positions are thinned out as long as so many samples remain
 FEW = 16  # with fewer inputs, the old statistics keep a share
 DEAD = 1e-4  # a channel is left as it is where its BatchNorm scales it by less than this share of the largest factor
 
@@ -95,12 +99,6 @@ def update_batchnorm_statistics(network: nn.Module, chunks: Sequence[Any]) -> No
         norm.running_var.copy_(variance)
         norm.weight.copy_(scale * (norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(shift + scale * norm.running_mean)
-
-
-MEMORY = 4 * 2 ** 30  # bytes for activations: fewer inputs are used where these would take more
-METHODS = ('refit', 'bias', 'batchnorm', 'none')
-LARGEST = 1536  # the most features that are solved for at once; a layer with more is refitted block by block
-PER_FEATURE, ENOUGH = 64, 16384  # positions are thinned out as long as so many samples remain
 
 
 def checked_method(method: Any, option: str = 'method') -> str:

@@ -14,6 +14,8 @@ from ..util._networks import map_tensors
 from ._chunks import Inputs
 from ._references import LEAST
 
+MANY = 32  # a repair with at least so many inputs that halves their error needs no further trial
+PARTS = 4  # the inputs are split into so many parts, of which one is held out at a time
 LEAST_VARIANCE = 1e-12  # a smaller share of the mean square is rounding
 NOISE = 1e-9  # a smaller share of the outputs' variance is squares of rounding errors
 
@@ -65,10 +67,6 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     '''Join outputs to one row per sample, or to one list of numbers where they differ in shape.'''
     alike = len({part.shape[1:] for part in parts}) == 1
     return torch.cat([part if alike else part.flatten() for part in parts])
-
-
-MANY = 32  # a repair with at least so many inputs that halves their error needs no further trial
-PARTS = 4  # the inputs are split into so many parts, of which one is held out at a time
 
 
 def holdout_check(model: nn.Module, small: nn.Module, network: nn.Module, inputs: Inputs,
