@@ -318,6 +318,19 @@ class ChannelGraph:
         found = balances(self._recording, self._solution)
         return found.get(int(self._solution.group[group.channels[0]]), []) if group.blocks is not None else []
 
+    def _check_balance(self, group: ChannelGroup, positions: Sequence[int]) -> None:
+        '''Refuse to remove different numbers of channels from the blocks of a group.'''
+        if group.blocks is None:
+            return
+        counts = np.bincount(group.blocks[list(positions)], minlength=group.step).tolist()
+        if len(set(counts)) > 1:
+            most, least = counts.index(max(counts)), counts.index(min(counts))
+            spare = np.setdiff1d(np.flatnonzero(group.blocks == least), positions)
+            raise PruneError(f'the {group.step} blocks of group {group.name!r} must lose equally many channels, for '
+                             f'{some(self._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
+                             f'{counts[least]}. Choose all of them in one call; the block of each position is in '
+                             f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
+
     def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''Return, for each label, whether it is removed with the channels at these positions of these groups.'''
         gone = np.zeros(len(self._solution.group) + 1, bool)

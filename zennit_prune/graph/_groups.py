@@ -1,13 +1,16 @@
 '''Build channel groups: channels that share producers, followers and consumers, and the place of each in these.'''
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from ..errors import PruneError
 from ..tracing._labels import Array, Channels, Field, Labels, Positions
 from ..tracing._trace import Recording
 from ..util._networks import Indices, computed_name
@@ -280,3 +283,27 @@ def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
         counts.append(min(found, key=lambda count: (last.get(count / size, -1), abs(count - third))))
         last[counts[-1] / size] = turn
     return counts
+
+
+def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
+    '''Return sorted positions, after a check that each is a whole number within the group and given once.'''
+    if isinstance(positions, str) or not isinstance(positions, Iterable) or getattr(positions, 'ndim', 1) == 0:
+        raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
+    numbers = []
+    for position in positions:
+        try:
+            flag = isinstance(position, (bool, np.bool_)) or getattr(position, 'dtype', None) == torch.bool
+            number = None if flag else operator.index(position)
+        except TypeError:
+            number = None
+        if number is None:
+            raise PruneError(f'{position!r} is no position in group {group.name!r}: give whole numbers from 0 to '
+                             f'{group.size - 1}.')
+        numbers.append(number)
+        if not 0 <= numbers[-1] < group.size:
+            raise PruneError(f'position {position} is out of range for group {group.name!r}: it has positions 0 to '
+                             f'{group.size - 1}.')
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if numbers.count(number) > 1)
+        raise PruneError(f'position {twice} of group {group.name!r} is given twice.')
+    return tuple(sorted(numbers))

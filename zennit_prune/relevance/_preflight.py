@@ -199,7 +199,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
 
 
 def _may_absorb(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequence[torch.Tensor]) -> bool:
-    '''Return whether a call may absorb relevance, as a layer does, or by constants (class tokens, pads) beside its input.'''
+    '''Return whether a call may absorb relevance: as a layer does, or by constants (class tokens, pads).'''
     if equivalent is not None:
         return equivalent.absorbs
     names = {operation.name for operation in call.operations if any(operation.active)}
