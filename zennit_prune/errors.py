@@ -1,8 +1,12 @@
 '''The errors and warnings users meet; each message names the thing, the value, what is allowed and what to do.'''
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class PruneError(ValueError):
@@ -88,3 +92,17 @@ def unknown(what: str, value: object, known: Iterable[str], remedy: str = '') ->
     known = list(known)
     return PruneError(f'{what}={value!r} is unknown: use one of {", ".join(map(repr, known))}{remedy}'
                       f'{nearest(value, known) or "."}')
+
+
+def warn(message: str) -> None:
+    '''Issue a :class:`PruneWarning` that points to the user's line, from however deep in the package it comes.
+
+    That is the innermost frame outside of this package, with the decorators and contexts of PyTorch and of the standard
+    library left out.
+    '''
+    inside = (str(Path(__file__).parent), contextlib.__file__)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(inside)
+                                        or '_contextlib' in frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, PruneWarning, stacklevel=level)

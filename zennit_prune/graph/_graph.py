@@ -327,9 +327,9 @@ class ChannelGraph:
             most, least = counts.index(max(counts)), counts.index(min(counts))
             spare = np.setdiff1d(np.flatnonzero(group.blocks == least), positions)
             raise PruneError(f'the {group.step} blocks of group {group.name!r} must lose equally many channels, for '
-                             f'{some(self._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block {least} '
-                             f'{counts[least]}. Choose all of them in one call; the block of each position is in '
-                             f'group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
+                             f'{some(self._balanced_by(group), 3)}: block {most} would lose {counts[most]}, block '
+                             f'{least} {counts[least]}. Choose all of them in one call; the block of each position is '
+                             f'in group.blocks. Block {least} could also lose {some(map(str, spare.tolist()))}.')
 
     def _removed_labels(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         '''Return, for each label, whether it is removed with the channels at these positions of these groups.'''

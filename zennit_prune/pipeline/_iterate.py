@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, warn
 from ..planning._cost import UNITS, Budget
 from ..planning._plan import Plan
 from ..repairs._references import References
@@ -64,7 +63,7 @@ class Loop:
             if self._too_low(later.history[-1]):
                 stopped = self._why(later.history[-1])
                 state = state._replace(relevance=later.relevance)
-                warnings.warn(f'{self.budget!r} is not reached: {stopped}', PruneWarning, stacklevel=4)
+                warn(f'{self.budget!r} is not reached: {stopped}')
                 break
             state = later
             self._done(state, file)
@@ -95,7 +94,7 @@ class Loop:
         if file is not None:
             options['checkpoint'] = file.collecting
         with seeded(self.recipe.seed + number, self.recipe.device):
-            done = self.recipe.step(references, budget, number, earlier, 7, **options)
+            done = self.recipe.step(references, budget, number, earlier, **options)
             network = self._tuned(done.plan, done.network)
             step = self._seen(number, done.plan, network, reliability_of(done.relevance), began)
         return State(done.plan, network, state.relevance or done.relevance, (*state.history, step))

@@ -76,7 +76,7 @@ class Recipe:
         return device_of(self.pruner.model)
 
     def decided(self, loader: Iterable[Any]) -> tuple[Recipe, Iterable[Any], Choice | None]:
-        '''Return the recipe with a criterion in place of ``'auto'``, a loader that has lost no batch, and the choice.'''
+        '''Return the recipe with a criterion in place of ``'auto'``, a loader with all batches, and the choice.'''
         if self.criterion != 'auto':
             return self, loader, None
         loader = list(loader) if isinstance(loader, Iterator) else loader
@@ -95,7 +95,7 @@ class Recipe:
         return References(loader, kept, self.collecting.get('classes'), self.seed)
 
     def step(self, references: References, budget: Budget, number: int = 1, earlier: Pruned | None = None,
-             stacklevel: int = 5, **collecting: Any) -> Pruned:
+             **collecting: Any) -> Pruned:
         '''Collect, plan, apply and repair: prune the network, or what an earlier step left of it, to a budget.
 
         Parameters
@@ -108,8 +108,6 @@ class Recipe:
             Of the step; it says what its random numbers start from.
         earlier: Pruned, optional
             The result of the step before.
-        stacklevel: int
-            The level of the user's call, for a warning.
         **collecting:
             Options of :meth:`Pruner.collect` for this step.
         '''
@@ -126,9 +124,9 @@ class Recipe:
         if earlier is not None:
             small = filled(small, values_for_plan(earlier.plan, plan, earlier.network))
         if self.repair != 'none':
-            warned = stacklevel + 1 if earlier is None and references.classes is None else None
+            matter = earlier is None and references.classes is None
             small = repaired(self.pruner.model, small, plan, references.inputs(self.device), self.repair, self.progress,
-                             in_place=True, class_warning=warned)
+                             in_place=True, classes_matter=matter)
         return Pruned(plan, small, relevance)
 
     def _planned(self, relevance: Relevance, budget: Budget) -> Plan:

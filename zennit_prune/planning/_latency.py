@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, warn
 from ..graph._graph import ChannelGraph
 from ..tracing._labels import Labels
 from ..tracing._trace import prepare_example
@@ -397,6 +396,6 @@ def timed(costs: LatencyModel, model: nn.Module, removed: Mapping[str, Sequence[
     networks = [model, graph._narrowed(model, removed)]
     timing = Timing(device, *shares, *side_by_side(networks, graph._recording.example.fitted(model)))
     if not timing.holds:
-        warnings.warn(f'the plan misses its budget as measured: {timing}. Ask for less, or measure for longer: '
-                      'pruner.latencies(seconds=...).', PruneWarning, stacklevel=4)
+        warn(f'the plan misses its budget as measured: {timing}. Ask for less, or measure for longer: '
+             'pruner.latencies(seconds=...).')
     return timing

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,7 +13,7 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from ..errors import PruneError, PruneWarning, unknown
+from ..errors import PruneError, unknown, warn
 from ..graph._graph import ChannelGraph
 from ..tracing._boundaries import Place
 from ..util._fingerprint import described, fingerprint, named
@@ -250,7 +249,7 @@ class Collector:
             self.notes.append('the relevance of some groups cannot be read, so they will be kept whole: '
                               + '; '.join(f'{name} ({why})' for name, why in self.unread.items()))
         for note in self.notes:
-            warnings.warn(note, PruneWarning, stacklevel=3)
+            warn(note)
 
     def holds_lrp(self) -> bool:
         '''Return whether any rule in force is one of LRP; callable inside the ``with`` block only.
@@ -584,8 +583,7 @@ class Collector:
         sums = self.sums
         self._check_sums()
         if sums.skipped:
-            warnings.warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}', PruneWarning,
-                          stacklevel=2)
+            warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}')
         finish = self.criterion.finish
         counts = torch.tensor(sums.counts, dtype=torch.float64, device='cpu').clamp(min=1).unsqueeze(1)
         halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}

@@ -10,7 +10,6 @@ residual stream, which several layers read, has several such values, over which 
 '''
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import PruneError, PruneWarning, unknown
+from ..errors import PruneError, unknown, warn
 from ..graph._graph import ChannelGraph
 from ..graph._groups import ChannelGroup, Member
 from ..tracing._parametrized import computed_tensors
@@ -263,8 +262,8 @@ def _averaged(graph: ChannelGraph, model: nn.Module, criterion: str,
         raise PruneError(f'criterion={criterion!r} says nothing about any channel of this network: no group has the '
                          "parameters it uses. Use another, e.g. 'l1'.")
     if silent:
-        warnings.warn(f'criterion={criterion!r} says nothing about some groups, so they will be kept whole: '
-                      f'{", ".join(silent)}', PruneWarning, stacklevel=6)
+        warn(f'criterion={criterion!r} says nothing about some groups, so they will be kept whole: '
+             f'{", ".join(silent)}')
     return Relevance(scores, info={'criterion': criterion})
 
 

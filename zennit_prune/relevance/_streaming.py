@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, warn
 from ..util._distributed import gathered, in_step, rank_and_world
 from ..util._files import check_folder
 from ..util._fingerprint import fingerprint
@@ -126,7 +125,7 @@ def _check(collector: Collector, batch: Batch) -> None:
         return  # the collector says what is wrong with a batch
     collector.notes += found.problems
     for problem in found.problems:
-        warnings.warn(problem, PruneWarning, stacklevel=6)
+        warn(problem)
 
 
 def _resume(collector: Collector, stream: Iterator[Batch], path: Path) -> None:

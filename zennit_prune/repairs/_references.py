@@ -1,14 +1,13 @@
 '''``References``: a loader that keeps inputs while they pass, so that it is read once for scores and repair.'''
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, warn
 from ..relevance._attribute import call_network, main_output
 from ..relevance._initial import checked_classes, of_classes
 from ..util._distributed import gathered, rank_and_world
@@ -147,7 +146,7 @@ def _concatenated(chunks: list[Batch]) -> Batch:
     return chunks[0].with_target(None) if len(chunks) == 1 else chunks[0].joined(chunks[1:])
 
 
-def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch], stacklevel: int) -> None:
+def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch]) -> None:
     '''Warn if a classifier in evaluation mode predicts few of its classes: a refit on these forgets the others.'''
     seen: set[int] = set()
     classes = 0
@@ -160,6 +159,6 @@ def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch], sta
             classes = output.shape[1]
             seen |= set(output.argmax(1).tolist())
     if 2 * len(seen) < classes:
-        warnings.warn(f'the references show {len(seen)} of the {classes} classes that the network tells apart: '
-                      'refitted on them, it forgets the others. Add references of all classes that matter, or repair '
-                      "with 'batchnorm' or 'none'.", PruneWarning, stacklevel=stacklevel)
+        warn(f'the references show {len(seen)} of the {classes} classes that the network tells apart: '
+             'refitted on them, it forgets the others. Add references of all classes that matter, or repair '
+             "with 'batchnorm' or 'none'.")

@@ -7,7 +7,6 @@ new weights, so that training can go on.
 '''
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product, repeat
 from math import prod
@@ -18,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from zennit.types import BatchNorm
 
-from ..errors import PruneError, PruneWarning, unknown
+from ..errors import PruneError, unknown, warn
 from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
@@ -166,11 +165,11 @@ def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: st
     >>> bool((better(x) - model(x)).square().mean() < (small(x) - model(x)).square().mean())
     True
     '''
-    return repaired(model, small, plan, data, method, progress, class_warning=4)
+    return repaired(model, small, plan, data, method, progress, classes_matter=True)
 
 
 def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str, progress: bool,
-             in_place: bool = False, class_warning: int | None = None) -> nn.Module:
+             in_place: bool = False, classes_matter: bool = False) -> nn.Module:
     '''Repair a pruned network as :func:`repair` does.
 
     Parameters
@@ -179,8 +178,8 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         See :func:`repair`.
     in_place: bool
         Write into ``small``, which nobody else uses; it is as it was where the repair is left out or fails.
-    class_warning: int, optional
-        The stack level of a warning if the inputs show few of the classes; without it, there is none.
+    classes_matter: bool
+        Warn if the network is refitted on inputs that show few of its classes.
     '''
     checked_method(method)
     model, small = checked_pair('repair(model, small, plan, data)', model, small, plan)
@@ -198,14 +197,14 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         with evaluating(small):
             targets = find_targets(plan.graph._recording.runs['eval'], small)
             network = _fitted(_widened(model), _widened(small, in_place=True), targets, plan, inputs, method,
-                              progress, class_warning)
+                              progress, classes_matter)
         if network is not None:
             copy_values(network, small)
     return small
 
 
 def _fitted(original: nn.Module, before: nn.Module, targets: Sequence[Target], plan: Plan, inputs: Inputs, method: str,
-            progress: bool, class_warning: int | None) -> nn.Module | None:
+            progress: bool, classes_matter: bool) -> nn.Module | None:
     '''Return a repaired copy of ``before``, or None, with a warning, where a repair does not help.
 
     Both networks are in evaluation mode and in single or double precision, and are not changed.
@@ -225,18 +224,17 @@ def _fitted(original: nn.Module, before: nn.Module, targets: Sequence[Target], p
         lacking = '' if method == 'batchnorm' else 'the network has no layer that can be refitted, and '
         if not norms_of(network):
             reason = lacking or 'the network was left as it is: '
-            warnings.warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.', PruneWarning,
-                          stacklevel=4)
+            warn(f'{reason}it has no BatchNorm with statistics: nothing was repaired.')
             return None
         if lacking:
-            warnings.warn(f'{lacking}its BatchNorm is estimated anew.', PruneWarning, stacklevel=4)
+            warn(f'{lacking}its BatchNorm is estimated anew.')
     problem = holdout_check(original, before, network, inputs, lambda chosen: fitted_to(chosen)[0])
     if problem:
-        warnings.warn(f'the repair is left out: {problem}. More inputs may help.', PruneWarning, stacklevel=4)
+        warn(f'the repair is left out: {problem}. More inputs may help.')
         return None
-    if fitted and method == 'refit' and class_warning is not None:
+    if fitted and method == 'refit' and classes_matter:
         chunks = inputs.chunks(inputs.order)
-        warn_of_missing_classes(original, (Batch(chunk.inputs) for chunk in chunks), class_warning + 1)
+        warn_of_missing_classes(original, (Batch(chunk.inputs) for chunk in chunks))
     return network
 
 

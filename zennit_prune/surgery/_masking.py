@@ -6,7 +6,6 @@ there, its calls get the kept channels only, and their results have zeros at the
 '''
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..errors import PruneWarning
+from ..errors import warn
 from ..tracing._calls import CallCounter, Site
 from ..tracing._parametrized import plain
 from ..tracing._recorded import Operation
@@ -54,10 +53,9 @@ def warn_of_changed_statistics(operations: Iterable[Operation], gone: npt.NDArra
     norms = dict.fromkeys(repr(site.module) if site.module else 'the network itself'
                           for site in kept_by_norms(operations, gone))
     if norms:
-        warnings.warn(f'LayerNorm runs over channels that are removed (in {some(norms)}): its mean and variance are '
-                      'those of the remaining channels now, so the network changes by more than the removal. It is '
-                      'exact against the original with these statistics. Measure it, and repair or train it.',
-                      PruneWarning, stacklevel=3)
+        warn(f'LayerNorm runs over channels that are removed (in {some(norms)}): its mean and variance are '
+             'those of the remaining channels now, so the network changes by more than the removal. It is '
+             'exact against the original with these statistics. Measure it, and repair or train it.')
 
 
 class NormsOverKept(CallCounter):

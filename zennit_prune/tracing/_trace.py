@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError, PruneWarning
+from ..errors import PruneError, warn
 from ..util._isolation import isolated, states
 from ..util._networks import (
     map_tensors,
@@ -338,9 +338,8 @@ class Recording:
     def warn_if_untraced(self) -> None:
         '''Warn that the network is proven for evaluation only.'''
         if self.untraced:
-            warnings.warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
-                          'trained is not proven. Run it once in training mode before you rely on it.',
-                          PruneWarning, stacklevel=3)
+            warn(f'the network was not traced in training mode ({self.untraced}): that the pruned one can be '
+                 'trained is not proven. Run it once in training mode before you rely on it.')
 
     @cached_property
     def operations(self) -> list[Operation]:
