@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -168,10 +169,13 @@ def test_progress_is_one_setting_that_methods_inherit(setting: bool, capfd: pyte
 
 def test_warnings_point_at_the_users_line() -> None:
     one = zp.Pruner(seeded(Residual()), None, images(1), progress=False)
-    for call in (one.prune, one.iterate):
+    for call in (one.prune, one.iterate, partial(zp.prune, one.model, None)):
         with pytest.warns(zp.PruneWarning, match='the references show 1 of the 4') as caught:
-            call((images(8), labels(8)), HALF)
-        assert caught[0].filename == __file__
+            call(loader=[(images(8), labels(8))], budget=HALF)
+        assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(zp.PruneWarning, match="aggregate='signed' does not suit") as caught:
+        one.prune((images(8), labels(8)), HALF, aggregate='signed', repair='none')
+    assert caught[0].filename == __file__
     values = iter([1.0, 0.0])
     with pytest.warns(zp.PruneWarning, match='is not reached') as caught:
         one.iterate((), HALF, 0.2, 'l1', 'none', evaluate=lambda network: next(values), min_score=0.5)

@@ -217,11 +217,14 @@ class Remembers(nn.Module):
         return x.relu()
 
 
-def test_a_walk_has_the_default_device_of_the_thread_that_made_it() -> None:
+def test_a_run_in_a_thread_has_the_default_device_of_the_thread_that_made_it() -> None:
     network = Remembers()
-    with torch.device('meta'):
-        walk = Lockstep(network, torch.ones(2, 3, device='cpu'), ())
-    assert walk.next() is None
+    torch.set_default_device('meta')
+    try:
+        run = Lockstep(network, torch.ones(2, 3, device='cpu'), ())
+    finally:
+        torch.set_default_device(None)
+    assert run.next() is None
     assert network.made.device.type == 'meta'
 
 
