@@ -1,12 +1,14 @@
 '''Options are checked where a method is called, before the first batch is read.'''
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 from small import Residual, chain, images, labels, seeded
+from zennit.composites import EpsilonPlus
 
 import zennit_prune as zp
 from zennit_prune.pipeline._options import options_of
@@ -165,6 +167,20 @@ def test_progress_is_one_setting_that_methods_inherit(setting: bool, capfd: pyte
         call(progress=not setting)
         assert bool(capfd.readouterr().err) != setting
     assert one.on(one.model).progress == setting and one.on(one.model, not setting).progress != setting
+
+
+@pytest.mark.parametrize(('options', 'text'), [
+    ({'layernorm': 'keep'}, "layernorm='keep'"), ({'aggregate': 'sum_abs'}, "did you mean 'sumabs'"),
+    ({'nonfinite': 'drop'}, "nonfinite='drop'"), ({'exemplars': -1}, 'exemplars=-1'), ({'classes': ()}, 'classes='),
+    ({'initial': 'one_hot'}, "did you mean 'one-hot'"), ({'min_share': 2}, 'min_share=2'),
+    ({'round_to': 0}, 'round_to=0'), ({'min_channels': 0}, 'min_channels=0'), ({'seed': 'a'}, "seed='a'"),
+    ({'criterion': 'taylor', 'attributor': int}, "attributor= is for criterion='relevance'"),
+])
+def test_values_are_refused_before_the_first_batch_is_the_example(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(zp.PruneError, match=re.escape(text)):
+        zp.prune(seeded(Residual()), None, never(), HALF, **options)
+    with pytest.raises(zp.PruneError, match='a Zennit composite is needed'):
+        zp.prune(seeded(Residual()), EpsilonPlus, never(), HALF)
 
 
 def test_warnings_point_at_the_users_line() -> None:

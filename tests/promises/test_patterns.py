@@ -251,7 +251,9 @@ PATTERNS: dict[str, Pattern] = {
     'plain tensor attribute': Pattern(
         one_layer(lambda net, h: h * net.plain, plain=noise(8, 1, 1).double()), {}, {'conv': 'fixed size'}
     ),
-    'rolled channels': Pattern(one_layer(lambda net, h: h.roll(1, 1)), {}, {'conv': 'roll'}),
+    'rolled channels': Pattern(one_layer(lambda net, h: h.roll(1, 1)), {}, {'conv': 'other channels come out'}),
+    'rolled rows and columns': Pattern(one_layer(lambda net, h: h.roll((1, -2), (2, -1)) * h), {'conv': 8}),
+    'rolled flat': Pattern(one_layer(lambda net, h: h.roll(1)), {}, {'conv': 'no rule covers'}),
     'nn.MultiheadAttention': Pattern(
         lambda: Net(
             lambda net, x: net.head(net.mix(*[tokens(net, x)] * 3)[0].mean(1)),

@@ -83,12 +83,17 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     >>> zp.trace(model, torch.zeros(1, 3, 8, 8), ignore=['2']).locked
     {'2': 'ignored (2)', '4': 'it is an output of the network'}
     '''
-    if layernorm not in ('lock', 'surviving'):
-        raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
-                         "over, nor 'surviving', which takes its statistics over those that are left.")
+    check_layernorm(layernorm)
     model = unwrapped(model)
     with without_garbage_collection(), isolated(model), waiting('trace', progress):
         return ChannelGraph(model, example, ignore, layernorm)
+
+
+def check_layernorm(layernorm: str) -> None:
+    '''Refuse a setting of ``layernorm`` that is not known.'''
+    if layernorm not in ('lock', 'surviving'):
+        raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
+                         "over, nor 'surviving', which takes its statistics over those that are left.")
 
 
 class ChannelGraph:

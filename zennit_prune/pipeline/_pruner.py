@@ -12,15 +12,15 @@ from torch import nn
 from zennit.core import Composite
 
 from ..errors import PruneError, unknown
-from ..graph._graph import trace
+from ..graph._graph import check_layernorm, trace
 from ..looking._heatmap import Channel, heatmap
-from ..planning._allocate import allocate, check_reachable
+from ..planning._allocate import allocate, check_limits, check_reachable
 from ..planning._cost import Budget, cost_model
 from ..planning._latency import LatencyModel, LatencyTable, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
-from ..relevance._collect import Collector
+from ..relevance._collect import Collector, check_settings
 from ..relevance._criteria import Criterion, known_criterion, uses_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
@@ -85,16 +85,8 @@ class Pruner:
     @takes_options()
     def __init__(self, model: nn.Module, composite: Composite | Preset | None, example: Any,
                  ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True):
-        self._defaults: dict[str, Any] = {}
-        if isinstance(composite, Preset):
-            self._defaults = dict(composite._options)
-            _check_preset(composite)
-            composite = composite.composite()
-        if composite is not None and not isinstance(composite, Composite):
-            raise PruneError(f'a Zennit composite is needed, an instance, not {composite!r}: e.g. EpsilonPlus(), a '
-                             'preset as zp.presets.paper, or None.')
+        self.composite, self._defaults = _rules(composite)
         self.model = unwrapped(model)
-        self.composite = recommended_composite() if composite is None else composite
         self.ignore, self.layernorm, self.progress = ignore, layernorm, progress
         self.graph = trace(self.model, example, ignore, layernorm, progress)
         self._latencies: dict[str, LatencyTable] = {}
@@ -572,11 +564,31 @@ class Pruner:
         return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph)
 
 
+def _check_values(budget: object, criterion: object = 'relevance', repair: object = 'refit', **options: Any) -> None:
+    '''Refuse values of options that are wrong whatever the network and the data are.'''
+    check_run(budget, criterion, repair)
+    if uses_data(criterion):
+        options['criterion'] = criterion
+    for check in (check_settings, check_limits):
+        check(**{name: value for name, value in options.items() if name in options_of(check)})
+
+
 def check_run(budget: object, criterion: object, repair: object) -> None:
     '''Refuse a budget, criterion or repair that is none.'''
     check_budget(budget)
     check_criterion(criterion, automatic=True)
     checked_method(repair, 'repair')
+
+
+def _rules(given: Composite | Preset | None) -> tuple[Composite, dict[str, Any]]:
+    '''Return the composite that was given, of a preset or recommended, and the options of a preset.'''
+    if isinstance(given, Preset):
+        _check_preset(given)
+        return given.composite(), dict(given._options)
+    if given is not None and not isinstance(given, Composite):
+        raise PruneError(f'a Zennit composite is needed, an instance, not {given!r}: e.g. EpsilonPlus(), a '
+                         'preset as zp.presets.paper, or None.')
+    return recommended_composite() if given is None else given, {}
 
 
 def _check_preset(preset: Preset) -> None:
@@ -599,9 +611,10 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     composite: zennit.core.Composite, Preset or None
         The rules of relevance; None for the recommended ones. Or a preset, e.g. ``zp.presets.paper``.
     loader: iterable
-        Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch.
+        Yields (inputs, labels) batches; ten images a class are enough. A generator loses no batch. The first batch is
+        the example that the network is traced and verified with.
     budget: Budget
-        The amount to be left, e.g. ``Budget(flops=0.5)``.
+        The amount to be left, e.g. ``Budget(flops=0.5)``. A latency budget is the time of a whole batch of that size.
     ignore: sequence of str
         Patterns of module names whose output channels are kept.
     layernorm: str
@@ -636,7 +649,9 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     (2, 4)
     '''
     model = unwrapped(model)
-    check_run(budget, options.get('criterion', 'relevance'), options.get('repair', 'refit'))
+    _rules(composite)
+    check_layernorm(layernorm)
+    _check_values(budget, **options)
     stream = batches(loader)
     first = next(stream, None)
     if first is None:

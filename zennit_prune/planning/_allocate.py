@@ -166,7 +166,7 @@ def check_reachable(graph: ChannelGraph, budget: Budget, min_channels: int | Non
         If the budget is out of reach, with the nearest one that is not; if it asks for no removal; for limits out of
         range.
     '''
-    _check(min_channels, min_share, round_to)
+    check_limits(min_channels, min_share, round_to)
     if costs is None and budget.unit == 'latency':
         return
     costs = cost_model(graph) if costs is None else costs
@@ -205,7 +205,7 @@ def _steps(group: ChannelGroup, min_channels: int | None, min_share: float, roun
     return [size - below, *[multiple] * ((below - least) // multiple)] if below >= least else []
 
 
-def _check(min_channels: int | None, min_share: float, round_to: int | None) -> None:
+def check_limits(min_channels: int | None = None, min_share: float = 0.0, round_to: int | None = None) -> None:
     '''Refuse limits of groups that are out of range.'''
     if min_channels is not None and (type(min_channels) is not int or min_channels < 1):
         raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on, '

@@ -29,7 +29,7 @@ from ..tracing._tracer import Tracer
 from ..util._networks import device_of, map_tensors, structural_copy
 
 SAMPLE = 2e-4  # seconds that a sample lasts at least: shorter calls are repeated within it
-LEAST = 3  # rounds
+LEAST_ROUNDS = 3  # rounds
 SECONDS = 5.0  # the longest interleaved measurement of networks
 
 clock = time.perf_counter
@@ -68,7 +68,7 @@ def medians(prepared: Sequence[Prepare], device: torch.device, rounds: int = 20,
     with torch.no_grad(), tqdm(total=(rounds + 1) * len(prepared), desc=progress, disable=progress is None,
                                leave=False) as bar:
         for done in range(-1, rounds):
-            if done >= LEAST and clock() - start > seconds:
+            if done >= LEAST_ROUNDS and clock() - start > seconds:
                 break
             for number, prepare in enumerate(prepared):
                 call = prepare()

@@ -161,18 +161,16 @@ class Collector:
                  initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance',
                  classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                  nonfinite: str = 'error', seed: int = 0, exemplars: int = 0):
-        self.criterion = collected_criterion(criterion)
-        for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
-            if value not in known:
-                raise unknown(option, value, known)
+        self.criterion = check_settings(criterion, aggregate, initial, classes, attributor, nonfinite, seed, exemplars)
+        if not graph.groups:
+            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
+                             'locks them.')
         self.graph, self.model = graph, model
         self.composite = composite if self.criterion.lrp else Composite()
         self.aggregate = self.criterion.aggregate if aggregate == 'auto' else aggregate
         self.initial = self.criterion.initial if initial == 'auto' else initial
         self.classes = checked_classes(classes)
-        check_initial(self.initial, self.classes)
         self.attributor, self.nonfinite, self.seed, self.exemplars = attributor, nonfinite, seed, exemplars
-        self._check_options()
         self.sites, self.unread = self.criterion.sites(graph, model)
         if not self.sites and not self.criterion.lrp:
             raise PruneError(f'criterion={self.criterion.name!r} says nothing about any channel of this network: '
@@ -184,24 +182,6 @@ class Collector:
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
-
-    def _check_options(self) -> None:
-        name, attributor = self.criterion.name, self.attributor
-        if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
-            raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
-                             'SmoothGrad, or a function from a model to an Attributor.')
-        if attributor is not None and not self.criterion.lrp:
-            raise PruneError(f"attributor= is for criterion='relevance'; {name!r} has a formula of its own.")
-        if not hasattr(self.seed, '__index__'):
-            raise PruneError(f'seed={self.seed!r} is no whole number: give e.g. 0.')
-        if isinstance(self.exemplars, bool) or not isinstance(self.exemplars, int) or self.exemplars < 0:
-            raise PruneError(f'exemplars={self.exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
-        if self.exemplars and not self.criterion.per_sample:
-            raise PruneError(f'criterion={name!r} has no score for single samples, so that it has no reference '
-                             "samples: use another criterion, e.g. 'relevance'.")
-        if not self.graph.groups:
-            raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
-                             'locks them.')
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
         places = [site.place for site in self.sites]
@@ -621,3 +601,27 @@ class Collector:
                 **({'classes': list(self.classes)} if self.classes else {}),
                 **({'attributor': named(self.attributor)} if self.attributor else {}),
                 **({'skipped': sums.skipped} if sums.skipped else {})}
+
+
+def check_settings(criterion: str | Criterion = 'relevance', aggregate: str = 'auto', initial: Initial = 'auto',
+                   classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
+                   nonfinite: str = 'error', seed: int = 0, exemplars: int = 0) -> Criterion:
+    '''Refuse wrong settings of a collector, without a network or data; return the criterion.'''
+    found = collected_criterion(criterion)
+    for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
+        if value not in known:
+            raise unknown(option, value, known)
+    check_initial(found.initial if initial == 'auto' else initial, checked_classes(classes))
+    if attributor is not None and not (callable(attributor) and not isinstance(attributor, Attributor)):
+        raise PruneError(f'attributor={attributor!r} makes no Attributor: give a Zennit Attributor class, e.g. '
+                         'SmoothGrad, or a function from a model to an Attributor.')
+    if attributor is not None and not found.lrp:
+        raise PruneError(f"attributor= is for criterion='relevance'; {found.name!r} has a formula of its own.")
+    if not hasattr(seed, '__index__'):
+        raise PruneError(f'seed={seed!r} is no whole number: give e.g. 0.')
+    if isinstance(exemplars, bool) or not isinstance(exemplars, int) or exemplars < 0:
+        raise PruneError(f'exemplars={exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
+    if exemplars and not found.per_sample:
+        raise PruneError(f'criterion={found.name!r} has no score for single samples, so that it has no reference '
+                         "samples: use another criterion, e.g. 'relevance'.")
+    return found

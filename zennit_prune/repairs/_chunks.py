@@ -14,7 +14,7 @@ from ._references import KEPT, References, joined
 from ._regression import FOLDS
 
 CHUNK = 50  # inputs that run at once
-LEAST = 16  # inputs, however large they are
+LEAST_INPUTS = 16  # inputs, however large they are
 HALVES = {torch.float16, torch.bfloat16}  # too coarse for least squares
 SHIFT = 16  # pictures are moved by one of so many parts of their size
 
@@ -81,7 +81,7 @@ class Inputs:
 
     def limit(self, count: int) -> None:
         '''Keep a random subset of ``count`` inputs.'''
-        self.order = self.order[:max(count, LEAST)]
+        self.order = self.order[:max(count, LEAST_INPUTS)]
 
     def chunks(self, chosen: torch.Tensor, varied: bool = False) -> list[Chunk]:
         '''Cut the chosen inputs into chunks; where ``varied``, every picture comes three times, in one fold.'''

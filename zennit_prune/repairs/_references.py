@@ -15,7 +15,7 @@ from ..util._loaders import BATCH, Batch, as_loader, batches
 from ..util._networks import device_of, tensors_in
 
 KEPT = 1024  # samples
-LEAST = 3  # outputs that tell classes apart; two may be anything
+LEAST_CLASSES = 3  # outputs that tell classes apart; two may be anything
 
 
 class References:
@@ -154,7 +154,7 @@ def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch]) -> 
     with torch.no_grad():
         for batch in references:
             output = main_output(call_network(network, batch.to(device).inputs))
-            if output.dim() != 2 or output.shape[1] < LEAST:
+            if output.dim() != 2 or output.shape[1] < LEAST_CLASSES:
                 return
             classes = output.shape[1]
             seen |= set(output.argmax(1).tolist())

@@ -13,6 +13,8 @@ import torch
 
 FOLDS = 6
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # over the mean variance of the features
+FIRST_RIDGE = 0.1  # where the search for the best ridge of a network's first layer begins
+SINGLE_INPUT_RIDGE = 1.0
 TINY = 1e-10  # nearly no ridge, for features that determine the outputs without noise
 LEFT = 1e-8  # a tiny ridge is used only where a smaller share of the squared error is left in held-out folds
 
@@ -67,10 +69,11 @@ class Moments:
         held = self._folds.get(fold)
         self._folds[fold] = terms if held is None else [old + new for old, new in zip(held, terms)]
 
-    def solve(self, ridges: tuple[float, ...] = RIDGES, guess: float = 0.1) -> Change | None:
+    def solve(self, ridges: tuple[float, ...] = RIDGES, guess: float = FIRST_RIDGE) -> Change | None:
         '''Return the change that is best in held-out folds; None if no change is better than none.
 
-        The search for the best of ``ridges`` starts at a ``guess``: layers that follow each other are alike.
+        The search for the best of ``ridges`` starts at a ``guess``: layers that follow each other are alike. A single
+        input holds out nothing: its ridge is fixed.
         '''
         folds = sorted(self._folds)
         for sums in self._folds.values():
@@ -81,7 +84,7 @@ class Moments:
             return None
         total_fit = _Fit(total, self.intercept, self.width)
         if len(folds) == 1:  # a single image: nothing is held out
-            return self._change(total_fit, 1.0, 1.0)
+            return self._change(total_fit, SINGLE_INPUT_RIDGE, 1.0)
         fits = [(self._folds[fold], _Fit(self._total([other for other in folds if other != fold]), self.intercept,
                                          self.width)) for fold in folds]
 

@@ -28,7 +28,7 @@ from ..util._networks import copied, device_of, map_tensors, tensors_by_module, 
 from ._chunks import Chunk, Inputs, wide
 from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes
-from ._regression import RIDGES, Change, Moments
+from ._regression import FIRST_RIDGE, RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
 from ._trial import holdout_check
 
@@ -276,7 +276,7 @@ def _refit(model: nn.Module, small: nn.Module, targets: Sequence[Target], plan: 
     sites = {target.site for target in targets}
     wanted = {layer.site for target in targets for layer in target.layers}
     runs: list[tuple[Lockstep, Lockstep]] = []
-    found, changed, ridge = False, False, 0.1
+    found, changed, ridge = False, False, FIRST_RIDGE
     try:
         for chunk in chunks:
             runs.append((Lockstep(model, chunk.inputs, sites), Lockstep(small, chunk.inputs, sites, wanted)))

@@ -12,7 +12,7 @@ from ..errors import PruneError
 from ..relevance._attribute import call_network, main_output
 from ..util._networks import map_tensors
 from ._chunks import Inputs
-from ._references import LEAST
+from ._references import LEAST_CLASSES
 
 MANY = 32  # a repair with at least so many inputs that halves their error needs no further trial
 PARTS = 4  # the inputs are split into so many parts, of which one is held out at a time
@@ -58,7 +58,7 @@ def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) 
         variance = wanted.square().mean()
     error = float((after - wanted).square().mean() / variance.clamp(min=1e-30))
     kl = 0.0
-    if wanted.dim() == 2 and wanted.shape[1] >= LEAST:
+    if wanted.dim() == 2 and wanted.shape[1] >= LEAST_CLASSES:
         kl = float(F.kl_div(after.log_softmax(1), wanted.log_softmax(1), reduction='batchmean', log_target=True))
     return Divergence(error, kl)
 
