@@ -1,6 +1,7 @@
 '''A criterion is chosen by what it does to outputs that nothing was fitted to.'''
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import zennit_prune as zp
-from zennit_prune.pipeline import Choice
+from zennit_prune.pipeline import Choice, _step
 from zennit_prune.pipeline._choose import CANDIDATES
 from zennit_prune.pipeline._choose import choose as chosen
 from zennit_prune.repairs._trial import Divergence, divergence, outputs
@@ -87,12 +88,6 @@ def test_auto_prunes_by_the_choice(loader: Any) -> None:
     assert named.choice is None
 
 
-def test_candidates_that_lack_what_was_asked_for_are_not_chosen() -> None:
-    result = pruner().prune(data(), HALF, 'auto', 'none', exemplars=2, **QUIET)
-    assert result.choice is not None and 'has no reference samples' in str(result.choice.divergences['l1'])
-    assert result.relevance.exemplars is not None
-
-
 def test_auto_in_one_call_and_in_steps() -> None:
     model = seeded(Residual())
     small = zp.prune(model, None, data(), HALF, criterion='auto', repair='none', progress=False)
@@ -150,3 +145,41 @@ def test_outputs_of_several_batches() -> None:
     parts = images(10).split(4)
     with torch.no_grad():
         assert torch.allclose(torch.cat(outputs(model, parts)), model(images(10)).double(), atol=1e-6)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_resumed_run_keeps_the_choice_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, budget = zp.Pruner(seeded(Residual()), None, images(1), progress=False), zp.Budget(flops=0.6)
+
+    def stop(step: zp.pipeline.Step) -> None:
+        if step.number == 2:
+            raise Stopped
+
+    whole = one.iterate(data(), budget, 0.12, 'auto')
+    with pytest.raises(Stopped):
+        one.iterate(data(), budget, 0.12, 'auto', checkpoint=tmp_path / 'run', callback=stop)
+    monkeypatch.setattr(_step, 'choose', None)  # measured once
+    resumed = one.iterate(data(), budget, 0.12, 'auto', checkpoint=tmp_path / 'run')
+    assert resumed.choice == whole.choice and dict(resumed.plan.removed) == dict(whole.plan.removed)
+
+
+@pytest.mark.filterwarnings('ignore::zennit_prune.PruneWarning')
+def test_reference_samples_do_not_change_the_choice() -> None:
+    results = [pruner().prune(data(), HALF, 'auto', exemplars=count, **QUIET) for count in (0, 2)]
+    assert results[0].choice == results[1].choice
+
+
+def test_a_choice_without_samples_has_no_reference_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_step, 'choose', lambda *_: Choice('l1', {}))
+    with pytest.warns(zp.PruneWarning, match="chose 'l1', which scores no samples"):
+        result = pruner().prune(data(), HALF, 'auto', exemplars=2, **QUIET)
+    assert result.relevance.exemplars is None
+
+
+def test_candidates_that_do_not_work_are_named() -> None:
+    one = zp.Pruner(seeded(Residual()), None, images(1), progress=False)
+    with pytest.warns(zp.PruneWarning, match="leaves out 'taylor', which does not work here: there are no labels"):
+        one.prune([images(16)], zp.Budget(flops=0.6), 'auto')

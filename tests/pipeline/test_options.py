@@ -196,3 +196,18 @@ def test_warnings_point_at_the_users_line() -> None:
     with pytest.warns(zp.PruneWarning, match='is not reached') as caught:
         one.iterate((), HALF, 0.2, 'l1', 'none', evaluate=lambda network: next(values), min_score=0.5)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize('criterion', ['auto', 'relevance', 'l1'])
+@pytest.mark.parametrize('options', [{'aggregate': 'sum_abs'}, {'initial': 'onehot'}, {'nonfinite': 'ignore'},
+                                     {'target': 'predictd'}, {'exemplars': 'a'}, {'min_share': 3}])
+def test_no_criterion_hides_a_wrong_value(criterion: str, options: dict[str, Any]) -> None:
+    for method in (pruner().prune, pruner().iterate):
+        with pytest.raises(zp.PruneError, match=next(iter(options))):
+            method(never(), HALF, criterion=criterion, **options)
+
+
+def test_a_sweep_refuses_wrong_values_before_it_reads() -> None:
+    for options in ({'collect': {'aggregate': 'foo'}}, {'plan': {'min_share': 3}}):
+        with pytest.raises(zp.PruneError, match=r'foo|min_share'):
+            zp.sweep(pruner(), never(), lambda network: 1.0, [HALF], ['relevance'], **options)

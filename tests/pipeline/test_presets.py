@@ -1,6 +1,8 @@
 '''A preset stands where a composite stands, and sets the options that belong to it.'''
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +88,35 @@ def test_a_preset_of_ones_own() -> None:
 def test_they_say_what_they_set() -> None:
     assert repr(zp.presets.paper) == ("Preset(zplus, criterion='relevance', aggregate='signed', initial='one-hot', "
                                       "step=0.05, per_cost=False, repair='none')")
+
+
+def test_a_preset_is_for_its_own_criterion() -> None:
+    model, data = seeded(Residual()), (images(8), labels(8))
+    plain, paper = (zp.Pruner(model, rules, images(1), progress=False) for rules in (None, zp.presets.paper))
+    assert paper.collect(data).info['aggregate'] == 'signed'
+    for found in (paper.collect(data, 'taylor'), paper.collect(data, criterion='taylor')):
+        assert dict(found.items()).keys() == dict(plain.collect(data, 'taylor').items()).keys()
+        assert all(torch.equal(found[name], values) for name, values in plain.collect(data, 'taylor').items())
+    soft = zp.Pruner(model, zp.pipeline.Preset(EpsilonPlus, initial='softmax'), images(1), progress=False)
+    hard = zp.Pruner(model, EpsilonPlus(), images(1), progress=False)
+    assert torch.equal(soft.heatmap(images(2)), hard.heatmap(images(2)))
+
+
+def test_steps_of_a_preset_are_not_dropped_silently() -> None:
+    one = zp.Pruner(seeded(Residual()), zp.presets.paper, images(1), progress=False)
+    with pytest.warns(zp.PruneWarning, match='steps of 5%.*use Pruner.iterate'):
+        one.prune((images(8), labels(8)), zp.Budget(channels=0.8))
+
+
+def test_a_sweep_knows_its_preset(tmp_path: Path) -> None:
+    model = seeded(Residual())
+    for preset, message in ((zp.pipeline.Preset(EpsilonPlus, aggregate='abs'), ''),
+                            (zp.pipeline.Preset(EpsilonPlus, aggregate='sumabs'), 'is of another sweep')):
+        one = zp.Pruner(model, preset, images(1), progress=False)
+        with pytest.raises(zp.PruneError, match=message) if message else nullcontext():
+            zp.sweep(one, [(images(8), labels(8))], same_value, [zp.Budget(flops=0.7)], ['relevance'],
+                     checkpoint=tmp_path / 'sweep.json')
+
+
+def same_value(network: torch.nn.Module) -> float:
+    return 1.0

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from small import Residual, apart, images, labels, seeded
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.convnext import CNBlock, LayerNorm2d
 from torchvision.ops import Permute
 
 import zennit_prune as zp
-from tests.small import apart, images, labels, seeded
 
 WIDTH = 12
 
@@ -238,3 +238,12 @@ def test_permutes_are_seen_through() -> None:
     assert {group.name: group.size for group in graph.groups} == {'1': 8, '4': 5}
     with quiet():
         assert zp.Plan(graph, {'1': [0]}).apply(model)[3].normalized_shape == (7,)
+
+
+def test_masked_networks_with_computed_weights_can_be_pickled() -> None:
+    model = seeded(Residual())
+    nn.utils.parametrizations.weight_norm(model.stem)
+    masked = zp.Plan(zp.trace(model, images(1)), {'block1.conv1': [0, 1]}).masked(model)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(masked))(images()), masked(images()))
+    assert model.stem._load_state_dict_pre_hooks

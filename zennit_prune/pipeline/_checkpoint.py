@@ -14,8 +14,10 @@ from torch import nn
 from ..errors import PruneError
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
+from ..repairs._trial import Divergence
 from ..util._files import check_folder, read_tensors, write_tensors
 from ..util._networks import unique_tensors
+from ._choose import Choice
 from ._result import Step
 
 FORMAT = 'zennit_prune iteration'
@@ -31,6 +33,7 @@ class State(NamedTuple):
     network: nn.Module
     relevance: Relevance | None
     history: tuple[Step, ...]
+    choice: Choice | None = None
 
 
 def filled(small: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -105,14 +108,16 @@ class Checkpoint:
         plan = Plan.from_dict(json.loads(metadata['plan']), plan.graph, str(self._state))
         relevance = Relevance.load(self._relevance) if self._relevance.exists() else None
         history = tuple(_step(values) for values in json.loads(metadata['history']))
-        return State(plan, filled(plan.graph._narrowed(model, plan.removed), tensors), relevance, history)
+        network = filled(plan.graph._narrowed(model, plan.removed), tensors)
+        return State(plan, network, relevance, history, _choice(json.loads(metadata.get('choice', 'null'))))
 
     def save(self, state: State) -> None:
         '''Write a state, which replaces the last once it is complete.'''
         if state.relevance is not None and len(state.history) == 2:  # the first step's, and no other after
             state.relevance.save(self._relevance)
         metadata = {'settings': self.settings, 'plan': state.plan.to_dict(),
-                    'history': [asdict(step) for step in state.history]}
+                    'history': [asdict(step) for step in state.history],
+                    'choice': state.choice and [state.choice.criterion, state.choice.divergences]}
         write_tensors(self._state, unique_tensors(state.network),
                       {key: json.dumps(value) for key, value in metadata.items()}, FORMAT)
 
@@ -129,3 +134,12 @@ def _step(values: dict[str, Any]) -> Step:
     if 'stability' in values:
         values['reliability'] = values.pop('stability')
     return Step(**values)
+
+
+def _choice(values: Any) -> Choice | None:
+    '''Return a choice from JSON values; None where nothing was chosen.'''
+    if values is None:
+        return None
+    criterion, found = values
+    return Choice(criterion, {name: value if isinstance(value, str) else Divergence(*value)
+                              for name, value in found.items()})

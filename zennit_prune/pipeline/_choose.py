@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError
+from ..errors import PruneError, warn
 from ..planning._plan import Plan
 from ..repairs._references import KEPT, References
 from ..repairs._repair import repaired
@@ -104,6 +104,9 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
     judged = {name: each.error for name, each in found.items() if isinstance(each, Divergence)}
     if not judged:
         raise PruneError(f'no criterion works: {"; ".join(f"{name}: {error}" for name, error in found.items())}')
+    for name, each in found.items():
+        if isinstance(each, str):
+            warn(f"criterion='auto' leaves out {name!r}, which does not work here: {each}")
     best = min(judged, key=lambda name: judged[name])
     return Choice(next(criterion for criterion in criteria if named(criterion) == best), found)
 

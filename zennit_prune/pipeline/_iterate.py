@@ -55,7 +55,10 @@ class Loop:
         if state is None:
             state = self._start()
             self._done(state, file)
-        self.recipe, loader, choice = self.recipe.decided(loader)
+        self.recipe, loader, choice = self.recipe.decided(loader, state.choice)
+        if choice is not state.choice:
+            state = state._replace(choice=choice)
+            self._save(state, file)
         references = self.recipe.references(loader)
         stopped = f'{self.budget!r} is reached.'
         while (budget := self._next(state.plan)) is not None:
@@ -97,7 +100,7 @@ class Loop:
             done = self.recipe.step(references, budget, number, earlier, **options)
             network = self._tuned(done.plan, done.network)
             step = self._seen(number, done.plan, network, reliability_of(done.relevance), began)
-        return State(done.plan, network, state.relevance or done.relevance, (*state.history, step))
+        return State(done.plan, network, state.relevance or done.relevance, (*state.history, step), state.choice)
 
     def _tuned(self, plan: Plan, network: nn.Module) -> nn.Module:
         '''Return the network with the values after ``finetune``; flags, hooks and types stay those of the original.'''
@@ -116,9 +119,12 @@ class Loop:
         return Step(number, shares_left(plan), agreed(value, self.recipe.device), reliability,
                     time.perf_counter() - began)
 
-    def _done(self, state: State, file: Checkpoint | None) -> None:
+    def _save(self, state: State, file: Checkpoint | None) -> None:
         if file is not None and rank_and_world()[0] == 0:
             file.save(state)
+
+    def _done(self, state: State, file: Checkpoint | None) -> None:
+        self._save(state, file)
         if self.callback is not None:
             self.callback(state.history[-1])
 

@@ -10,13 +10,18 @@ from torch import nn
 
 from ..errors import PruneError, unknown
 from ..graph._graph import ChannelGraph
+from ..planning._allocate import check_limits
 from ..planning._cost import Budget
-from ..relevance._criteria import CRITERIA, Criterion
+from ..relevance._collect import check_settings
+from ..relevance._criteria import CRITERIA, Criterion, uses_data
+from ..relevance._initial import check_target
 from ..relevance._relevance import Relevance
+from ..repairs._repair import checked_method
 
 AnyCriterion = str | Criterion | Callable[[ChannelGraph, nn.Module, Any], Relevance]
 Arguments = ParamSpec('Arguments')
 Returned = TypeVar('Returned')
+OF_THE_CRITERION = ('aggregate', 'initial')  # options that mean something for one criterion
 OWNERS: dict[str, list[str]] = {}  # by option, the functions and methods that have it
 
 
@@ -42,15 +47,24 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
             check_names(called, kwargs, names)
-            preset: Mapping[str, Any] = getattr(args[0], '_defaults', {}) if own[0] == 'self' else {}
-            given = {*own[:len(args)], *kwargs}
-            kwargs.update({name: value for name, value in preset.items() if name in options and name not in given})
+            if own[0] == 'self':
+                given = {**dict(zip(own, args)), **kwargs}
+                preset = _fitting(getattr(args[0], '_defaults', {}), given, 'criterion' in options)
+                kwargs.update({name: value for name, value in preset.items() if name in options and name not in given})
             return function(*args, **kwargs)
 
         vars(call)['options'] = options
         return call
 
     return decorate
+
+
+def _fitting(preset: Mapping[str, Any], given: Mapping[str, Any], scores: bool) -> Mapping[str, Any]:
+    '''Return a preset without what is for its own criterion, where a call is of another one, or of none.'''
+    own = preset.get('criterion', 'relevance')
+    if scores and given.get('criterion', own) == own:
+        return preset
+    return {name: value for name, value in preset.items() if name not in OF_THE_CRITERION}
 
 
 def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -84,3 +98,20 @@ def check_criterion(criterion: object, automatic: bool = False) -> None:
     known = [*CRITERIA, *['auto'] * automatic]
     if not callable(criterion) and not isinstance(criterion, Criterion) and criterion not in known:
         raise unknown('criterion', criterion, known, ', or a function of (graph, model, loader)')
+
+
+def check_scoring(criterion: object, **options: Any) -> None:
+    '''Refuse wrong values of the options of :meth:`Pruner.collect`, whatever the network and the data are.'''
+    settings = {name: value for name, value in options.items() if name in options_of(check_settings)}
+    found = check_settings(**{**settings, 'criterion': criterion if uses_data(criterion) else 'relevance'})
+    initial = options.get('initial', 'auto')
+    check_target(options.get('target'), found.initial if initial == 'auto' else initial)
+
+
+def check_values(budget: object, criterion: object = 'relevance', repair: object = 'refit', **options: Any) -> None:
+    '''Refuse wrong values of the options of :meth:`Pruner.prune`, whatever the network and the data are.'''
+    check_budget(budget)
+    check_criterion(criterion, automatic=True)
+    checked_method(repair, 'repair')
+    check_scoring(criterion, **options)
+    check_limits(**{name: value for name, value in options.items() if name in options_of(check_limits)})

@@ -11,27 +11,34 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError, unknown
+from ..errors import PruneError, unknown, warn
 from ..graph._graph import check_layernorm, trace
 from ..looking._heatmap import Channel, heatmap
-from ..planning._allocate import allocate, check_limits, check_reachable
+from ..planning._allocate import allocate, check_reachable
 from ..planning._cost import Budget, cost_model
 from ..planning._latency import LatencyModel, LatencyTable, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, recommended_composite
-from ..relevance._collect import Collector, check_settings
+from ..relevance._collect import Collector
 from ..relevance._criteria import Criterion, known_criterion, uses_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance
 from ..relevance._streaming import collect
-from ..repairs._repair import checked_method
 from ..util._isolation import seeded
 from ..util._loaders import batches
 from ..util._networks import device_of, map_tensors, unwrapped
 from ._iterate import Loop
-from ._options import AnyCriterion, check_budget, check_criterion, options_of, takes_options
+from ._options import (
+    AnyCriterion,
+    check_budget,
+    check_criterion,
+    check_scoring,
+    check_values,
+    options_of,
+    takes_options,
+)
 from ._presets import Preset
 from ._result import Result, Step
 from ._step import Recipe, reliability_of, shares_left
@@ -242,6 +249,8 @@ class Pruner:
         (torch.Size([4]), 8)
         '''
         check_criterion(criterion)
+        check_scoring(criterion, aggregate=aggregate, initial=initial, classes=classes, attributor=attributor,
+                      nonfinite=nonfinite, seed=seed, exemplars=exemplars, target=target)
         found = criterion if callable(criterion) else known_criterion(criterion)
         if exemplars and not uses_data(found):
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no reference samples: '
@@ -403,6 +412,9 @@ class Pruner:
         Result(Sequential, Plan(2 channels of 1 groups removed), 1 steps: Budget(flops=0.5) is reached.)
         '''
         began = time.perf_counter()
+        if 'step' in self._defaults:
+            warn(f'the preset prunes in steps of {self._defaults["step"]:.0%}, but prune takes a single one: use '
+                 'Pruner.iterate.')
         recipe = self._recipe(budget, criterion, repair, seed, verify, progress, options)
         recipe, loader, choice = recipe.decided(loader)
         with seeded(seed + 1, recipe.device):
@@ -489,7 +501,7 @@ class Pruner:
     def _recipe(self, budget: Budget, criterion: AnyCriterion, repair: str, seed: int, verify: bool,
                 progress: bool | None, options: dict[str, Any]) -> Recipe:
         '''Return the recipe of a run, after a check of all that can be known without data.'''
-        check_run(budget, criterion, repair)
+        check_values(budget, criterion, repair, **options)
         planning = {name: value for name, value in options.items() if name in options_of(Pruner.plan)}
         collecting = {name: value for name, value in options.items() if name not in planning}
         if self.graph.groups:
@@ -564,22 +576,6 @@ class Pruner:
         return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph)
 
 
-def _check_values(budget: object, criterion: object = 'relevance', repair: object = 'refit', **options: Any) -> None:
-    '''Refuse values of options that are wrong whatever the network and the data are.'''
-    check_run(budget, criterion, repair)
-    if uses_data(criterion):
-        options['criterion'] = criterion
-    for check in (check_settings, check_limits):
-        check(**{name: value for name, value in options.items() if name in options_of(check)})
-
-
-def check_run(budget: object, criterion: object, repair: object) -> None:
-    '''Refuse a budget, criterion or repair that is none.'''
-    check_budget(budget)
-    check_criterion(criterion, automatic=True)
-    checked_method(repair, 'repair')
-
-
 def _rules(given: Composite | Preset | None) -> tuple[Composite, dict[str, Any]]:
     '''Return the composite that was given, of a preset or recommended, and the options of a preset.'''
     if isinstance(given, Preset):
@@ -649,9 +645,9 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     (2, 4)
     '''
     model = unwrapped(model)
-    _rules(composite)
+    _, defaults = _rules(composite)
     check_layernorm(layernorm)
-    _check_values(budget, **options)
+    check_values(budget, **{**defaults, **options})
     stream = batches(loader)
     first = next(stream, None)
     if first is None:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
+from ..errors import warn
 from ..graph._graph import ChannelGraph
 from ..planning._carry import scores_for_original, values_for_plan
 from ..planning._cost import UNITS, Budget, cost_model
 from ..planning._plan import Plan
+from ..relevance._criteria import uses_data
 from ..relevance._relevance import Relevance
 from ..repairs._references import KEPT, References
 from ..repairs._repair import repaired
@@ -75,19 +77,28 @@ class Recipe:
         '''The device of the network.'''
         return device_of(self.pruner.model)
 
-    def decided(self, loader: Iterable[Any]) -> tuple[Recipe, Iterable[Any], Choice | None]:
+    def decided(self, loader: Iterable[Any], choice: Choice | None = None
+                ) -> tuple[Recipe, Iterable[Any], Choice | None]:
         '''Return the recipe with a criterion in place of ``'auto'``, a loader with all batches, and the choice.'''
         if self.criterion != 'auto':
             return self, loader, None
-        loader = list(loader) if isinstance(loader, Iterator) else loader
-        collecting = {name: value for name, value in self.collecting.items() if name != 'checkpoint'}
+        if choice is None:  # else it was recorded by the run that this one goes on with
+            loader = list(loader) if isinstance(loader, Iterator) else loader
+            collecting = {name: value for name, value in self.collecting.items()
+                          if name not in ('checkpoint', 'exemplars')}
 
-        def planned(references: Iterable[Any], criterion: AnyCriterion) -> Plan:
-            relevance = self.pruner.collect(references, criterion, seed=self.seed, progress=False, **collecting)
-            return self.pruner.plan(relevance, self.budget, progress=False, **self.planning)
+            def planned(references: Iterable[Any], criterion: AnyCriterion) -> Plan:
+                relevance = self.pruner.collect(references, criterion, seed=self.seed, progress=False, **collecting)
+                return self.pruner.plan(relevance, self.budget, progress=False, **self.planning)
 
-        choice = agreed(choose(self.pruner.model, loader, planned, self.repair, self.seed, self.progress), self.device)
-        return replace(self, criterion=choice.criterion), loader, choice
+            choice = agreed(choose(self.pruner.model, loader, planned, self.repair, self.seed, self.progress),
+                            self.device)
+        collecting = dict(self.collecting)
+        if collecting.get('exemplars') and not uses_data(choice.criterion):
+            warn(f"criterion='auto' chose {choice.criterion!r}, which scores no samples: no reference samples are kept "
+                 'for the channels.')
+            del collecting['exemplars']
+        return replace(self, criterion=choice.criterion, collecting=collecting), loader, choice
 
     def references(self, loader: Iterable[Any]) -> References:
         '''Wrap a loader so that it keeps the inputs that the repair needs.'''

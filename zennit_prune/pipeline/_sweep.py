@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PruneError
+from ..planning._allocate import check_limits
 from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
@@ -24,7 +25,7 @@ from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ._options import AnyCriterion, check_criterion, check_names, options_of, takes_options
+from ._options import AnyCriterion, check_criterion, check_names, check_scoring, options_of, takes_options
 from ._pruner import Pruner
 from ._result import evaluated
 
@@ -397,6 +398,8 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
             check_criterion(one)
     for method in repairs:
         checked_method(method, 'repairs')
+    check_scoring('relevance', **collect)
+    check_limits(**{name: value for name, value in plan.items() if name in options_of(check_limits)})
     _several('seeds', seeds)
     _several('budgets', budgets)
     seeds = list(map(int, seeds))
@@ -412,7 +415,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
         'criteria': {name: _known(criterion) for name, criterion in criteria.items()}, 'repairs': list(repairs),
         'seeds': seeds, 'budgets': [repr(budget) for budget in budgets], 'loader': _known(loader),
         'evaluate': _known(evaluate), 'options': {key: described(value) for key, value in
-                                                  {**collect, **plan}.items()},
+                                                  {**pruner._defaults, **collect, **plan}.items()},
     }
     done = _begun(checkpoint, settings)
     if done is None:

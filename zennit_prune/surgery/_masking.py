@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..errors import warn
+from ..errors import PruneError, warn
 from ..tracing._calls import CallCounter, Site
 from ..tracing._parametrized import plain
 from ..tracing._recorded import Operation
@@ -119,6 +119,8 @@ def masked_copy(graph: RemovableChannels, model: nn.Module, removed: Mapping[str
     Where two activations are multiplied with each other (queries and keys of attention) no weight reads the channels;
     there, everything that produces them is zero. LayerNorm, where it runs over them, runs over the others only.
     '''
+    if isinstance(model.__dict__.get('forward'), ForwardOverKept):
+        raise PruneError('this is a masked network already: give the original, and join plans by plan.compose.')
     masked = plain(copied(model))  # zeros in what a weight is computed from would change more than these slices
     tensors = dict(tensors_by_module(masked))
     channel = graph._solution.channel

@@ -230,7 +230,15 @@ def plain(network: nn.Module, freely: bool = False) -> nn.Module:
             learned = any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in
                           found[name]._parameters.values())
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=learned))
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if _is_of_parametrizations(hook)]:
+            del hooks[key]  # it reads files of plain weights into parametrizations, and cannot be pickled
     return network
+
+
+def _is_of_parametrizations(hook: Any) -> bool:
+    '''Return whether a hook was registered by ``torch.nn.utils.parametrizations``.'''
+    return getattr(getattr(hook, 'hook', hook), '__module__', '') == 'torch.nn.utils.parametrizations'
 
 
 def _another(weight: torch.Tensor) -> torch.Tensor:
