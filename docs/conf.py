@@ -24,7 +24,9 @@ release = version = zennit_prune.__version__
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.intersphinx', 'sphinx.ext.mathjax', 'numpydoc', 'myst_parser']
 exclude_patterns = ['inventories']
 html_theme = 'alabaster'
-html_theme_options = {'description': zennit_prune.__doc__.splitlines()[0], 'page_width': '1100px'}
+html_theme_options = {'description': zennit_prune.__doc__.splitlines()[0], 'page_width': '1200px',
+                      'sidebar_width': '260px'}
+html_show_copyright = False
 html_copy_source = False
 nitpicky = False  # a type that no inventory knows stays plain text
 
