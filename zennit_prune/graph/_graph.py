@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..surgery._replay import Failure, replay
 from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, Claim, new_sizes, stating_several
@@ -33,6 +33,7 @@ from ._solve import Lock, solve
 MAX_TRIALS = 400
 
 
+@names_options()
 @torch.inference_mode(False)
 def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
           progress: bool = True) -> ChannelGraph:

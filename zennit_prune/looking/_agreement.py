@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..relevance._initial import Initial, initial_relevance
 from ..relevance._relevance import spearman
 from ..util._display import table
@@ -90,6 +90,7 @@ class Agreement:
                 f'{float(self.cosine.median()):.2f})')
 
 
+@names_options()
 def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
               initial: Initial = 'one-hot') -> Agreement:
     '''Compare the heatmaps of a network with those of a masked, pruned or repaired version of it.

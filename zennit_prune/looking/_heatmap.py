@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..graph._graph import ChannelGraph, trace
 from ..graph._groups import ChannelGroup
 from ..relevance._attribute import (
@@ -33,6 +33,7 @@ AT_ONCE = 16  # samples in one backward pass for several channels, repeated ones
 Channel = tuple[str | ChannelGroup, int | Sequence[int]]  # a group, and one position in it or several
 
 
+@names_options()
 def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
             initial: Initial = 'one-hot', *, channel: Channel | None = None, graph: ChannelGraph | None = None
             ) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..graph._graph import ChannelGraph, trace
 from ..graph._groups import ChannelGroup
 from ..relevance._attribute import Keeper, attributing, call_network
@@ -18,6 +18,7 @@ from ._heatmap import known_group, sites_of
 AT_ONCE = 32  # rows or columns of the image in one batch
 
 
+@names_options()
 def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup, graph: ChannelGraph | None = None
                     ) -> torch.Tensor:
     '''Find the box in the input that each position of a group's tensor depends on.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..planning._cost import UNIT_NAMES
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance, Reliability
@@ -87,6 +87,7 @@ class Page:
     missing: Mapping[str, str]
 
 
+@names_options()
 def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None, target: Any = None,
            path: str | os.PathLike[str] = 'report.html', *, small: nn.Module | None = None,
            display: torch.Tensor | None = None, class_names: Sequence[str] | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError, unknown
+from ..errors import PruneError, names_options, options_of, unknown
 from ..graph._graph import check_layernorm, trace
 from ..looking._heatmap import Channel, heatmap
 from ..planning._allocate import allocate, check_limits, check_reachable
@@ -31,7 +31,7 @@ from ..util._isolation import seeded
 from ..util._loaders import batches
 from ..util._networks import device_of, map_tensors, unwrapped
 from ._iterate import Loop
-from ._options import AnyCriterion, check_budget, check_criterion, options_of, takes_options
+from ._options import AnyCriterion, check_budget, check_criterion, takes_options
 from ._presets import Preset
 from ._result import Result, Step
 from ._step import Recipe, reliability_of, shares_left
@@ -497,6 +497,7 @@ class Pruner:
             check_reachable(self.graph, budget, **limits)
         return Recipe(self, budget, criterion, repair, seed, verify, self._shows(progress), collecting, planning)
 
+    @names_options()
     def on(self, network: nn.Module, progress: bool | None = None) -> Pruner:
         '''Make a pruner with the same composite, example and options for a pruned version of the network.
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError
+from ..errors import PruneError, check_names, options_of
 from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
@@ -24,7 +24,7 @@ from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ._options import AnyCriterion, check_criterion, check_names, options_of, takes_options
+from ._options import AnyCriterion, check_criterion, takes_options
 from ._pruner import Pruner
 from ._result import evaluated
 

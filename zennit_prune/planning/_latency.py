@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..errors import PruneError, warn
+from ..errors import PruneError, names_options, warn
 from ..graph._graph import ChannelGraph
 from ..tracing._labels import Labels
 from ..tracing._trace import prepare_example
@@ -41,6 +41,7 @@ ROUNDS = 30
 TOLERANCE = 1.05  # a measured time may exceed the budget by so much, which is noise
 
 
+@names_options()
 def latency(model: nn.Module, example: Any, device: torch.device | str | None = None, repeats: int = 20) -> float:
     '''Measure the median time of a forward pass.
 
@@ -162,6 +163,7 @@ class LatencyTable:
                                      'scale': self.scale, 'grids': grids}, indent=1) + '\n')
 
     @classmethod
+    @names_options()
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         '''Read a table that :meth:`save` wrote, on this device or another.
 

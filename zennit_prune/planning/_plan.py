@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..graph._graph import ChannelGraph
 from ..graph._groups import checked_positions
 from ..relevance._relevance import Relevance, Reliability
@@ -101,6 +101,7 @@ class Plan:
     Linear(in_features=3, out_features=2, bias=True)
     '''
 
+    @names_options()
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
                  reliability: Reliability | None = None, timing: Timing | None = None):
         if not isinstance(graph, ChannelGraph):
@@ -132,6 +133,7 @@ class Plan:
                                  f'{axis.parameter!r}: keep at least one.')
 
     # editing
+    @names_options()
     def remove(self, name: str, positions: Iterable[int]) -> Plan:
         '''Return a plan that also removes these positions.
 
@@ -165,6 +167,7 @@ class Plan:
         removed = {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})}
         return Plan(self.graph, removed, self.reliability)
 
+    @names_options()
     def keep(self, name: str, positions: Iterable[int]) -> Plan:
         '''Return a plan that keeps these positions.
 
@@ -199,6 +202,7 @@ class Plan:
         left = [position for position in self.removed.get(group.name, ()) if position not in kept]
         return Plan(self.graph, {**self.removed, group.name: left}, self.reliability)
 
+    @names_options()
     def compose(self, later: Plan) -> Plan:
         '''Return one plan for the original that has the effect of this plan followed by a later one.
 
@@ -232,6 +236,7 @@ class Plan:
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
+    @names_options()
     def at_risk(self, relevance: Relevance, count: int = 10) -> AtRisk:
         '''Find channels to be removed that a single sample needs, and classes that lose more relevance than others.
 
@@ -271,6 +276,7 @@ class Plan:
         '''
         return at_risk(self.graph, self.removed, relevance, count)
 
+    @names_options()
     @torch.inference_mode(False)
     def masked(self, model: nn.Module) -> nn.Module:
         '''Return a copy of the original in which the removed channels are silent.
@@ -307,6 +313,7 @@ class Plan:
         '''
         return masked_copy(self.graph, self._checked_model(model), self.removed)
 
+    @names_options()
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels; return an ordinary, smaller network of the same class.
 
@@ -371,6 +378,7 @@ class Plan:
                              f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
 
+    @names_options()
     @torch.inference_mode(False)
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
                verify: bool = True) -> nn.Module:
@@ -437,6 +445,7 @@ class Plan:
         return ''
 
     # files
+    @names_options()
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write the plan as JSON.
 
@@ -479,6 +488,7 @@ class Plan:
         return data if self.reliability is None else {**data, 'reliability': self.reliability.to_dict()}
 
     @classmethod
+    @names_options()
     def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Plan:
         '''Read a plan that :meth:`save` wrote.
 
@@ -569,6 +579,7 @@ class Plan:
     def __hash__(self) -> int:
         return hash((id(self.graph), tuple(self.removed.items())))
 
+    @names_options()
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         '''Draw how many channels of every group stay.
 
@@ -625,6 +636,7 @@ class Plan:
         return f'Plan({sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups removed)'
 
 
+@names_options()
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> float:
     '''Compare a pruned network with the masked original on seeded noise.
 

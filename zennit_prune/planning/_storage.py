@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, keeps
 from ..util._files import read_tensors, write_tensors
@@ -19,6 +19,7 @@ from ._plan import Plan, checked_plan
 FORMAT = 'zennit_prune network'
 
 
+@names_options()
 def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     '''Write a pruned network to a file.
 
@@ -93,6 +94,7 @@ def _extra_states(small: nn.Module) -> dict[str, Any]:
     return found
 
 
+@names_options()
 @torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     '''Read a pruned network that :func:`save` wrote.

@@ -13,7 +13,7 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from ..errors import PruneError, unknown, warn
+from ..errors import PruneError, names_options, unknown, warn
 from ..graph._graph import ChannelGraph
 from ..tracing._boundaries import Place
 from ..util._fingerprint import described, fingerprint, named
@@ -157,6 +157,7 @@ class Collector:
     (torch.Size([3]), 6)
     '''
 
+    @names_options()
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
                  initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance',
                  classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
