@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -71,6 +72,20 @@ def nearest(value: object, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     found = get_close_matches(str(value).lower(), names, 1)
     return f'; did you mean {names[found[0]]!r}?' if found else ''
+
+
+def shown(value: object) -> str:
+    '''Return a value as errors show it: a short text or number as it is written, anything else by its type.'''
+    if value is None or isinstance(value, (str, bytes, int, float, complex)):
+        return reprlib.repr(value)
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    return f'the class {name}' if isinstance(value, type) else f'{"an" if name[0] in "AEIOU" else "a"} {name}'
+
+
+def check_callable(name: str, value: object, remedy: str = 'give a function, or leave it out') -> None:
+    '''Refuse what is neither a function nor None.'''
+    if value is not None and not callable(value):
+        raise PruneError(f'{name}={shown(value)} is no function: {remedy}.')
 
 
 def unknown(what: str, value: object, known: Iterable[str], remedy: str = '') -> PruneError:

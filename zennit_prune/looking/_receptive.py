@@ -8,7 +8,7 @@ from torch import nn
 from zennit.core import Composite
 
 from ..errors import PruneError, names_options
-from ..graph._graph import ChannelGraph, trace
+from ..graph._graph import ChannelGraph, check_graph, trace
 from ..graph._groups import ChannelGroup
 from ..relevance._attribute import Keeper, attributing, call_network
 from ..relevance._exemplars import grid_of, looked_at
@@ -70,7 +70,9 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
     model = unwrapped(model)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise PruneError('receptive fields need an image: a floating-point tensor of shape (1, C, H, W).')
-    graph = graph or trace(model, x)
+    if graph is not None:
+        check_graph(graph)
+    graph = graph or trace(model, x, progress=False)
     found = known_group(graph, group)
     sites = sites_of(graph, found)
     places = [site.place for site in sites]

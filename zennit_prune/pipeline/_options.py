@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from ..errors import PruneError, names_options, options_of, unknown
+from ..errors import PruneError, names_options, options_of, shown, unknown
 from ..graph._graph import ChannelGraph
 from ..planning._cost import Budget
 from ..relevance._criteria import CRITERIA, Criterion
@@ -49,7 +49,7 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
 def check_budget(budget: object) -> None:
     '''Refuse what is not a budget.'''
     if not isinstance(budget, Budget):
-        raise PruneError(f'a Budget is needed, not {budget!r}: e.g. Budget(flops=0.5).')
+        raise PruneError(f'a Budget is needed, not {shown(budget)}: e.g. Budget(flops=0.5).')
 
 
 def check_criterion(criterion: object, automatic: bool = False) -> None:

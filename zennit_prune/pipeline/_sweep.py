@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError, check_names, options_of
+from ..errors import PruneError, check_names, options_of, shown
 from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
@@ -323,6 +323,7 @@ def _written(point: Point | None) -> str:
     return text + f' ({point.seeds} of {point.total})' * (point.seeds < point.total)
 
 
+ORDER = 'sweep(pruner, loader, evaluate, budgets, criteria)'
 Result = TypeVar('Result')
 
 
@@ -383,6 +384,11 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     >>> [(row.criterion, row.budget, row.value) for row in found.rows]
     [('l1', 0.75, 3.0), ('l1', 0.5, 2.0), ('random', 0.75, 3.0), ('random', 0.5, 2.0)]
     '''
+    if not isinstance(pruner, Pruner):
+        raise PruneError(f'a Pruner is needed, not {shown(pruner)}: call {ORDER}.')
+    if not callable(evaluate):
+        raise PruneError(f'evaluate={shown(evaluate)} is no function: call {ORDER}, with a function from a network to '
+                         'a number, the higher the better.')
     collect, plan = dict(collect or {}), dict(plan or {})
     for called, given, options in (('sweep: collect', collect, options_of(Pruner.collect)),
                                    ('sweep: plan', plan, options_of(Pruner.plan))):

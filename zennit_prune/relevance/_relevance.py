@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import PruneError, names_options
+from ..errors import PruneError, names_options, shown
 from ..util._display import KEPT, Table, finished, new_figure, panel, table, without_mathematics
 from ..util._files import read_tensors, write_tensors
 from ._exemplars import Best, Exemplars
@@ -415,3 +415,11 @@ def _plotted(relevance: Relevance, path: str | os.PathLike[str] | None = None) -
         axes.set_axis_off()
     figure.supxlabel('channels, least relevant first', fontsize=8)
     return finished(figure, panels, path)
+
+
+def checked_relevance(given: object, what: str) -> Relevance:
+    '''Return relevance; refuse anything else, with the name of what was to be or to return relevance.'''
+    if not isinstance(given, Relevance):
+        raise PruneError(f'{what} gives {shown(given)} where a Relevance is needed: collect it, or make one of your '
+                         'own scores, zp.Relevance({group: scores}).')
+    return given
