@@ -11,7 +11,7 @@ from small import Residual, chain, images, labels, seeded
 from zennit.composites import EpsilonPlus
 
 import zennit_prune as zp
-from zennit_prune.pipeline._options import options_of
+from zennit_prune.errors import options_of
 
 HALF = zp.Budget(flops=0.5)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options, shown
 from ..surgery._replay import Failure, replay
 from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, Claim, new_sizes, stating_several
@@ -33,6 +33,7 @@ from ._solve import Lock, solve
 MAX_TRIALS = 400
 
 
+@names_options()
 @torch.inference_mode(False)
 def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
           progress: bool = True) -> ChannelGraph:
@@ -94,6 +95,13 @@ def check_layernorm(layernorm: str) -> None:
     if layernorm not in ('lock', 'surviving'):
         raise PruneError(f"layernorm={layernorm!r} is neither 'lock', which keeps the channels that LayerNorm runs "
                          "over, nor 'surviving', which takes its statistics over those that are left.")
+
+
+def check_graph(given: object) -> None:
+    '''Refuse anything but a graph, and name the graph that the object has.'''
+    if not isinstance(given, ChannelGraph):
+        hint = ' Give its .graph.' if isinstance(getattr(given, 'graph', None), ChannelGraph) else ''
+        raise PruneError(f'a ChannelGraph is needed, which zp.trace returns, not {shown(given)}.{hint}')
 
 
 class ChannelGraph:
@@ -297,6 +305,8 @@ class ChannelGraph:
         PruneError
             If there is no such group, or if the layer holds channels of several.
         '''
+        if not isinstance(name, str):
+            raise PruneError(f'a group is given by its name, a text, not by {shown(name)}.')
         for group in self.groups:
             if group.name == name:
                 return group

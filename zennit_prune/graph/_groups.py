@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import PruneError
+from ..errors import PruneError, shown
 from ..tracing._labels import Array, Channels, Field, Labels, Positions
 from ..tracing._trace import Recording
 from ..util._networks import Indices, computed_name
@@ -288,7 +288,7 @@ def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:
 def checked_positions(group: ChannelGroup, positions: Iterable[int]) -> tuple[int, ...]:
     '''Return sorted positions, after a check that each is a whole number within the group and given once.'''
     if isinstance(positions, str) or not isinstance(positions, Iterable) or getattr(positions, 'ndim', 1) == 0:
-        raise PruneError(f'positions of group {group.name!r} are a list, not {positions!r}.')
+        raise PruneError(f'positions of group {group.name!r} are a list, not {shown(positions)}.')
     numbers = []
     for position in positions:
         try:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from zennit.core import Composite
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
+from ..relevance._attribute import Rules
 from ..relevance._initial import Initial, initial_relevance
 from ..relevance._relevance import spearman
 from ..util._display import table
+from ..util._networks import unwrapped
 from ._heatmap import explained
 
 
@@ -90,7 +91,8 @@ class Agreement:
                 f'{float(self.cosine.median()):.2f})')
 
 
-def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
+@names_options()
+def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: Any, target: Any = 'predicted',
               initial: Initial = 'one-hot') -> Agreement:
     '''Compare the heatmaps of a network with those of a masked, pruned or repaired version of it.
 
@@ -100,9 +102,9 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
         The original network; it is copied, never changed.
     small: torch.nn.Module
         The network to compare with it; it is copied, never changed.
-    composite: zennit.core.Composite or None
-        The rules; None for the recommended ones. For a rule that ignores weights (``Flat``) inside the network, give
-        the pruned network rather than the masked one.
+    composite: zennit.core.Composite, Preset or None
+        The rules, or a preset for its rules; None for the recommended ones. For a rule that ignores weights (``Flat``)
+        inside the network, give the pruned network rather than the masked one.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W).
     target: torch.Tensor, callable or ``'predicted'``
@@ -120,8 +122,8 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
     Raises
     ------
     PruneError
-        If one of the two is no network, their outputs differ in shape, inputs or targets do not fit, or relevance is
-        not finite.
+        If one of the two is no network, the second has more parameters than the first, their outputs differ in shape,
+        inputs or targets do not fit, or relevance is not finite.
 
     See Also
     --------
@@ -143,6 +145,11 @@ def agreement(model: nn.Module, small: nn.Module, composite: Composite | None, x
     '''
     if not isinstance(small, nn.Module):
         raise PruneError(f'small is {type(small).__name__}, not a network: call agreement(model, small, composite, x).')
+    sizes = [sum(parameter.numel() for parameter in unwrapped(network).parameters()) for network in (model, small)]
+    if sizes[1] > sizes[0]:
+        raise PruneError(f'the networks are given in the other order: the first one has {sizes[0]:,} parameters, the '
+                         f'second one {sizes[1]:,}. The order is agreement(model, small, composite, x): the original '
+                         'first.')
     started: list[torch.Tensor] = []
 
     def start(output: torch.Tensor) -> torch.Tensor:

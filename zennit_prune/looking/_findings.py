@@ -38,6 +38,7 @@ class Subject(Protocol):
     model: nn.Module
     composite: Composite
     graph: ChannelGraph
+    progress: bool
 
     def preflight(self, x: Any, target: Any = 'predicted') -> Preflight:
         '''Check whether relevance is sound on this network.'''

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from zennit.core import Composite
 
-from ..errors import PruneError
-from ..graph._graph import ChannelGraph, trace
+from ..errors import PruneError, names_options
+from ..graph._graph import ChannelGraph, check_graph, trace
 from ..graph._groups import ChannelGroup
 from ..relevance._attribute import (
     Attribution,
     Reader,
+    Rules,
     attributing,
     call_network,
+    checked_composite,
     differentiable,
     main_output,
     propagate,
-    recommended_composite,
 )
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
@@ -33,7 +33,8 @@ AT_ONCE = 16  # samples in one backward pass for several channels, repeated ones
 Channel = tuple[str | ChannelGroup, int | Sequence[int]]  # a group, and one position in it or several
 
 
-def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any = 'predicted',
+@names_options()
+def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'predicted',
             initial: Initial = 'one-hot', *, channel: Channel | None = None, graph: ChannelGraph | None = None
             ) -> torch.Tensor:
     '''Compute the relevance of every input pixel, summed over the input's channels.
@@ -49,9 +50,9 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     ----------
     model: torch.nn.Module
         The network, the original or a masked or pruned one; it is copied, never changed.
-    composite: zennit.core.Composite or None
-        The rules; None for the recommended ones (epsilon). The network is canonized from its graph after the
-        composite's own canonizers.
+    composite: zennit.core.Composite, Preset or None
+        The rules, or a preset for its rules; None for the recommended ones (epsilon). The network is canonized from its
+        graph after the composite's own canonizers.
     x: torch.Tensor, tuple or dict
         The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, or a dict of keyword arguments.
     target: torch.Tensor, callable or ``'predicted'``
@@ -107,16 +108,18 @@ def heatmap(model: nn.Module, composite: Composite | None, x: Any, target: Any =
     >>> torch.allclose(parts.sum(0), whole, atol=1e-5)
     True
     '''
+    if graph is not None:
+        check_graph(graph)
     if channel is not None:
         return _through_channels(model, composite, x, target, initial, channel, graph)
     return explained(model, composite, x, lambda output: initial_relevance(output, target, initial), graph)[0]
 
 
-def explained(model: nn.Module, composite: Composite | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
+def explained(model: nn.Module, composite: Rules | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
               graph: ChannelGraph | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     '''Return the heatmaps for the relevance that ``start`` gives to the output, and the output.'''
     model = unwrapped(model)
-    composite = recommended_composite() if composite is None else composite
+    composite = checked_composite(composite)
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
     with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
@@ -142,16 +145,16 @@ def summed(relevance: torch.Tensor) -> torch.Tensor:
     return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
-def _through_channels(model: nn.Module, composite: Composite | None, x: Any, target: Any, initial: Initial,
+def _through_channels(model: nn.Module, composite: Rules | None, x: Any, target: Any, initial: Initial,
                       channel: Any, graph: ChannelGraph | None) -> torch.Tensor:
     '''Return the heatmaps of single channels, shape (N, H, W), or (K, N, H, W) for a sequence of positions.'''
     group, position = _checked_channel(channel)
     model = unwrapped(model)
-    graph = graph or trace(model, x)
+    composite = checked_composite(composite)
+    graph = graph or trace(model, x, progress=False)
     found = known_group(graph, group)
     channels = _positions(found, position)
     sites = sites_of(graph, found)
-    composite = recommended_composite() if composite is None else composite
     canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [site.place for site in sites]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:

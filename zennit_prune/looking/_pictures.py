@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from zennit.image import CMAPS, palette
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..util._files import refuse_path_first, write_bytes
 
 Pixels = npt.NDArray[np.uint8]  # shape (H, W, 3)
@@ -32,6 +32,7 @@ RELEVANCE = ((12, 45, 135), (255, 255, 255), (160, 15, 20))  # colours of releva
 CHANGE = ((0, 95, 90), (255, 255, 255), (135, 70, 0))  # colours of less relevance than before, equally much, and more
 
 
+@names_options()
 def heatmap_image(x: torch.Tensor, maps: Mapping[str, torch.Tensor], path: str | os.PathLike[str],
                   captions: Sequence[str] = (), cmap: str = 'bwr') -> None:
     '''Draw images and their heatmaps as one PNG file: a column for each image, a row for each network.

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError
-from ..graph._graph import ChannelGraph, trace
+from ..errors import PruneError, names_options
+from ..graph._graph import ChannelGraph, check_graph, trace
 from ..graph._groups import ChannelGroup
 from ..relevance._attribute import Keeper, attributing, call_network
 from ..relevance._exemplars import grid_of, looked_at
@@ -18,6 +18,7 @@ from ._heatmap import known_group, sites_of
 AT_ONCE = 32  # rows or columns of the image in one batch
 
 
+@names_options()
 def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup, graph: ChannelGraph | None = None
                     ) -> torch.Tensor:
     '''Find the box in the input that each position of a group's tensor depends on.
@@ -69,7 +70,9 @@ def receptive_field(model: nn.Module, x: torch.Tensor, group: str | ChannelGroup
     model = unwrapped(model)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise PruneError('receptive fields need an image: a floating-point tensor of shape (1, C, H, W).')
-    graph = graph or trace(model, x)
+    if graph is not None:
+        check_graph(graph)
+    graph = graph or trace(model, x, progress=False)
     found = known_group(graph, group)
     sites = sites_of(graph, found)
     places = [site.place for site in sites]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options, shown
 from ..planning._cost import UNIT_NAMES
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance, Reliability
@@ -45,6 +45,7 @@ MISSING = {
                    'give the same ranking.',
     'budget': "Give sweep=zp.sweep(...) to see accuracy over budget; include the criterion 'random'.",
 }
+ORDER = 'report(pruner, plan, relevance, x, target, path)'
 NARROW = 0.15  # fraction of a group's channels below which the group is reported as a possible bottleneck
 UNRELIABLE = 0.8  # split-half rank correlation below which a ranking is reported as unreliable
 
@@ -87,13 +88,14 @@ class Page:
     missing: Mapping[str, str]
 
 
+@names_options()
 def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None, target: Any = None,
            path: str | os.PathLike[str] = 'report.html', *, small: nn.Module | None = None,
            display: torch.Tensor | None = None, class_names: Sequence[str] | None = None,
            image_names: Sequence[str] | None = None, sweep: Curved | None = None,
            evaluation: Mapping[str, tuple[Any, Any]] | None = None, references: Any = None,
            commands: Sequence[str] | None = None, max_images: int = 16, title: str | None = None,
-           progress: bool = True) -> None:
+           progress: bool | None = None) -> None:
     '''Write one self-contained HTML page about a plan: which channels are to be removed, and what changes without them.
 
     The page needs no network connection and no other file, and nothing is removed to make it. A section whose data is
@@ -135,8 +137,8 @@ def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: A
         The largest number of images to show; those that change most come first.
     title: str, optional
         The heading.
-    progress: bool
-        Whether a progress bar is shown on standard error.
+    progress: bool, optional
+        Show a progress bar on standard error; as the pruner unless given.
 
     Raises
     ------
@@ -167,11 +169,13 @@ def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: A
     ...     'removes 2 of 4 removable channels' in path.read_text(encoding='utf-8')
     True
     '''
-    refuse_path_first('report(pruner, plan, relevance, x, target, path)', pruner, plan, relevance, x)
+    refuse_path_first(ORDER, pruner, plan, relevance, x)
+    _check_kinds(pruner, plan, relevance)
     jinja2 = needed('jinja2', 'report', 'report()')
     check_folder(path)
     images = _checked(pruner, plan, x, target, display, class_names, image_names, max_images)
-    page = _page(pruner, plan, relevance, images, small, references, sweep, evaluation, commands or (), title, progress)
+    page = _page(pruner, plan, relevance, images, small, references, sweep, evaluation, commands or (), title,
+                 pruner.progress if progress is None else progress)
     environment = jinja2.Environment(loader=jinja2.PackageLoader('zennit_prune.looking'), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     script = environment.loader.get_source(environment, 'report.js')[0]
@@ -248,6 +252,14 @@ def _curves(sweep: Curved) -> Curves:
     chart, legend = charts.lines(drawn, sweep.original)
     unit = sweep.unit.removesuffix('_fraction')
     return Curves(chart, legend, f'{sweep.evaluated} over {UNIT_NAMES.get(unit, unit)} left', str(sweep))
+
+
+def _check_kinds(pruner: object, plan: object, relevance: object) -> None:
+    '''Refuse objects that stand in the place of others.'''
+    for name, value, fits in (('pruner', pruner, hasattr(pruner, 'preflight')), ('plan', plan, isinstance(plan, Plan)),
+                              ('relevance', relevance, relevance is None or isinstance(relevance, Relevance))):
+        if not fits:
+            raise PruneError(f'{shown(value)} stands in the place of {name}: the order of arguments is {ORDER}.')
 
 
 def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,

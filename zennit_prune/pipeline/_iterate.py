@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import PruneError, warn
+from ..errors import PruneError, check_callable, warn
 from ..planning._cost import UNITS, Budget
 from ..planning._plan import Plan
 from ..repairs._references import References
@@ -39,6 +39,8 @@ class Loop:
     def __post_init__(self) -> None:
         if isinstance(self.step, bool) or not isinstance(self.step, (int, float)) or not 0 < self.step <= 1:
             raise PruneError(f"step={self.step!r}: a step takes a share of the original's cost, between 0 and 1.")
+        for name in ('finetune', 'callback', 'evaluate'):
+            check_callable(name, getattr(self, name))
         if self.min_score is not None and self.evaluate is None:
             raise PruneError(f'min_score={self.min_score!r} needs evaluate=, a function from a network to the number '
                              'that must not fall below it.')

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from ..errors import PruneError, unknown
+from ..errors import PruneError, names_options, options_of, shown, unknown
 from ..graph._graph import ChannelGraph
 from ..planning._allocate import check_limits
 from ..planning._cost import Budget
@@ -22,12 +22,11 @@ AnyCriterion = str | Criterion | Callable[[ChannelGraph, nn.Module, Any], Releva
 Arguments = ParamSpec('Arguments')
 Returned = TypeVar('Returned')
 OF_THE_CRITERION = ('aggregate', 'initial')  # options that mean something for one criterion
-OWNERS: dict[str, list[str]] = {}  # by option, the functions and methods that have it
 
 
 def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Arguments, Returned]],
                                                               Callable[Arguments, Returned]]:
-    '''Let calls with an unknown option raise a PruneError, and let a pruner's preset set what a call leaves open.
+    '''Check the names of arguments as ``names_options`` does, and let a pruner's preset set what a call leaves open.
 
     Parameters
     ----------
@@ -35,25 +34,18 @@ def takes_options(*passed_on: Callable[..., Any]) -> Callable[[Callable[Argument
         Other functions with such a check, to which ``**options`` go.
     '''
     def decorate(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-        called = function.__qualname__.removesuffix('.__init__')
-        parameters = inspect.signature(function).parameters.values()
-        own = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        optional = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
-        options = tuple(dict.fromkeys([*optional, *(name for other in passed_on for name in options_of(other))]))
-        names = [name for name in dict.fromkeys([*own, *options]) if name != 'self']
-        for name in optional:
-            OWNERS.setdefault(name, []).append(called)
+        checked = names_options(*passed_on)(function)
+        options, own = options_of(checked), list(inspect.signature(function).parameters)
+        if own[0] != 'self':
+            return checked
 
-        @wraps(function)
+        @wraps(checked)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-            check_names(called, kwargs, names)
-            if own[0] == 'self':
-                given = {**dict(zip(own, args)), **kwargs}
-                preset = _fitting(getattr(args[0], '_defaults', {}), given, 'criterion' in options)
-                kwargs.update({name: value for name, value in preset.items() if name in options and name not in given})
-            return function(*args, **kwargs)
+            given = {**dict(zip(own, args)), **kwargs}
+            preset = _fitting(getattr(args[0], '_defaults', {}), given, 'criterion' in options)
+            kwargs.update({name: value for name, value in preset.items() if name in options and name not in given})
+            return checked(*args, **kwargs)
 
-        vars(call)['options'] = options
         return call
 
     return decorate
@@ -67,27 +59,10 @@ def _fitting(preset: Mapping[str, Any], given: Mapping[str, Any], scores: bool) 
     return {name: value for name, value in preset.items() if name not in OF_THE_CRITERION}
 
 
-def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    '''Return the names of the options of a function or class, those included that it passes on.'''
-    if 'options' in vars(function):
-        return tuple(vars(function)['options'])
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty)
-
-
-def check_names(called: str, names: Iterable[str], known: Iterable[str]) -> None:
-    '''Refuse names that are not among the known options of what was called.'''
-    known = list(known)
-    for name in names:
-        if name not in known:
-            hint = f' {name!r} is an option of {", ".join(OWNERS[name])}.' if name in OWNERS else ''
-            raise PruneError(f'{unknown(f"{called}: option", name, known)}{hint}')
-
-
 def check_budget(budget: object) -> None:
     '''Refuse what is not a budget.'''
     if not isinstance(budget, Budget):
-        raise PruneError(f'a Budget is needed, not {budget!r}: e.g. Budget(flops=0.5).')
+        raise PruneError(f'a Budget is needed, not {shown(budget)}: e.g. Budget(flops=0.5).')
 
 
 def check_criterion(criterion: object, automatic: bool = False) -> None:

@@ -22,7 +22,14 @@ from zennit.core import Composite
 from zennit.rules import ZPlus
 from zennit.types import Linear
 
+from ..errors import PruneError, shown
 from ..relevance._attribute import recommended_composite
+
+__all__ = ['Preset', 'paper', 'recommended', 'zplus']
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class Preset:
@@ -39,6 +46,11 @@ class Preset:
     **options: object
         Options of :meth:`Pruner.collect`, :meth:`Pruner.plan`, :meth:`Pruner.prune` and :meth:`Pruner.iterate`.
 
+    Raises
+    ------
+    PruneError
+        If ``composite`` is a composite, or anything else that is no function.
+
     Examples
     --------
     >>> import zennit_prune as zp
@@ -48,6 +60,9 @@ class Preset:
     '''
 
     def __init__(self, composite: Callable[[], Composite], **options: Any):
+        if not callable(composite):
+            raise PruneError(f'a preset takes a function that makes its composite, not {shown(composite)}: e.g. '
+                             'Preset(EpsilonPlus), without brackets.')
         self.composite = composite
         self._options = options
 

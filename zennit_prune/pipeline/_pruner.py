@@ -7,38 +7,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError, unknown, warn
+from ..errors import PruneError, names_options, options_of, unknown, warn
 from ..graph._graph import check_layernorm, trace
 from ..looking._heatmap import Channel, heatmap
 from ..planning._allocate import allocate, check_reachable
 from ..planning._cost import Budget, cost_model
-from ..planning._latency import LatencyModel, LatencyTable, timed
+from ..planning._latency import LatencyModel, LatencyTable, check_table, timed
 from ..planning._plan import Plan
 from ..planning._workload import device_name
-from ..relevance._attribute import AttributorFactory, recommended_composite
+from ..relevance._attribute import AttributorFactory, checked_composite
 from ..relevance._collect import Collector
 from ..relevance._criteria import Criterion, known_criterion, uses_data
 from ..relevance._initial import Initial
 from ..relevance._preflight import Preflight, preflight
-from ..relevance._relevance import Relevance
+from ..relevance._relevance import Relevance, checked_relevance
 from ..relevance._streaming import collect
-from ..util._isolation import seeded
+from ..util._fingerprint import named
+from ..util._isolation import checked_seed, seeded
 from ..util._loaders import batches
 from ..util._networks import device_of, map_tensors, unwrapped
 from ._iterate import Loop
-from ._options import (
-    AnyCriterion,
-    check_budget,
-    check_criterion,
-    check_scoring,
-    check_values,
-    options_of,
-    takes_options,
-)
+from ._options import AnyCriterion, check_budget, check_criterion, check_scoring, check_values, takes_options
 from ._presets import Preset
 from ._result import Result, Step
 from ._step import Recipe, reliability_of, shares_left
@@ -256,9 +250,9 @@ class Pruner:
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no reference samples: '
                              "use 'relevance', or leave exemplars= out.")
         if callable(criterion):
-            return criterion(self.graph, self.model, loader)
+            return checked_relevance(criterion(self.graph, self.model, loader), f'criterion={named(criterion)}')
         if callable(found):
-            return found(self.graph, self.model, seed)
+            return found(self.graph, self.model, checked_seed(seed))
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
                                    nonfinite=nonfinite, seed=seed, exemplars=exemplars)
         return collect(collector, loader, target, self._shows(progress), checkpoint)
@@ -311,6 +305,8 @@ class Pruner:
         {'0': (1, 3)}
         '''
         check_budget(budget)
+        check_table(latencies)
+        relevance = checked_relevance(relevance, 'relevance')
         scores = {}
         for name, values in relevance.items():
             group = self.graph.group(name)
@@ -417,7 +413,7 @@ class Pruner:
                  'Pruner.iterate.')
         recipe = self._recipe(budget, criterion, repair, seed, verify, progress, options)
         recipe, loader, choice = recipe.decided(loader)
-        with seeded(seed + 1, recipe.device):
+        with seeded(recipe.seed + 1, recipe.device):
             done = recipe.step(recipe.references(loader), budget)
         history = (Step(0, shares_left(Plan(self.graph))),
                    Step(1, shares_left(done.plan), None, reliability_of(done.relevance), time.perf_counter() - began))
@@ -502,13 +498,17 @@ class Pruner:
                 progress: bool | None, options: dict[str, Any]) -> Recipe:
         '''Return the recipe of a run, after a check of all that can be known without data.'''
         check_values(budget, criterion, repair, **options)
-        planning = {name: value for name, value in options.items() if name in options_of(Pruner.plan)}
+        check_table(options.get('latencies'))
+        planning: dict[str, Any] = {name: value.item() if isinstance(value, np.integer) else value
+                                    for name, value in options.items() if name in options_of(Pruner.plan)}
         collecting = {name: value for name, value in options.items() if name not in planning}
         if self.graph.groups:
             limits = {name: planning[name] for name in ('min_channels', 'min_share', 'round_to') if name in planning}
             check_reachable(self.graph, budget, **limits)
-        return Recipe(self, budget, criterion, repair, seed, verify, self._shows(progress), collecting, planning)
+        return Recipe(self, budget, criterion, repair, checked_seed(seed), verify, self._shows(progress), collecting,
+                      planning)
 
+    @names_options()
     def on(self, network: nn.Module, progress: bool | None = None) -> Pruner:
         '''Make a pruner with the same composite, example and options for a pruned version of the network.
 
@@ -580,11 +580,8 @@ def _rules(given: Composite | Preset | None) -> tuple[Composite, dict[str, Any]]
     '''Return the composite that was given, of a preset or recommended, and the options of a preset.'''
     if isinstance(given, Preset):
         _check_preset(given)
-        return given.composite(), dict(given._options)
-    if given is not None and not isinstance(given, Composite):
-        raise PruneError(f'a Zennit composite is needed, an instance, not {given!r}: e.g. EpsilonPlus(), a '
-                         'preset as zp.presets.paper, or None.')
-    return recommended_composite() if given is None else given, {}
+        return checked_composite(given), dict(given._options)
+    return checked_composite(given), {}
 
 
 def _check_preset(preset: Preset) -> None:

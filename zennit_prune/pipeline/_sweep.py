@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError
+from ..errors import PruneError, check_names, options_of, shown
 from ..planning._allocate import check_limits
 from ..planning._cost import UNIT_NAMES, Budget, cost_model
 from ..planning._plan import Plan
@@ -25,7 +25,7 @@ from ..util._files import check_folder, write_text
 from ..util._fingerprint import ATOMIC, described, fingerprint, named
 from ..util._isolation import seeded
 from ..util._networks import copied, device_of, tensors_by_module
-from ._options import AnyCriterion, check_criterion, check_names, check_scoring, options_of, takes_options
+from ._options import AnyCriterion, check_criterion, check_scoring, takes_options
 from ._pruner import Pruner
 from ._result import evaluated
 
@@ -324,6 +324,7 @@ def _written(point: Point | None) -> str:
     return text + f' ({point.seeds} of {point.total})' * (point.seeds < point.total)
 
 
+ORDER = 'sweep(pruner, loader, evaluate, budgets, criteria)'
 Result = TypeVar('Result')
 
 
@@ -384,6 +385,11 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     >>> [(row.criterion, row.budget, row.value) for row in found.rows]
     [('l1', 0.75, 3.0), ('l1', 0.5, 2.0), ('random', 0.75, 3.0), ('random', 0.5, 2.0)]
     '''
+    if not isinstance(pruner, Pruner):
+        raise PruneError(f'a Pruner is needed, not {shown(pruner)}: call {ORDER}.')
+    if not callable(evaluate):
+        raise PruneError(f'evaluate={shown(evaluate)} is no function: call {ORDER}, with a function from a network to '
+                         'a number, the higher the better.')
     collect, plan = dict(collect or {}), dict(plan or {})
     for called, given, options in (('sweep: collect', collect, options_of(Pruner.collect)),
                                    ('sweep: plan', plan, options_of(Pruner.plan))):

@@ -207,10 +207,15 @@ def _steps(group: ChannelGroup, min_channels: int | None, min_share: float, roun
 
 def check_limits(min_channels: int | None = None, min_share: float = 0.0, round_to: int | None = None) -> None:
     '''Refuse limits of groups that are out of range.'''
-    if min_channels is not None and (type(min_channels) is not int or min_channels < 1):
+    if min_channels is not None and not _counts(min_channels):
         raise PruneError(f'min_channels={min_channels!r}: a dimension is never emptied; give a whole number from 1 on, '
                          'or None for 1.')
     if not isinstance(min_share, (int, float)) or not 0 <= min_share <= 1:
         raise PruneError(f'min_share={min_share!r}: the share of each group that is kept is a number from 0 to 1.')
-    if round_to is not None and (type(round_to) is not int or round_to < 1):
+    if round_to is not None and not _counts(round_to):
         raise PruneError(f'round_to={round_to!r}: give None or a whole number from 1 on.')
+
+
+def _counts(number: object) -> bool:
+    '''Return whether this is a whole number from 1 on.'''
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool) and int(number) >= 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import PruneError, nearest
+from ..errors import PruneError, names_options
 from ..graph._graph import ChannelGraph
 from ..tracing._labels import Labels, first
 from ..tracing._trace import prepare_example
@@ -60,6 +60,7 @@ class Cost:
         return panel('Cost', [(('', 'of the network'), rows)])
 
 
+@names_options()
 def cost(model: nn.Module, example: Any) -> Cost:
     '''Count parameters, FLOPs of one sample and bytes, without computing anything (the network runs on meta tensors).
 
@@ -119,8 +120,6 @@ class Budget:
         Seconds of a forward pass with the example of the trace; see :func:`zennit_prune.latency`.
     latency_fraction: float, optional
         A fraction in (0, 1) of the original's latency.
-    **unknown_units: object
-        Any other keyword, which is refused with the nearest one that is known.
 
     Attributes
     ----------
@@ -156,11 +155,9 @@ class Budget:
     zennit_prune.errors.PruneError: Budget(flops=70): did you mean 0.7? What is to be left is a fraction between ...
     '''
 
+    @names_options(usage='Budget(flops=0.5), which names the unit')
     def __init__(self, *, flops: float | None = None, params: float | None = None, bytes: float | None = None,
-                 channels: float | None = None, latency: float | None = None, latency_fraction: float | None = None,
-                 **unknown_units: Any):
-        for name in unknown_units:
-            raise PruneError(f'{ONE_UNIT}: {name!r} is unknown{nearest(name, BUDGETS) or "."}')
+                 channels: float | None = None, latency: float | None = None, latency_fraction: float | None = None):
         amounts = (flops, params, bytes, channels, latency, latency_fraction)
         given = {name: value for name, value in zip(BUDGETS, amounts) if value is not None}
         if len(given) != 1:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..errors import PruneError, warn
+from ..errors import PruneError, names_options, shown, warn
 from ..graph._graph import ChannelGraph
 from ..tracing._labels import Labels
 from ..tracing._trace import prepare_example
@@ -41,6 +41,7 @@ ROUNDS = 30
 TOLERANCE = 1.05  # a measured time may exceed the budget by so much, which is noise
 
 
+@names_options()
 def latency(model: nn.Module, example: Any, device: torch.device | str | None = None, repeats: int = 20) -> float:
     '''Measure the median time of a forward pass.
 
@@ -63,7 +64,7 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
     Raises
     ------
     PruneError
-        If ``repeats`` is below 1.
+        If ``repeats`` is below 1, or ``device`` is none.
 
     Examples
     --------
@@ -73,8 +74,12 @@ def latency(model: nn.Module, example: Any, device: torch.device | str | None = 
     True
     '''
     model = unwrapped(model)
-    if repeats < 1:
-        raise PruneError(f'repeats={repeats!r}: measure at least once.')
+    if not isinstance(repeats, (int, np.integer)) or repeats < 1:
+        raise PruneError(f'repeats={shown(repeats)}: measure at least once, a whole number of times.')
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise PruneError(f"device={shown(device)} is no device: give e.g. 'cpu' or 'cuda'.") from error
     given = prepare_example(model, example)
     if device is not None:
         model = structural_copy(model, 'real').to(device)
@@ -162,6 +167,7 @@ class LatencyTable:
                                      'scale': self.scale, 'grids': grids}, indent=1) + '\n')
 
     @classmethod
+    @names_options()
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         '''Read a table that :meth:`save` wrote, on this device or another.
 
@@ -215,6 +221,13 @@ class LatencyTable:
         return f'LatencyTable({len(self.grids)} operations on {self.device}, the network {self.original * 1e3:.3f} ms)'
 
 
+def check_table(latencies: object) -> None:
+    '''Refuse anything but a table of latencies, or None.'''
+    if latencies is not None and not isinstance(latencies, LatencyTable):
+        raise PruneError(f'latencies={shown(latencies)} is no LatencyTable: give what pruner.latencies() returned, or '
+                         'LatencyTable.load(path).')
+
+
 class LatencyModel(CostModel):
     '''A :class:`CostModel` with one more unit, ``'latency'``, in seconds.
 
@@ -237,6 +250,9 @@ class LatencyModel(CostModel):
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, latencies: LatencyTable | None = None,
                  seconds: float = 30.0, progress: bool = True):
+        check_table(latencies)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds < 0:
+            raise PruneError(f'seconds={shown(seconds)}: give a number of seconds, from 0 on.')
         super().__init__(graph)
         self._first: dict[bytes, int] = {}
         calls = calls_of(graph, model, self._shrinking)

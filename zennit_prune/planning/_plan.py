@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
-from ..graph._graph import ChannelGraph
+from ..errors import PruneError, names_options, shown
+from ..graph._graph import ChannelGraph, check_graph
 from ..graph._groups import checked_positions
 from ..relevance._relevance import Relevance, Reliability
 from ..surgery._masking import masked_copy, warn_of_changed_statistics
@@ -37,7 +37,7 @@ from ..util._display import (
     waiting,
     without_mathematics,
 )
-from ..util._files import write_text
+from ..util._files import check_path, write_text
 from ..util._isolation import isolated
 from ..util._networks import tensors_by_module, unwrapped, without_garbage_collection
 from ._carry import composed
@@ -101,13 +101,13 @@ class Plan:
     Linear(in_features=3, out_features=2, bias=True)
     '''
 
+    @names_options()
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
                  reliability: Reliability | None = None, timing: Timing | None = None):
-        if not isinstance(graph, ChannelGraph):
-            raise PruneError(f'a plan is made for a ChannelGraph, which zp.trace returns, not for {graph!r}.')
+        check_graph(graph)
         self.graph, self.reliability, self.timing = graph, reliability, timing
         if removed is not None and not isinstance(removed, Mapping):
-            raise PruneError(f'removals are positions by group name, a dict, not {removed!r}.')
+            raise PruneError(f'removals are positions by group name, a dict, not {shown(removed)}.')
         found: dict[str, tuple[int, ...]] = {}
         for name, positions in (removed or {}).items():
             group = graph.group(name)
@@ -132,6 +132,7 @@ class Plan:
                                  f'{axis.parameter!r}: keep at least one.')
 
     # editing
+    @names_options()
     def remove(self, name: str, positions: Iterable[int]) -> Plan:
         '''Return a plan that also removes these positions.
 
@@ -165,6 +166,7 @@ class Plan:
         removed = {**self.removed, group.name: sorted({*self.removed.get(group.name, ()), *fresh})}
         return Plan(self.graph, removed, self.reliability)
 
+    @names_options()
     def keep(self, name: str, positions: Iterable[int]) -> Plan:
         '''Return a plan that keeps these positions.
 
@@ -199,6 +201,7 @@ class Plan:
         left = [position for position in self.removed.get(group.name, ()) if position not in kept]
         return Plan(self.graph, {**self.removed, group.name: left}, self.reliability)
 
+    @names_options()
     def compose(self, later: Plan) -> Plan:
         '''Return one plan for the original that has the effect of this plan followed by a later one.
 
@@ -229,9 +232,11 @@ class Plan:
         >>> dict(first.compose(second).removed)
         {'0': (0, 1)}
         '''
+        checked_plan('plan.compose(later)', later)
         return Plan(self.graph, composed(self.graph, self.removed, later.graph, later.removed))
 
     # trying and applying
+    @names_options()
     def at_risk(self, relevance: Relevance, count: int = 10) -> AtRisk:
         '''Find channels to be removed that a single sample needs, and classes that lose more relevance than others.
 
@@ -271,6 +276,7 @@ class Plan:
         '''
         return at_risk(self.graph, self.removed, relevance, count)
 
+    @names_options()
     @torch.inference_mode(False)
     def masked(self, model: nn.Module) -> nn.Module:
         '''Return a copy of the original in which the removed channels are silent.
@@ -307,6 +313,7 @@ class Plan:
         '''
         return masked_copy(self.graph, self._checked_model(model), self.removed)
 
+    @names_options()
     def apply(self, model: nn.Module, verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels; return an ordinary, smaller network of the same class.
 
@@ -371,9 +378,10 @@ class Plan:
                              f'{some(map(repr, layers))}, or none: trace with ignore={layers!r}.')
         return small
 
+    @names_options()
     @torch.inference_mode(False)
     def apply_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
-               verify: bool = True) -> nn.Module:
+               verify: bool = True, progress: bool = True) -> nn.Module:
         '''Remove the channels in place; everything is proven before the first write.
 
         Parameters
@@ -385,6 +393,8 @@ class Plan:
             (momentum, Adam moments) is narrowed, too.
         verify: bool
             Also compare the outputs with those of the masked original, on noise.
+        progress: bool
+            Show a progress bar on standard error once it takes more than two seconds.
 
         Returns
         -------
@@ -407,7 +417,7 @@ class Plan:
         (True, torch.Size([2, 3]))
         '''
         inner = unwrapped(model)
-        small = self.apply(inner, verify)
+        small = self.apply(inner, verify, progress)
         transplant(inner, small, self.graph._kept(self.removed), self.graph._group_sizes,
                    self.graph._attributes(self.removed), optimizer)
         return model
@@ -437,6 +447,7 @@ class Plan:
         return ''
 
     # files
+    @names_options()
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write the plan as JSON.
 
@@ -479,6 +490,7 @@ class Plan:
         return data if self.reliability is None else {**data, 'reliability': self.reliability.to_dict()}
 
     @classmethod
+    @names_options()
     def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Plan:
         '''Read a plan that :meth:`save` wrote.
 
@@ -507,6 +519,7 @@ class Plan:
         ...     dict(zp.Plan.load(f'{folder}/plan.json', graph).removed)
         {'conv1': (0, 3)}
         '''
+        check_path(path, 'Plan.load(path, graph)')
         try:
             data = json.loads(Path(path).read_text())
         except ValueError as error:
@@ -542,6 +555,7 @@ class Plan:
         >>> zp.Plan.from_dict(plan.to_dict(), graph) == plan
         True
         '''
+        check_graph(graph)
         if not isinstance(data, dict) or data.get('format') != FORMAT:
             raise PruneError(f'{source!r} is not a plan: it lacks "format": "{FORMAT}".')
         if data.get('version') != 1:
@@ -569,6 +583,7 @@ class Plan:
     def __hash__(self) -> int:
         return hash((id(self.graph), tuple(self.removed.items())))
 
+    @names_options()
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         '''Draw how many channels of every group stay.
 
@@ -625,6 +640,7 @@ class Plan:
         return f'Plan({sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups removed)'
 
 
+@names_options()
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> float:
     '''Compare a pruned network with the masked original on seeded noise.
 
@@ -679,7 +695,7 @@ def checked_pair(call: str, model: nn.Module, small: nn.Module, plan: Plan) -> t
 def checked_plan(call: str, plan: Plan) -> None:
     '''Refuse anything but a plan in the place of the plan.'''
     if not isinstance(plan, Plan):
-        raise PruneError(f'a Plan is needed, not a {type(plan).__name__}: the order of arguments is {call}.')
+        raise PruneError(f'a Plan is needed, not {shown(plan)}: the order of arguments is {call}.')
 
 
 def _plotted(plan: Plan, path: str | os.PathLike[str] | None = None) -> Any:

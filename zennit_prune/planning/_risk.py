@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from ..errors import PruneError
+from ..errors import PruneError, shown
 from ..graph._graph import ChannelGraph
 from ..relevance._exemplars import Exemplars
 from ..relevance._relevance import Relevance
@@ -98,6 +99,8 @@ class AtRisk:
 
 def at_risk(graph: ChannelGraph, removed: Mapping[str, Sequence[int]], relevance: Relevance, count: int) -> AtRisk:
     '''Find the channels and classes at risk; see :meth:`Plan.at_risk`.'''
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
+        raise PruneError(f'count={shown(count)} is no number of channels: give a whole number from 0 on.')
     exemplars = _exemplars(graph, relevance)
     found = [Risk(name, channel, float(exemplars.shares[name][channel]), int(exemplars.share_samples[name][channel]),
                   int(exemplars.share_classes[name][channel]))

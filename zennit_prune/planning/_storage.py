@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..surgery._surgery import narrowed_copy
 from ..tracing._attributes import Attribute, keeps
-from ..util._files import read_tensors, write_tensors
+from ..util._files import check_path, read_tensors, write_tensors
 from ..util._networks import Indices, modules_by_name, unique_tensors, unwrapped
 from ._plan import Plan, checked_plan
 
 FORMAT = 'zennit_prune network'
 
 
+@names_options()
 def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     '''Write a pruned network to a file.
 
@@ -51,7 +52,7 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
     '''
     checked_plan('save(small, plan, path)', plan)
     small = unwrapped(small)
-    _check_path(path, 'save(small, plan, path)')
+    check_path(path, 'save(small, plan, path)')
     tensors = unique_tensors(small)
     shapes = {name: list(size.shape) for name, size in plan.graph._recording.sizes.items()}
     tied = (f'{name!r} is shared with another module' for name in shapes if name not in tensors)
@@ -63,12 +64,6 @@ def save(small: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
                 'attributes': json.dumps([[*item] for item in plan.graph._attributes(plan.removed).items()]),
                 'extra_states': json.dumps(_extra_states(small))}
     write_tensors(path, tensors, metadata, FORMAT)
-
-
-def _check_path(path: Any, call: str) -> None:
-    '''Refuse anything but a path in the place of the path.'''
-    if not isinstance(path, (str, os.PathLike)):
-        raise PruneError(f'a path is needed, not a {type(path).__name__}: the order of arguments is {call}.')
 
 
 def _keeps_extra_state(module: nn.Module) -> bool:
@@ -93,6 +88,7 @@ def _extra_states(small: nn.Module) -> dict[str, Any]:
     return found
 
 
+@names_options()
 @torch.inference_mode(False)
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     '''Read a pruned network that :func:`save` wrote.
@@ -130,7 +126,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     >>> torch.equal(loaded(x), small(x))
     True
     '''
-    _check_path(path, 'load(model, path)')
+    check_path(path, 'load(model, path)')
     model = unwrapped(model)
     data, metadata = read_tensors(path, FORMAT)
     try:

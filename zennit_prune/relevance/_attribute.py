@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zennit.attribution import Attributor, identity
-from zennit.composites import LayerMapComposite, layer_map_base
+from zennit.composites import COMPOSITES, LayerMapComposite, layer_map_base
 from zennit.core import BasicHook, Composite, RemovableHandleList
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
-from ..errors import PruneError
+from ..errors import PruneError, shown
 from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
@@ -35,6 +35,39 @@ from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 def recommended_composite() -> Composite:
     '''Return the composite with epsilon on every layer, the rule that ranks channels best.'''
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon())])
+
+
+class MakesComposite(Protocol):
+    '''An object that makes its composite, as presets do.'''
+
+    @property
+    def composite(self) -> Callable[[], Composite]:
+        '''A function without arguments that returns the composite.'''
+
+
+Rules: TypeAlias = Composite | MakesComposite
+
+
+def checked_composite(given: Rules | None) -> Composite:
+    '''Return the composite that was given, that of a preset, or the recommended one for None.
+
+    Raises
+    ------
+    PruneError
+        For anything else, with a composite that may have been meant.
+    '''
+    if given is None:
+        return recommended_composite()
+    if isinstance(given, Composite):
+        return given
+    factory = None if isinstance(given, type) else getattr(given, 'composite', None)
+    made = factory() if callable(factory) else None
+    if isinstance(made, Composite):
+        return made
+    meant = COMPOSITES.get(given) if isinstance(given, str) else given
+    name = meant.__name__ if isinstance(meant, type) and issubclass(meant, Composite) else 'EpsilonPlus'
+    raise PruneError(f'a Zennit composite is needed, an instance, not {shown(given)}: e.g. {name}() from '
+                     'zennit.composites, a preset as zp.presets.paper, or None.')
 
 
 @contextmanager

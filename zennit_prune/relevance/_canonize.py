@@ -19,6 +19,7 @@ from zennit.layer import Sum
 from zennit.rules import Pass
 from zennit.types import Activation, AvgPool, BatchNorm, ConvolutionTranspose, Linear, MaxPool
 
+from ..errors import names_options
 from ..tracing._calls import CallCounter, Site
 from ..tracing._recorded import Operation
 from ..tracing._trace import Recording, record
@@ -194,6 +195,7 @@ class GraphCanonizer(Canonizer):
     torch.Size([1, 1, 3, 3])
     '''
 
+    @names_options()
     def __init__(self, model: nn.Module, example: Any):
         super().__init__()
         self._find(record(unwrapped(model), example))

@@ -13,10 +13,11 @@ from zennit.attribution import Attributor
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-from ..errors import PruneError, unknown, warn
-from ..graph._graph import ChannelGraph
+from ..errors import PruneError, names_options, unknown, warn
+from ..graph._graph import ChannelGraph, check_graph
 from ..tracing._boundaries import Place
 from ..util._fingerprint import described, fingerprint, named
+from ..util._isolation import checked_seed
 from ..util._loaders import Batch
 from ..util._networks import device_of, tensors_by_module
 from ._attribute import (
@@ -25,9 +26,11 @@ from ._attribute import (
     Keeper,
     Passes,
     Reader,
+    Rules,
     attributed,
     attributing,
     call_network,
+    checked_composite,
     differentiable,
     main_output,
     propagate,
@@ -86,9 +89,9 @@ class Collector:
         The channels.
     model: torch.nn.Module
         The network that was traced; it is copied, never changed.
-    composite: zennit.core.Composite
-        The rules of relevance; the canonizer of the graph is applied after the composite's own. Other criteria run the
-        plain network.
+    composite: zennit.core.Composite, Preset or None
+        The rules of relevance, or a preset for its rules; None for the recommended ones. The canonizer of the graph is
+        applied after the composite's own. Other criteria run the plain network.
     aggregate: str
         The number that is averaged over samples: ``'abs'``, the absolute value of the sum over space; ``'sumabs'``, the
         sum of absolute values; ``'signed'``, the sum; ``'positive'``, its positive part. ``'auto'`` for relevance is
@@ -96,7 +99,7 @@ class Collector:
         ``'abs'``; for another criterion, it is what its formula says.
     initial: str or callable
         The relevance, or the gradient of the loss, at the output: see
-        :func:`zennit_prune.relevance._initial.initial_relevance`. ``'auto'`` is ``'one-hot'`` for relevance and
+        :func:`zennit_prune.relevance.initial_relevance`. ``'auto'`` is ``'one-hot'`` for relevance and
         ``'cross-entropy'`` for gradients. For another loss, give a function of the output that returns the gradient of
         each sample's loss.
     criterion: str or Criterion
@@ -157,11 +160,14 @@ class Collector:
     (torch.Size([3]), 6)
     '''
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Composite, aggregate: str = 'auto',
+    @names_options()
+    def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Rules | None, aggregate: str = 'auto',
                  initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance',
                  classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                  nonfinite: str = 'error', seed: int = 0, exemplars: int = 0):
         self.criterion = check_settings(criterion, aggregate, initial, classes, attributor, nonfinite, seed, exemplars)
+        check_graph(graph)
+        composite = checked_composite(composite)
         if not graph.groups:
             raise PruneError('the network has no removable channel to collect relevance for; print(graph) says what '
                              'locks them.')
@@ -617,8 +623,7 @@ def check_settings(criterion: str | Criterion = 'relevance', aggregate: str = 'a
                          'SmoothGrad, or a function from a model to an Attributor.')
     if attributor is not None and not found.lrp:
         raise PruneError(f"attributor= is for criterion='relevance'; {found.name!r} has a formula of its own.")
-    if not hasattr(seed, '__index__'):
-        raise PruneError(f'seed={seed!r} is no whole number: give e.g. 0.')
+    checked_seed(seed)
     if isinstance(exemplars, bool) or not isinstance(exemplars, int) or exemplars < 0:
         raise PruneError(f'exemplars={exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')
     if exemplars and not found.per_sample:

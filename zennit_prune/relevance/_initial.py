@@ -59,6 +59,18 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     ------
     PruneError
         If target and output do not fit, or both ``target`` and ``initial`` are functions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from zennit_prune.relevance import initial_relevance
+    >>> output = torch.tensor([[0.5, 2.0, 1.0]])
+    >>> initial_relevance(output, torch.tensor([2]), 'one-hot')
+    tensor([[0., 0., 1.]])
+    >>> initial_relevance(output, 'predicted', 'logit')
+    tensor([[0., 2., 0.]])
+    >>> initial_relevance(output, torch.tensor([2]), 'contrastive')
+    tensor([[ 0., -1.,  1.]])
     '''
     found = starts(output, target, initial)
     relevance = torch.zeros_like(output, requires_grad=False)

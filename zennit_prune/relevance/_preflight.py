@@ -168,7 +168,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     x: torch.Tensor, tuple, dict or Batch
         A few inputs.
     target, initial:
-        Where relevance starts, see :func:`zennit_prune.relevance._initial.initial_relevance`.
+        Where relevance starts, see :func:`zennit_prune.relevance.initial_relevance`.
 
     Returns
     -------

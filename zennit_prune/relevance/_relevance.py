@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options, shown
 from ..util._display import KEPT, Table, finished, new_figure, panel, table, without_mathematics
 from ..util._files import read_tensors, write_tensors
 from ._exemplars import Best, Exemplars
@@ -208,6 +208,7 @@ class Relevance:
     conv2         2      1       1     3
     '''
 
+    @names_options()
     def __init__(self, scores: Mapping[str, Any], halves: Mapping[str, torch.Tensor] | None = None,
                  info: Mapping[str, Any] | None = None, exemplars: Exemplars | None = None):
         self._scores: dict[str, torch.Tensor] = {}
@@ -289,6 +290,7 @@ class Relevance:
         '''Whether the scores were collected from at least two samples, so that halves can be compared.'''
         return bool(self._halves) and self.info.get('samples', 0) > 1
 
+    @names_options()
     def save(self, path: str | os.PathLike[str]) -> None:
         '''Write everything to one safetensors file, which holds tensors and JSON only.
 
@@ -314,6 +316,7 @@ class Relevance:
         write_tensors(path, tensors, metadata, FORMAT)
 
     @classmethod
+    @names_options()
     def load(cls, path: str | os.PathLike[str]) -> Relevance:
         '''Read scores that :meth:`save` wrote.
 
@@ -412,3 +415,11 @@ def _plotted(relevance: Relevance, path: str | os.PathLike[str] | None = None) -
         axes.set_axis_off()
     figure.supxlabel('channels, least relevant first', fontsize=8)
     return finished(figure, panels, path)
+
+
+def checked_relevance(given: object, what: str) -> Relevance:
+    '''Return relevance; refuse anything else, with the name of what was to be or to return relevance.'''
+    if not isinstance(given, Relevance):
+        raise PruneError(f'{what} gives {shown(given)} where a Relevance is needed: collect it, or make one of your '
+                         'own scores, zp.Relevance({group: scores}).')
+    return given

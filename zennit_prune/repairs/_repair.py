@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from zennit.types import BatchNorm
 
-from ..errors import PruneError, unknown, warn
+from ..errors import PruneError, names_options, unknown, warn
 from ..planning._plan import Plan, checked_pair
 from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
@@ -107,6 +107,7 @@ def checked_method(method: Any, option: str = 'method') -> str:
     return method
 
 
+@names_options()
 def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: str = 'refit',
            progress: bool = True) -> nn.Module:
     '''Repair a pruned network with a few unlabelled inputs.

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import PruneError
+from ..errors import PruneError, names_options
 from ..util._networks import tensors_in
 from ._calls import Site
 from ._labels import Field, Labels, first, flat, in_rows
@@ -429,6 +429,7 @@ def operation_name(schema_name: str) -> str:
 OF_USERS: set[str] = set()
 
 
+@names_options()
 def register_operation(*names: str, pointwise: bool = False,
                        zero: str = '') -> Callable[[Rule], Rule]:
     '''Teach the trace a custom operator, or an ATen operation that no rule covers.

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import PruneError
+from ..errors import PruneError, shown
 
 VERSION = '1'
 
@@ -39,6 +39,12 @@ def refuse_path_first(call: str, *objects: object) -> None:
         if isinstance(value, (str, os.PathLike)):
             raise PruneError(f'{value!r} stands where an object belongs: objects come first and the path last, call '
                              f'{call}.')
+
+
+def check_path(path: object, call: str) -> None:
+    '''Refuse anything but a path in the place of the path.'''
+    if not isinstance(path, (str, os.PathLike)):
+        raise PruneError(f'a path is needed, not {shown(path)}: the order of arguments is {call}.')
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:

@@ -5,13 +5,13 @@ classes, globals and caches during the block are removed at its end.
 '''
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import _lru_cache_wrapper
-from operator import is_
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import PruneError, shown
 from ._networks import ATOMIC, device_of, modules_by_name, tensors_in
 
 OWNERS = (type, ModuleType)
@@ -41,6 +42,14 @@ def states() -> tuple[object, ...]:
     '''Return the random states of Python, NumPy and torch (CPU), to compare.'''
     _, keys, position, *_ = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), position, torch.get_rng_state().numpy().tobytes()
+
+
+def checked_seed(seed: Any) -> int:
+    '''Return a seed as a plain number; refuse what is no whole number.'''
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise PruneError(f'seed={shown(seed)} is no whole number: give e.g. 0.') from None
 
 
 @contextmanager
@@ -219,7 +228,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _are_same(value: Any, before: Any) -> bool:
-    return len(value) == len(before) and all(map(is_, _items(value), _items(before)))
+    return len(value) == len(before) and all(map(operator.is_, _items(value), _items(before)))
 
 
 def _hold_tensors(values: list[Any]) -> bool:

@@ -37,7 +37,7 @@ class Batch(Pair):
     inputs: torch.Tensor, tuple, list or dict
         The arguments of a network.
     target: object, optional
-        Labels, or anything else that :func:`zennit_prune.relevance._initial.initial_relevance` takes.
+        Labels, or anything else that :func:`zennit_prune.relevance.initial_relevance` takes.
     '''
 
     _finite: torch.Tensor | None = None
