@@ -1,4 +1,7 @@
-'''The errors and warnings users meet; each message names the thing, the value, what is allowed and what to do.'''
+'''The errors and warnings users meet, and the checks of names and values that raise them.
+
+Each message names the thing, the value, what is allowed and what to do.
+'''
 from __future__ import annotations
 
 import contextlib
