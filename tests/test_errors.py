@@ -130,7 +130,7 @@ ORDERS: dict[str, tuple[Callable[[Made], object], str]] = {
               r'evaluate=a tuple is no function: call sweep\(pruner, loader, evaluate, budgets, criteria\)'),
     'sweep of a model': (lambda m: zp.sweep(m.model, (m.x, m.y), len, [HALF], ['l1']), 'a Pruner is needed, not a Seq'),
     'prune': (lambda m: zp.prune(m.model, None, HALF, [(m.x, m.y)]), 'a Budget is needed, not a list: e.g. Budget'),
-    'Plan': (lambda m: zp.Plan(m.model), 'a ChannelGraph is needed, which zp.trace returns, not a Sequential'),
+    'Plan': (lambda m: zp.Plan(m.model), 'made for a ChannelGraph, which zp.trace returns, not for a Sequential'),
     'remove': (lambda m: m.plan.remove([0], '0'), 'a group is given by its name, a text, not by a list'),
     'compose': (lambda m: m.plan.compose(None), r'a Plan is needed, not None: .*plan.compose\(later\)'),
     'heatmap': (lambda m: zp.heatmap(m.model, None, m.x, graph=m.pruner), 'a ChannelGraph is needed.*Give its .graph'),

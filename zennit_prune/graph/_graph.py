@@ -97,11 +97,11 @@ def check_layernorm(layernorm: str) -> None:
                          "over, nor 'surviving', which takes its statistics over those that are left.")
 
 
-def check_graph(given: object) -> None:
+def check_graph(given: object, needed: str = 'a {} is needed, which zp.trace returns, not {}') -> None:
     '''Refuse anything but a graph, and name the graph that the object has.'''
     if not isinstance(given, ChannelGraph):
         hint = ' Give its .graph.' if isinstance(getattr(given, 'graph', None), ChannelGraph) else ''
-        raise PruneError(f'a ChannelGraph is needed, which zp.trace returns, not {shown(given)}.{hint}')
+        raise PruneError(f'{needed.format("ChannelGraph", shown(given))}.{hint}')
 
 
 class ChannelGraph:

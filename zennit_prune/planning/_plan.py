@@ -104,7 +104,7 @@ class Plan:
     @names_options()
     def __init__(self, graph: ChannelGraph, removed: Mapping[str, Iterable[int]] | None = None,
                  reliability: Reliability | None = None, timing: Timing | None = None):
-        check_graph(graph)
+        check_graph(graph, 'a plan is made for a {}, which zp.trace returns, not for {}')
         self.graph, self.reliability, self.timing = graph, reliability, timing
         if removed is not None and not isinstance(removed, Mapping):
             raise PruneError(f'removals are positions by group name, a dict, not {shown(removed)}.')
