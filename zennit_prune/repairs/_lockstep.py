@@ -44,7 +44,10 @@ class Left(BaseException):
 
 def _surroundings(inputs: Any) -> list[AbstractContextManager[Any]]:
     '''Return the default device of this thread and, on a GPU, its stream: another thread begins without them.'''
-    default = torch.get_default_device()
+    try:
+        default = torch.get_default_device()
+    except AttributeError:  # of torch 2.4, where the default was set and taken back
+        default = torch.device('cpu')
     found: list[AbstractContextManager[Any]] = [] if default.type == 'cpu' else [default]
     device = next((tensor.device for tensor in tensors_in(inputs)), default)
     if device.type == 'cuda':
