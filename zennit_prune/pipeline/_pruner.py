@@ -124,15 +124,11 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
         >>> with pruner.collector() as collector:
-        ...     collector.update(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))
-        >>> collector.compute()['0'].shape
-        torch.Size([4])
+        ...     collector.update(images, labels)
+        >>> collector.compute()['conv1'].shape
+        torch.Size([8])
         '''
         return Collector(self.graph, self.model, self.composite, aggregate, initial, criterion=criterion, **options)
 
@@ -162,12 +158,8 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
-        >>> pruner.preflight(torch.ones(2, 3, 8, 8)).problems
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> pruner.preflight(images[:2]).problems
         ()
         '''
         return preflight(self.model, self.composite, self.graph._recording, x, target, initial)
@@ -233,14 +225,10 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
-        >>> relevance = pruner.collect((torch.ones(8, 3, 8, 8), torch.arange(8) % 2))
-        >>> relevance['0'].shape, relevance.info['samples']
-        (torch.Size([4]), 8)
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> relevance = pruner.collect(loader)
+        >>> relevance['conv1'].shape, relevance.info['samples']
+        (torch.Size([8]), 8)
         '''
         check_criterion(criterion)
         check_scoring(criterion, aggregate=aggregate, initial=initial, classes=classes, attributor=attributor,
@@ -295,14 +283,10 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8))
-        >>> plan = pruner.plan(zp.Relevance({'0': [0.3, 0.1, 0.4, 0.2]}), zp.Budget(channels=0.5))
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> plan = pruner.plan(zp.Relevance({'conv2': [0.3, 0.1, 0.4, 0.2, 0.6, 0.5]}), zp.Budget(channels=12))
         >>> dict(plan.removed)
-        {'0': (1, 3)}
+        {'conv2': (1, 3)}
         '''
         check_budget(budget)
         check_table(latencies)
@@ -398,14 +382,10 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
-        >>> result = pruner.prune((torch.ones(8, 3, 8, 8), torch.arange(8) % 2), zp.Budget(flops=0.5), repair='none')
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
+        >>> result = pruner.prune(loader, zp.Budget(channels=0.5), repair='none')
         >>> result
-        Result(Sequential, Plan(2 channels of 1 groups removed), 1 steps: Budget(flops=0.5) is reached.)
+        Result(Sequential, Plan(7 channels of 2 groups removed), 1 steps: Budget(channels=0.5) is reached.)
         '''
         began = time.perf_counter()
         if 'step' in self._defaults:
@@ -481,14 +461,10 @@ class Pruner:
 
         Examples
         --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import zennit_prune as zp
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
-        >>> pruner = zp.Pruner(model, None, torch.ones(1, 3, 8, 8), progress=False)
+        >>> pruner = zp.Pruner(model, None, example, progress=False)
         >>> result = pruner.iterate((), zp.Budget(channels=0.5), step=0.25, criterion='l1', repair='none')
-        >>> [step.left['channels'] for step in result.history]
-        [1.0, 0.75, 0.5]
+        >>> [f'{step.left["channels"]:.0%}' for step in result.history]
+        ['100%', '71%', '50%']
         '''
         recipe = self._recipe(budget, criterion, repair, seed, verify, progress, options)
         held = list(loader) if isinstance(loader, Iterator) else loader
