@@ -9,7 +9,7 @@ import inspect
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -188,6 +188,12 @@ def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
     if 'options' in vars(function):
         return tuple(vars(function)['options'])
     return tuple(_optional(inspect.signature(function).parameters.values()))
+
+
+def options_for(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    '''Return those of some options that a function or class has.'''
+    known = options_of(function)
+    return {name: value for name, value in options.items() if name in known}
 
 
 def check_names(called: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from ..errors import PruneError, names_options, options_of, shown, unknown
+from ..errors import PruneError, names_options, options_for, options_of, shown, unknown
 from ..graph._graph import ChannelGraph
 from ..planning._allocate import check_limits
 from ..planning._cost import Budget
@@ -77,7 +77,7 @@ def check_criterion(criterion: object, automatic: bool = False) -> None:
 
 def check_scoring(criterion: object, **options: Any) -> None:
     '''Refuse wrong values of the options of :meth:`Pruner.collect`, whatever the network and the data are.'''
-    settings = {name: value for name, value in options.items() if name in options_of(check_settings)}
+    settings = options_for(check_settings, options)
     found = check_settings(**{**settings, 'criterion': criterion if uses_data(criterion) else 'relevance'})
     initial = options.get('initial', 'auto')
     check_target(options.get('target'), found.initial if initial == 'auto' else initial)
@@ -89,4 +89,4 @@ def check_values(budget: object, criterion: object = 'relevance', repair: object
     check_criterion(criterion, automatic=True)
     checked_method(repair, 'repair')
     check_scoring(criterion, **options)
-    check_limits(**{name: value for name, value in options.items() if name in options_of(check_limits)})
+    check_limits(**options_for(check_limits, options))

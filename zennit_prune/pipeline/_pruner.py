@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
-from ..errors import PruneError, names_options, options_of, unknown, warn
+from ..errors import PruneError, names_options, options_for, options_of, unknown, warn
 from ..graph._graph import check_layernorm, trace
 from ..looking._heatmap import Channel, heatmap
-from ..planning._allocate import allocate, check_reachable
+from ..planning._allocate import allocate, check_limits, check_reachable
 from ..planning._cost import Budget, cost_model
 from ..planning._latency import LatencyModel, LatencyTable, check_table, timed
 from ..planning._plan import Plan
@@ -475,12 +475,11 @@ class Pruner:
         '''Return the recipe of a run, after a check of all that can be known without data.'''
         check_values(budget, criterion, repair, **options)
         check_table(options.get('latencies'))
-        planning: dict[str, Any] = {name: value.item() if isinstance(value, np.integer) else value
-                                    for name, value in options.items() if name in options_of(Pruner.plan)}
+        planning = {name: value.item() if isinstance(value, np.integer) else value
+                    for name, value in options_for(Pruner.plan, options).items()}
         collecting = {name: value for name, value in options.items() if name not in planning}
         if self.graph.groups:
-            limits = {name: planning[name] for name in ('min_channels', 'min_share', 'round_to') if name in planning}
-            check_reachable(self.graph, budget, **limits)
+            check_reachable(self.graph, budget, **options_for(check_limits, planning))
         return Recipe(self, budget, criterion, repair, checked_seed(seed), verify, self._shows(progress), collecting,
                       planning)
 

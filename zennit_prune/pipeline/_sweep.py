@@ -14,9 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import PruneError, check_names, options_of, shown
+from ..errors import PruneError, check_names, options_for, options_of, shown
 from ..planning._allocate import check_limits
-from ..planning._cost import UNIT_NAMES, Budget, cost_model
+from ..planning._cost import UNIT_NAMES, Budget
 from ..planning._plan import Plan
 from ..relevance._relevance import Relevance
 from ..repairs._repair import checked_method, repaired
@@ -28,6 +28,7 @@ from ..util._networks import copied, device_of, tensors_by_module
 from ._options import AnyCriterion, check_criterion, check_scoring, takes_options
 from ._pruner import Pruner
 from ._result import evaluated
+from ._step import shares_left
 
 FORMAT = 'zennit_prune sweep'
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#999999')
@@ -405,7 +406,7 @@ def sweep(pruner: Pruner, loader: Any, evaluate: Callable[[nn.Module], float], b
     for method in repairs:
         checked_method(method, 'repairs')
     check_scoring('relevance', **collect)
-    check_limits(**{name: value for name, value in plan.items() if name in options_of(check_limits)})
+    check_limits(**options_for(check_limits, plan))
     _several('seeds', seeds)
     _several('budgets', budgets)
     seeds = list(map(int, seeds))
@@ -507,9 +508,7 @@ def _left(plan: Plan, budget: Budget) -> float:
     '''Return the share of the network that a plan leaves.'''
     if plan.timing is not None:
         return plan.timing.left
-    costs = cost_model(plan.graph)
-    counts = costs.counts(plan.removed)
-    return costs(budget.unit, counts) / costs(budget.unit, 0 * counts)
+    return shares_left(plan)[budget.unit]
 
 
 def _value(evaluate: Callable[[nn.Module], float], network: nn.Module) -> float:
