@@ -17,7 +17,7 @@ from ..pipeline._step import costs_left
 from ..planning._cost import Budget
 from ..planning._plan import Plan
 from ..planning._storage import save
-from ..relevance._attribute import main_output
+from ..relevance._outputs import chosen_output
 from ..relevance._relevance import Relevance
 from ..repairs._references import References
 from ..repairs._repair import repair
@@ -137,7 +137,7 @@ def _score(job: Job, network: nn.Module, chosen: Sequence[int]) -> Score:
     predicted = [torch.zeros(0, dtype=torch.long, device='cpu')]
     with torch.no_grad():
         for batch in job.images(chosen, labelled=False).loader(job.options.batch):
-            predicted.append(main_output(network(batch.to(job.device))).argmax(1).cpu())
+            predicted.append(chosen_output(network(batch.to(job.device))).argmax(1).cpu())
     found, truth = torch.cat(predicted), job.images(chosen).targets
     right = found == torch.tensor(truth, device='cpu') if truth else None
     return Score(found, None if right is None else float(right.float().mean()))
@@ -192,7 +192,7 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
     inputs, target, names = _shown(job, SHOWN)
     if isinstance(target, str):  # of the original: both rows explain the same output
         with torch.no_grad():
-            target = main_output(job.network(inputs)).argmax(1)
+            target = chosen_output(job.network(inputs)).argmax(1)
     rows = {'before': job.pruner.heatmap(inputs, target), name: heatmap(network, job.pruner.composite, inputs, target)}
     captions = [(Path(name).parent.name or Path(name).name)[-20:] for name in names]
     heatmap_image(job.prepare.shown(inputs), rows, path, captions)

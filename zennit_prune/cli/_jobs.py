@@ -17,7 +17,8 @@ from ..pipeline._presets import zplus
 from ..pipeline._pruner import Pruner
 from ..planning._cost import Budget
 from ..planning._plan import Plan
-from ..relevance._attribute import main_output, recommended_composite
+from ..relevance._attribute import recommended_composite
+from ..relevance._outputs import chosen_output
 from ..util._display import some
 from ._images import Images, class_outputs, find_images, preparation, split
 from ._sources import Source, build, categories, load_weights, weights_url
@@ -189,10 +190,11 @@ class Job:
         '''Decide which output belongs to which folder, and say so.'''
         with torch.no_grad():
             try:
-                output = main_output(self.network(example))
+                returned = self.network(example)
             except Exception as error:
                 raise PruneError(f'the network does not run with an image of shape {tuple(example.shape)}: '
                                  f'{type(error).__name__}: {error}') from error
+        output = chosen_output(returned)
         if output.dim() != 2:
             raise PruneError(f'the network returns shape {tuple(output.shape)} for one image: the command line is for '
                              'classifiers, (N, classes); use the Python interface for others.')

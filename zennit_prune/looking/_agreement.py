@@ -9,7 +9,8 @@ from torch import nn
 
 from ..errors import PruneError, names_options
 from ..relevance._attribute import Rules
-from ..relevance._initial import Initial, initial_relevance
+from ..relevance._initial import Initial, Origin
+from ..relevance._outputs import Output, check_output
 from ..relevance._relevance import spearman
 from ..util._display import table
 from ..util._networks import unwrapped
@@ -93,7 +94,7 @@ class Agreement:
 
 @names_options()
 def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: Any, target: Any = 'predicted',
-              initial: Initial = 'one-hot') -> Agreement:
+              initial: Initial = 'one-hot', *, output: Output = None) -> Agreement:
     '''Compare the heatmaps of a network with those of a masked, pruned or repaired version of it.
 
     Parameters
@@ -109,10 +110,14 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
         The inputs, shape (N, C, H, W).
     target: torch.Tensor, callable or ``'predicted'``
         The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`. ``'predicted'`` is the
-        prediction of the original, for both networks. For a regression, give a function.
+        prediction of the original, for both networks.
     initial: str or callable
         The relevance at the target, as in :func:`zennit_prune.heatmap`. It is computed from the output of the original
-        for both networks: ``'logit'`` is the original's logit, and functions are called with its output.
+        for both networks: ``'logit'`` is the original's logit, and functions are called with its output. For a
+        regression, give ``'value'``.
+    output: int, str or callable, optional
+        The output that relevance starts from, where the networks return several tensors; see
+        :func:`zennit_prune.heatmap`.
 
     Returns
     -------
@@ -150,23 +155,21 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
         raise PruneError(f'the networks are given in the other order: the first one has {sizes[0]:,} parameters, the '
                          f'second one {sizes[1]:,}. The order is agreement(model, small, composite, x): the original '
                          'first.')
-    started: list[torch.Tensor] = []
+    check_output(output)
+    origin = Origin(target, initial, output, inputs=x)
+    before, scores = explained(model, composite, x, origin)
+    started = origin.relevance(scores)
 
-    def start(output: torch.Tensor) -> torch.Tensor:
-        started.append(initial_relevance(output, target, initial))
-        return started[0]
+    def again(after: torch.Tensor) -> torch.Tensor:
+        if after.shape != started.shape:
+            raise PruneError(f'the networks cannot be compared: their outputs have shapes {tuple(started.shape)} '
+                             f'and {tuple(after.shape)}. Give the original and a pruned or masked version of it.')
+        return started.to(after)
 
-    def again(output: torch.Tensor) -> torch.Tensor:
-        if output.shape != started[0].shape:
-            raise PruneError(f'the networks cannot be compared: their outputs have shapes {tuple(started[0].shape)} '
-                             f'and {tuple(output.shape)}. Give the original and a pruned or masked version of it.')
-        return started[0].to(output)
-
-    before, output = explained(model, composite, x, start)
-    after, output_after = explained(small, composite, x, again)
+    after, scores_after = explained(small, composite, x, Origin(again, output=output, inputs=x))
     if before.dim() < 2:
         raise PruneError(f'the heatmaps have shape {tuple(before.shape)}: give a batch of inputs, the samples first.')
-    predicted = _predicted(output), _predicted(output_after)
+    predicted = origin.predicted(scores).cpu(), origin.predicted(scores_after).cpu()
     same = (predicted[0] == predicted[1]).reshape(len(before), -1).all(1)
     difference = after - before
     left, right = before.double().flatten(1), after.double().flatten(1)
@@ -175,12 +178,6 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
     scale = torch.stack([maps.flatten(1).abs().amax(1) for maps in (before, after, difference)]).amax(0)
     return Agreement(_cosine(left, right), _rank(left, right), same, predicted, variation, before, after, difference,
                      scale, order)
-
-
-def _predicted(output: torch.Tensor) -> torch.Tensor:
-    '''Return the class of the largest output; 0 where the output is a single number.'''
-    output = output.detach().cpu()
-    return (output.unsqueeze(1) if output.dim() == 1 else output).argmax(1)
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from ..graph._graph import ChannelGraph
 from ..planning._cost import cost_model
 from ..planning._plan import Plan
 from ..planning._storage import load, save
+from ..relevance._initial import Initial
+from ..relevance._outputs import Output
 from ..relevance._preflight import Preflight
 from ..relevance._relevance import Relevance, Reliability
 from ..surgery._verify import compare, evaluating, noise
@@ -40,7 +42,8 @@ class Subject(Protocol):
     graph: ChannelGraph
     progress: bool
 
-    def preflight(self, x: Any, target: Any = 'predicted') -> Preflight:
+    def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *, output: Output = None
+                  ) -> Preflight:
         '''Check whether relevance is sound on this network.'''
 
 
@@ -203,7 +206,8 @@ def locked_by_reason(graph: ChannelGraph) -> dict[str, list[str]]:
     return found
 
 
-def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target: Any) -> list[Check]:
+def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target: Any,
+           initial: Initial = 'one-hot', output: Output = None) -> list[Check]:
     '''Check that the plan is exact, that a saved network loads unchanged, and that relevance is conserved.
 
     A check that fails is reported, not raised.
@@ -235,7 +239,7 @@ def checks(pruner: Subject, plan: Plan, small: nn.Module | None, x: Any, target:
 
     def sound() -> str:
         count = min(PREFLIGHT, len(x))
-        found = pruner.preflight(x[:count], 'predicted' if target is None else target[:count])
+        found = pruner.preflight(x[:count], 'predicted' if target is None else target[:count], initial, output=output)
         if found.problems:
             raise PruneError(' '.join(found.problems))
         return f'Checked on {count} images: no operation adds or loses relevance.'

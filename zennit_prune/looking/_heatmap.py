@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from ..relevance._attribute import (
     call_network,
     checked_composite,
     differentiable,
-    main_output,
     propagate,
 )
 from ..relevance._canonize import GraphCanonizer
-from ..relevance._initial import Initial, initial_relevance
+from ..relevance._initial import Initial, Origin
+from ..relevance._outputs import Output, check_output
 from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
 from ..util._loaders import batch_size, only
@@ -35,8 +35,8 @@ Channel = tuple[str | ChannelGroup, int | Sequence[int]]  # a group, and one pos
 
 @names_options()
 def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'predicted',
-            initial: Initial = 'one-hot', *, channel: Channel | None = None, graph: ChannelGraph | None = None
-            ) -> torch.Tensor:
+            initial: Initial = 'one-hot', *, channel: Channel | None = None, graph: ChannelGraph | None = None,
+            output: Output = None) -> torch.Tensor:
     '''Compute the relevance of every input pixel, summed over the input's channels.
 
     With ``channel``, only the relevance that flows through single channels of the network is shown. The relevance that
@@ -57,15 +57,18 @@ def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'pr
         The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, or a dict of keyword arguments.
     target: torch.Tensor, callable or ``'predicted'``
         Class indices of shape (N,), rows of the output's shape, or a function from the output to the relevance at the
-        output.
+        output; see :func:`zennit_prune.relevance.initial_relevance`.
     initial: str or callable
         The relevance at the target: ``'one-hot'``, ``'logit'``, ``'softmax'``, ``'contrastive'``, ``'cross-entropy'``,
-        or a function of the output.
+        ``'value'`` for regressions, or a function of the output.
     channel: tuple of (str or ChannelGroup, int or sequence of int), optional
         A group and a position in it, e.g. ``('layer1.0.conv1', 3)``, or several positions, ``('layer1.0.conv1', [3,
         5])``. The group is given as such, by its name, or by the name of a layer that belongs to one group only.
     graph: ChannelGraph, optional
         An earlier trace of this network, so that it need not be traced again.
+    output: int, str or callable, optional
+        The output that relevance starts from, where the network returns several tensors: an index, a key or attribute,
+        or a function of what it returns, whose result has its classes in dimension 1.
 
     Returns
     -------
@@ -110,22 +113,24 @@ def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'pr
     '''
     if graph is not None:
         check_graph(graph)
+    check_output(output)
+    origin = Origin(target, initial, output, inputs=x)
     if channel is not None:
-        return _through_channels(model, composite, x, target, initial, channel, graph)
-    return explained(model, composite, x, lambda output: initial_relevance(output, target, initial), graph)[0]
+        return _through_channels(model, composite, x, origin, channel, graph)
+    return explained(model, composite, x, origin, graph)[0]
 
 
-def explained(model: nn.Module, composite: Rules | None, x: Any, start: Callable[[torch.Tensor], torch.Tensor],
-              graph: ChannelGraph | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    '''Return the heatmaps for the relevance that ``start`` gives to the output, and the output.'''
+def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, graph: ChannelGraph | None = None
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    '''Return the heatmaps, and the output that their relevance starts from.'''
     model = unwrapped(model)
     composite = checked_composite(composite)
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
     with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
         pixels = first_floating(inputs)
-        output = main_output(call_network(network, inputs))
-        arrived, = propagate(output, start(output), [pixels])
+        output = origin.chosen(call_network(network, inputs))
+        arrived, = propagate(output, origin.relevance(output), [pixels])
     return summed(torch.zeros_like(pixels) if arrived is None else arrived), output.detach()
 
 
@@ -145,8 +150,8 @@ def summed(relevance: torch.Tensor) -> torch.Tensor:
     return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
-def _through_channels(model: nn.Module, composite: Rules | None, x: Any, target: Any, initial: Initial,
-                      channel: Any, graph: ChannelGraph | None) -> torch.Tensor:
+def _through_channels(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, channel: Any,
+                      graph: ChannelGraph | None) -> torch.Tensor:
     '''Return the heatmaps of single channels, shape (N, H, W), or (K, N, H, W) for a sequence of positions.'''
     group, position = _checked_channel(channel)
     model = unwrapped(model)
@@ -158,7 +163,7 @@ def _through_channels(model: nn.Module, composite: Rules | None, x: Any, target:
     canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [site.place for site in sites]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
-        maps = _conditioned(attribution, sites, x, target, initial, channels, found)
+        maps = _conditioned(attribution, sites, x, origin, channels, found)
     return maps if _several(position) else maps[0]
 
 
@@ -226,7 +231,7 @@ def _positions(group: ChannelGroup, position: Any) -> list[int]:
     return channels
 
 
-def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: Any, target: Any, initial: Initial,
+def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: Any, origin: Origin,
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
     '''Return the heatmaps of several channels of a group, shape (K, N, H, W).'''
     network, taps, registered = attribution
@@ -237,14 +242,14 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
         taps.clear()
         inputs = differentiable(inputs, network)
         pixels = first_floating(inputs)
-        return pixels, main_output(call_network(network, inputs))
+        return pixels, origin.chosen(call_network(network, inputs))
 
     maps = []
     with torch.enable_grad():
         try:
             pixels, output = run(x)
             caught = dict(taps.caught)
-            arrived = propagate(output, initial_relevance(output, target, initial), list(caught.values()), True)
+            arrived = propagate(output, origin.relevance(output), list(caught.values()), True)
             relevance = {site: values.detach() for place, values in zip(caught, arrived) if values is not None
                          for site in sites if site.place == place}
             if not relevance:

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from ..errors import PruneError, names_options, shown
 from ..planning._cost import UNIT_NAMES
 from ..planning._plan import Plan
+from ..relevance._initial import Initial, check_initial
+from ..relevance._outputs import Output, check_output
 from ..relevance._relevance import Relevance, Reliability
 from ..util._display import needed, some
 from ..util._files import check_folder, refuse_path_first, write_text
@@ -90,9 +92,10 @@ class Page:
 
 @names_options()
 def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: Any = None, target: Any = None,
-           path: str | os.PathLike[str] = 'report.html', *, small: nn.Module | None = None,
-           display: torch.Tensor | None = None, class_names: Sequence[str] | None = None,
-           image_names: Sequence[str] | None = None, sweep: Curved | None = None,
+           path: str | os.PathLike[str] = 'report.html', *, initial: Initial = 'one-hot',
+           output: Output = None, small: nn.Module | None = None, display: torch.Tensor | None = None,
+           class_names: Sequence[str] | None = None, image_names: Sequence[str] | None = None,
+           sweep: Curved | None = None,
            evaluation: Mapping[str, tuple[Any, Any]] | None = None, references: Any = None,
            commands: Sequence[str] | None = None, max_images: int = 16, title: str | None = None,
            progress: bool | None = None) -> None:
@@ -116,6 +119,11 @@ def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: A
         Their class indices, shape (N,); by default, the classes that the network predicts.
     path: path-like
         The file to write. It appears when it is complete.
+    initial: str or callable
+        The relevance at the target, see :func:`zennit_prune.heatmap`; ``'value'`` for regressions.
+    output: int, str or callable, optional
+        The output that relevance starts from, where the network returns several tensors; see
+        :func:`zennit_prune.heatmap`.
     small: torch.nn.Module, optional
         The pruned network, repaired or trained further; by default, the original with the channels masked.
     display: torch.Tensor, optional
@@ -173,7 +181,8 @@ def report(pruner: Subject, plan: Plan, relevance: Relevance | None = None, x: A
     _check_kinds(pruner, plan, relevance)
     jinja2 = needed('jinja2', 'report', 'report()')
     check_folder(path)
-    images = _checked(pruner, plan, x, target, display, class_names, image_names, max_images)
+    images = _checked(pruner, plan, x, target, display, class_names, image_names, max_images, initial,
+                      output)
     page = _page(pruner, plan, relevance, images, small, references, sweep, evaluation, commands or (), title,
                  pruner.progress if progress is None else progress)
     environment = jinja2.Environment(loader=jinja2.PackageLoader('zennit_prune.looking'), autoescape=True,
@@ -197,9 +206,9 @@ def _page(pruner: Subject, plan: Plan, relevance: Relevance | None, images: Imag
         heatmaps = heatmap_section(pruner, plan, small, images)
         bar.update()
         classes = class_section(plan, relevance, images)
-        risk = risk_section(pruner, plan, relevance, references, images.class_name)
+        risk = risk_section(pruner, plan, relevance, references, images)
         bar.update()
-        checks = findings.checks(pruner, plan, small, images.x, images.target)
+        checks = findings.checks(pruner, plan, small, images.x, images.target, images.initial, images.output)
         bar.update()
         origin = findings.origin(pruner, plan, relevance, small)
         bar.update()
@@ -263,7 +272,7 @@ def _check_kinds(pruner: object, plan: object, relevance: object) -> None:
 
 
 def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, class_names: Any, image_names: Any,
-             max_images: Any) -> Images:
+             max_images: Any, initial: Initial, output: Output) -> Images:
     '''Return the images of the report, after a check that the arguments fit each other.'''
     if plan.graph is not pruner.graph and plan.graph.groups != pruner.graph.groups:
         raise PruneError('the plan was made from another trace than the pruner: read it with '
@@ -273,9 +282,11 @@ def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, cla
     if x is not None and (not isinstance(x, torch.Tensor) or x.dim() != 4 or not len(x)):
         what = f'shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
         raise PruneError(f'x is {what}: give images, a tensor of shape (N, C, H, W).')
+    check_initial(initial)
+    check_output(output)
     if x is None and any(value is not None for value in (target, display, image_names)):
         raise PruneError('target=, display= and image_names= describe images: give x= with them.')
     for name, value in (('target', target), ('display', display), ('image_names', image_names)):
         if x is not None and value is not None and not isinstance(value, str) and len(value) != len(x):
             raise PruneError(f'{name} has {len(value)} entries for {len(x)} images: give one for each.')
-    return Images(x, target, display, list(class_names or ()), list(image_names or ()), max_images)
+    return Images(x, target, display, list(class_names or ()), list(image_names or ()), max_images, initial, output)

@@ -1,7 +1,7 @@
 '''The sections of a report that show images: heatmaps before and after, losses by class, and channels at risk.'''
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils.data import RandomSampler
 from ..errors import PruneError
 from ..planning._plan import Plan
 from ..planning._risk import Risk
+from ..relevance._initial import Initial
+from ..relevance._outputs import Output
 from ..relevance._relevance import Relevance
 from ..util._loaders import batch_size, batches
 from ..util._networks import device_of
@@ -41,6 +43,8 @@ class Images:
     classes: list[str]
     names: list[str]
     most: int
+    initial: Initial = 'one-hot'
+    output: Output = None
 
     def shown(self, number: int) -> str:
         '''Return an image as a data URI.'''
@@ -99,7 +103,7 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
         return None
     after = plan.masked(pruner.model) if small is None else small
     target = 'predicted' if images.target is None else images.target
-    found = agreement(pruner.model, after, pruner.composite, images.x, target)
+    found = agreement(pruner.model, after, pruner.composite, images.x, target, images.initial, output=images.output)
     turns = found.same & (found.total_variation > CHANGED)
     order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
     shown = [_image_heatmaps(number, found, images) for number in order[:images.most]]
@@ -185,15 +189,15 @@ Samples = dict[int, tuple[torch.Tensor, int | None]]
 
 
 def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, references: Any,
-                 names: Callable[[int], str]) -> RiskSection | None:
+                 images: Images) -> RiskSection | None:
     '''Return the channels at the largest risk; None where no reference samples were kept or given.
 
     Parameters
     ----------
     pruner, plan, relevance, references:
         See :func:`zennit_prune.report`.
-    names: callable
-        A function from the index of a class to its name.
+    images: Images
+        The names of classes, and where relevance starts.
 
     Raises
     ------
@@ -212,7 +216,7 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
     samples = _samples(references, {number for numbers in shown.values() for number in numbers} |
                        {risk.sample for risk in risks})
     _check_order(risks, samples)
-    drawn = {key: _excerpts(pruner, *key, numbers, samples, names) for key, numbers in shown.items()}
+    drawn = {key: _excerpts(pruner, *key, numbers, samples, images) for key, numbers in shown.items()}
 
     def channel(group: str, position: int, removed: bool, text: str) -> Channel:
         scores = relevance[group]
@@ -222,7 +226,7 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
 
     pairs = []
     for risk in risks:
-        whose = '' if risk.class_ < 0 else f' ({names(risk.class_)})'
+        whose = '' if risk.class_ < 0 else f' ({images.class_name(risk.class_)})'
         removed = channel(risk.group, risk.channel, True,
                           f"but {risk.value:.0%} of the group's relevance for reference {risk.sample}{whose}.")
         beside = kept[risk.group]
@@ -252,7 +256,8 @@ def _samples(references: Any, wanted: Collection[int]) -> Samples:
     for inputs, target in batches(references):
         if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
             raise PruneError('references are shown as images: give a loader of tensors of shape (N, C, H, W).')
-        labels = target if isinstance(target, torch.Tensor) and target.dim() == 1 else None
+        classes = isinstance(target, torch.Tensor) and target.dim() == 1 and not target.is_floating_point()
+        labels = target if classes else None
         for index in range(batch_size(inputs)):
             if first + index in wanted:
                 found[first + index] = inputs[index], None if labels is None else int(labels[index])
@@ -274,21 +279,22 @@ def _check_order(risks: Collection[Risk], samples: Samples) -> None:
 
 
 def _excerpts(pruner: Subject, group: str, channel: int, numbers: list[int], samples: Samples,
-              names: Callable[[int], str]) -> list[Excerpt]:
+              images: Images) -> list[Excerpt]:
     '''Return parts of reference samples around the relevance of a channel.'''
     if not numbers:
         return []
     x = torch.stack([samples[number][0] for number in numbers]).to(device_of(pruner.model))
     labels = [samples[number][1] for number in numbers]
     target: Any = 'predicted' if None in labels else torch.tensor(labels, device=x.device)
-    maps = heatmap(pruner.model, pruner.composite, x, target, channel=(group, channel), graph=pruner.graph)
+    maps = heatmap(pruner.model, pruner.composite, x, target, images.initial, channel=(group, channel),
+                   graph=pruner.graph, output=images.output)
     found = []
     for number, image, label, values in zip(numbers, x, labels, maps):
         rows, columns = _box(values)
         part = values[rows, columns]
         scale = full_colour(part[None], LARGEST)
         drawn = picture(image[:, rows, columns], largest=LARGEST), heat(part, scale, largest=LARGEST)
-        caption = f'{number}' if label is None else f'{number}, {names(label)}'
+        caption = f'{number}' if label is None else f'{number}, {images.class_name(label)}'
         found.append(Excerpt(*drawn, caption, max(part.shape) <= SMALL))
     return found
 

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._attribute import call_network, main_output
+from ..relevance._attribute import call_network
 from ..relevance._initial import check_labels
+from ..relevance._outputs import Output, check_output, chosen_output, class_dimension, classes_second
 from ..util._isolation import seeded
 from ..util._loaders import batch_size, batches, held_out, many_times
 from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
@@ -32,8 +33,9 @@ Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 @torch.inference_mode(False)
 def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer: str = 'sgd', lr: float | None = None,
              teacher: nn.Module | None = None, temperature: float = 4.0, loss: Loss | None = None,
-             validation: float | Iterable[Any] | None = None, patience: int = 3, clip: float = 1.0, seed: int = 0,
-             callback: Callable[[dict[str, float]], object] | None = None, progress: bool = True) -> nn.Module:
+             output: Output = None, validation: float | Iterable[Any] | None = None, patience: int = 3,
+             clip: float = 1.0, seed: int = 0, callback: Callable[[dict[str, float]], object] | None = None,
+             progress: bool = True) -> nn.Module:
     '''Train a copy of a network, briefly.
 
     SGD with momentum (or AdamW) under a cosine schedule after a short warm-up; gradients are clipped; mixed precision
@@ -58,7 +60,11 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     temperature: float
         The number that outputs are divided by before they are compared with the teacher's.
     loss: callable, optional
-        From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy.
+        From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy, which is the
+        binary one for an output of a single column and labels 0 and 1.
+    output: int, str or callable, optional
+        The output that is trained, where the network returns several tensors: an index, a key or attribute, or a
+        function of what it returns. By default, the one that is called ``'logits'`` or ``'out'``, or the only one.
     validation: float or iterable, optional
         A loader to validate on after every epoch, or the share of ``loader`` to hold out for that: samples of tensors
         and of a ``DataLoader``, whole batches of others.
@@ -98,6 +104,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
     '''
     if optimizer not in OPTIMIZERS:
         raise unknown('optimizer', optimizer, OPTIMIZERS)
+    check_output(output)
     for name, count in (('epochs', epochs), ('patience', patience)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise PruneError(f'{name}={count!r}: give a whole number of epochs from 1 on.')
@@ -117,7 +124,7 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
         kind, defaults = OPTIMIZERS[optimizer]
         steps = kind(parameters, **{**defaults, **({} if lr is None else {'lr': lr})})
         schedule = torch.optim.lr_scheduler.LambdaLR(steps, _Cosine(epochs * _count(train)))
-        objective = _Objective(network, teacher, temperature, loss)
+        objective = _Objective(network, teacher, temperature, loss, output)
         best, since, kept = (None if unseen is None else objective.mean(unseen)), 0, _values(network)
         for epoch in trange(epochs, desc='fine-tuning', leave=False, disable=not progress):
             said = {'epoch': epoch + 1, 'loss': objective.epoch(train, steps, schedule, clip)}
@@ -140,8 +147,9 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
 class _Objective:
     '''The loss of a network on a batch, and an update that lowers it.'''
 
-    def __init__(self, network: nn.Module, teacher: nn.Module | None, temperature: float, loss: Loss | None):
-        self.network, self.temperature, self.loss = network, temperature, loss
+    def __init__(self, network: nn.Module, teacher: nn.Module | None, temperature: float, loss: Loss | None,
+                 output: Output = None):
+        self.network, self.temperature, self.loss, self.output = network, temperature, loss, output
         device = self.device = next(network.parameters()).device
         self.teacher = None if teacher is None else copied(unwrapped(teacher)).eval().requires_grad_(False).to(device)
         mixed = device.type == 'cuda' and all(parameter.dtype == torch.float32 for parameter in network.parameters())
@@ -152,10 +160,10 @@ class _Objective:
     def __call__(self, inputs: Any, labels: Any) -> torch.Tensor:
         inputs, labels = map_tensors(lambda tensor: tensor.to(self.device), (inputs, labels))
         with self.mixed:
-            output = main_output(call_network(self.network, inputs))
+            output = chosen_output(call_network(self.network, inputs), self.output)
             if self.teacher is not None:
                 with torch.no_grad():
-                    labels = main_output(call_network(self.teacher, inputs))
+                    labels = chosen_output(call_network(self.teacher, inputs), self.output)
         if labels is None:
             raise PruneError('there are no labels to learn: give (inputs, labels) batches, or teacher=, the unpruned '
                              'network.')
@@ -163,7 +171,7 @@ class _Objective:
         if self.loss is not None:
             return self.loss(output, labels)
         if self.teacher is None:
-            return F.cross_entropy(output, _checked(labels, output))
+            return _cross_entropy(output, labels, inputs, callable(self.output))
         if output.dim() < 2 or output.shape[1] == 1:  # no classes, whose probabilities could be compared
             return F.mse_loss(output, labels.to(output.dtype))
         soft, wanted = ((values / self.temperature).log_softmax(1) for values in (output, labels.to(output.dtype)))
@@ -217,15 +225,18 @@ class _Objective:
         return total / samples
 
 
-def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
-    '''Return labels as a tensor, after a check that classes are among those of the output.'''
+def _cross_entropy(output: torch.Tensor, labels: Any, inputs: Any, given: bool) -> torch.Tensor:
+    '''Return the cross-entropy for labels that are among the classes of the output; the binary one for one column.'''
     labels = torch.as_tensor(labels, device=output.device)
-    if output.dim() < 2:
-        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
-                         'outputs and labels.')
+    scores = classes_second(output, class_dimension(output, labels, inputs, given=given))
+    if scores.shape[1] == 1:
+        if labels.numel() != scores.numel() or not ((labels == 0) | (labels == 1)).all():
+            raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
+                             'outputs and labels, or labels that are all 0 or 1.')
+        return F.binary_cross_entropy_with_logits(scores, labels.reshape(scores.shape).to(scores.dtype))
     if not labels.is_floating_point():
-        check_labels(labels[labels != IGNORED], output.shape[1])
-    return labels
+        check_labels(labels[labels != IGNORED], scores.shape[1])
+    return F.cross_entropy(scores, labels)
 
 
 class _Cosine:

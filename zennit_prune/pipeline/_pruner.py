@@ -23,7 +23,8 @@ from ..planning._workload import device_name
 from ..relevance._attribute import AttributorFactory, checked_composite
 from ..relevance._collect import Collector
 from ..relevance._criteria import Criterion, known_criterion, uses_data
-from ..relevance._initial import Initial
+from ..relevance._initial import Initial, Origin
+from ..relevance._outputs import Output, check_output
 from ..relevance._preflight import Preflight, preflight
 from ..relevance._relevance import Relevance, checked_relevance
 from ..relevance._streaming import collect
@@ -133,7 +134,8 @@ class Pruner:
         return Collector(self.graph, self.model, self.composite, aggregate, initial, criterion=criterion, **options)
 
     @takes_options()
-    def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot') -> Preflight:
+    def preflight(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *, output: Output = None
+                  ) -> Preflight:
         '''Test whether relevance is sound on this network; print the result to read it.
 
         Parameters
@@ -144,6 +146,8 @@ class Pruner:
             The classes that relevance starts at, shape (N,) or as in :func:`zennit_prune.heatmap`.
         initial: str or callable
             The relevance at the target; see :func:`zennit_prune.heatmap`.
+        output: int, str or callable, optional
+            The output that relevance starts from, where the network returns several tensors; see :meth:`collect`.
 
         Returns
         -------
@@ -162,12 +166,14 @@ class Pruner:
         >>> pruner.preflight(images[:2]).problems
         ()
         '''
-        return preflight(self.model, self.composite, self.graph._recording, x, target, initial)
+        check_output(output)
+        return preflight(self.model, self.composite, self.graph._recording, x,
+                         Origin(target, initial, output, inputs=x))
 
     @takes_options()
     def collect(self, loader: Iterable[Any], criterion: AnyCriterion = 'relevance', aggregate: str = 'auto',
-                initial: Initial = 'auto', seed: int = 0, progress: bool | None = None, *, target: Any = None,
-                classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
+                initial: Initial = 'auto', output: Output = None, seed: int = 0, progress: bool | None = None, *,
+                target: Any = None, classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                 nonfinite: str = 'error', checkpoint: str | os.PathLike[str] | None = None,
                 exemplars: int = 0) -> Relevance:
         '''Score every channel on reference data.
@@ -191,7 +197,11 @@ class Pruner:
             depends on the rules.
         initial: str or callable
             The relevance at the output, see :class:`zennit_prune.relevance.Collector`. ``'auto'`` is ``'one-hot'`` for
-            relevance; the gradients of other criteria start from the cross-entropy.
+            relevance; the gradients of other criteria start from the cross-entropy. For a regression, ``'value'``.
+        output: int, str or callable, optional
+            The output that relevance starts from, where the network returns several tensors: an index, a key or
+            attribute (``'logits'``), or a function of what it returns, whose result has its classes in dimension 1. By
+            default, the one that is called ``'logits'`` or ``'out'``, or the only one.
         seed: int
             The seed of ``'random'``, and of the noise of an Attributor.
         progress: bool, optional
@@ -232,7 +242,7 @@ class Pruner:
         '''
         check_criterion(criterion)
         check_scoring(criterion, aggregate=aggregate, initial=initial, classes=classes, attributor=attributor,
-                      nonfinite=nonfinite, seed=seed, exemplars=exemplars, target=target)
+                      nonfinite=nonfinite, seed=seed, exemplars=exemplars, target=target, output=output)
         found = criterion if callable(criterion) else known_criterion(criterion)
         if exemplars and not uses_data(found):
             raise PruneError(f'criterion={criterion!r} scores no samples, so that it has no reference samples: '
@@ -242,7 +252,7 @@ class Pruner:
         if callable(found):
             return found(self.graph, self.model, checked_seed(seed))
         collector = self.collector(aggregate, initial, criterion, classes=classes, attributor=attributor,
-                                   nonfinite=nonfinite, seed=seed, exemplars=exemplars)
+                                   nonfinite=nonfinite, seed=seed, exemplars=exemplars, output=output)
         return collect(collector, loader, target, self._shows(progress), checkpoint)
 
     @takes_options()
@@ -513,7 +523,7 @@ class Pruner:
 
     @takes_options()
     def heatmap(self, x: Any, target: Any = 'predicted', initial: Initial = 'one-hot', *,
-                channel: Channel | None = None) -> torch.Tensor:
+                channel: Channel | None = None, output: Output = None) -> torch.Tensor:
         '''Compute heatmaps of the network, or of single channels, under the pruner's composite.
 
         Parameters
@@ -526,6 +536,8 @@ class Pruner:
             The relevance at the target; see :func:`zennit_prune.heatmap`.
         channel: tuple of (str or ChannelGroup, int or sequence of int), optional
             A group and one or several positions in it, e.g. ``('layer1.0.conv1', 3)``.
+        output: int, str or callable, optional
+            The output that relevance starts from, where the network returns several tensors; see :meth:`collect`.
 
         Returns
         -------
@@ -548,7 +560,8 @@ class Pruner:
         >>> pruner.heatmap(x).shape, pruner.heatmap(x, channel=('0', 2)).shape
         (torch.Size([3, 8, 8]), torch.Size([3, 8, 8]))
         '''
-        return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph)
+        return heatmap(self.model, self.composite, x, target, initial, channel=channel, graph=self.graph,
+                       output=output)
 
 
 def _rules(given: Composite | Preset | None) -> tuple[Composite, dict[str, Any]]:

@@ -28,7 +28,7 @@ from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
 from ..util._loaders import Batch
-from ..util._networks import copied, device_of, map_tensors, output_tensors, tensors_in
+from ..util._networks import copied, device_of, map_tensors, tensors_in
 from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
 
 
@@ -320,15 +320,6 @@ def call_network(network: nn.Module, inputs: Any) -> Any:
                          f'{error}') from error
 
 
-def main_output(output: Any) -> torch.Tensor:
-    '''Return the first floating-point tensor that a network returned.'''
-    for tensor in output_tensors(output):
-        if tensor.is_floating_point():
-            return tensor
-    raise PruneError('the network returns no floating-point tensor to start relevance from, but a '
-                     f'{type(output).__name__}.')
-
-
 AttributorFactory = Callable[[nn.Module], Attributor]
 
 
@@ -343,18 +334,21 @@ class Passes(nn.Module):
         Catches its tensors.
     forget: callable
         Removes the tensors and handles that the last pass left behind.
+    choose: callable
+        From what the network returns to the output that relevance starts from.
     '''
 
-    def __init__(self, network: nn.Module, reader: Reader, forget: Callable[[], None]):
+    def __init__(self, network: nn.Module, reader: Reader, forget: Callable[[], None],
+                 choose: Callable[[Any], torch.Tensor]):
         super().__init__()
-        self.network, self.reader, self.forget = network, reader, forget
+        self.network, self.reader, self.forget, self.choose = network, reader, forget, choose
         self.sums: dict[Place, torch.Tensor] = {}
         self.passes = 0
 
     def forward(self, inputs: Any) -> torch.Tensor:
         '''Run the network and wait for relevance to come back.'''
         self.forget()
-        output = main_output(call_network(self.network, inputs))
+        output = self.choose(call_network(self.network, inputs))
         for place, edge in self.reader.caught.items():
             edge.node.register_prehook(partial(self._add, place, edge.output_nr))
         if output.requires_grad:

@@ -16,10 +16,11 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from ..errors import PruneError, names_options, unknown, warn
 from ..graph._graph import ChannelGraph, check_graph
 from ..tracing._boundaries import Place
+from ..util._display import some
 from ..util._fingerprint import described, fingerprint, named
 from ..util._isolation import checked_seed
 from ..util._loaders import Batch
-from ..util._networks import device_of, tensors_by_module
+from ..util._networks import device_of, output_tensors, tensors_by_module
 from ._attribute import (
     Attribution,
     AttributorFactory,
@@ -32,13 +33,13 @@ from ._attribute import (
     call_network,
     checked_composite,
     differentiable,
-    main_output,
     propagate,
 )
 from ._canonize import GraphCanonizer
 from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
-from ._initial import Initial, check_initial, checked_classes, of_classes, shares, starts
+from ._initial import Initial, Origin, check_initial, checked_classes, of_classes, shares
+from ._outputs import Output, check_output
 from ._relevance import Relevance
 from ._sites import ActivationSite
 from ._sums import Selection, Sums
@@ -107,6 +108,10 @@ class Collector:
         :class:`zennit_prune.relevance.Criterion` of your own.
     classes: iterable of int, optional
         Count only samples with one of these labels; predictions and rivals are chosen among these classes.
+    output: int, str or callable, optional
+        The output that relevance starts from, where the network returns several tensors: an index, a key or attribute
+        (``'logits'``), or a function of what it returns, whose result has its classes in dimension 1. By default, the
+        one that is called ``'logits'`` or ``'out'``, or the only one.
     attributor: callable, optional
         One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient:
         relevance is the mean over its passes.
@@ -162,10 +167,11 @@ class Collector:
 
     @names_options()
     def __init__(self, graph: ChannelGraph, model: nn.Module, composite: Rules | None, aggregate: str = 'auto',
-                 initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance',
+                 initial: Initial = 'auto', *, criterion: str | Criterion = 'relevance', output: Output = None,
                  classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
                  nonfinite: str = 'error', seed: int = 0, exemplars: int = 0):
-        self.criterion = check_settings(criterion, aggregate, initial, classes, attributor, nonfinite, seed, exemplars)
+        self.criterion = check_settings(criterion, aggregate, initial, classes, attributor, nonfinite, seed, exemplars,
+                                        output)
         check_graph(graph)
         composite = checked_composite(composite)
         if not graph.groups:
@@ -175,7 +181,7 @@ class Collector:
         self.composite = composite if self.criterion.lrp else Composite()
         self.aggregate = self.criterion.aggregate if aggregate == 'auto' else aggregate
         self.initial = self.criterion.initial if initial == 'auto' else initial
-        self.classes = checked_classes(classes)
+        self.classes, self.output = checked_classes(classes), output
         self.attributor, self.nonfinite, self.seed, self.exemplars = attributor, nonfinite, seed, exemplars
         self.sites, self.unread = self.criterion.sites(graph, model)
         if not self.sites and not self.criterion.lrp:
@@ -332,11 +338,10 @@ class Collector:
             self._forget_batch()
         if not weight.any():
             return {}
-        lost = sorted({site.group for site in self.sites} - set(totals) - self.gates)
-        if lost:
-            raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
-                             'these channels, or a canonizer hides them. Start from an output that depends on them, or '
-                             'trace with them in ignore.')
+        if not totals:
+            raise PruneError('no relevance arrives at any channel: the output that relevance starts from does not '
+                             'depend on them, is computed without gradients, or a canonizer hides them. Name another '
+                             'output with output=.')
         return samples.counted(totals, weight > 0)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
@@ -362,14 +367,16 @@ class Collector:
                              f'criterion={self.criterion.name!r} uses no output.')
         inputs = differentiable(batch, self._network)
         with torch.no_grad():
-            return main_output(call_network(self._network, inputs))
+            returned = output_tensors(call_network(self._network, inputs))
+        return next((tensor for tensor in returned if tensor.dim()), torch.empty(batch.size, device=self.device))
 
     def _propagated(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
         '''Yield, for each target, the relevance or gradient at every site, and the weight of each sample.'''
         inputs = differentiable(batch, self._network)
+        origin = self.origin(batch)
         with torch.enable_grad():
-            output = main_output(call_network(self._network, inputs))
-        found = starts(output, batch.target, self.initial, self.classes)
+            output = origin.chosen(call_network(self._network, inputs))
+        found = origin.starts(output)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
         if not caught:
@@ -380,9 +387,30 @@ class Collector:
                 arrived = propagate(output, start.relevance(output), list(caught.values()), number < len(found))
                 relevance = {place: values.detach() for place, values in zip(caught, arrived) if values is not None}
             else:
-                passes = Passes(self._network, self._reader, self._forget_batch)
+                passes = Passes(self._network, self._reader, self._forget_batch, origin.chosen)
                 relevance = attributed(self.attributor, passes, inputs, start.relevance, self.seed + self.sums.seen)
             yield relevance, share
+
+    def origin(self, batch: Batch) -> Origin:
+        '''Return where the relevance of a batch starts.
+
+        Parameters
+        ----------
+        batch: Batch
+            The samples with their target.
+
+        Returns
+        -------
+        Origin
+            Its target, with the settings of the collector.
+
+        Examples
+        --------
+        >>> from zennit_prune.util._loaders import Batch
+        >>> Collector(graph, model, EpsilonPlus()).origin(Batch(images, labels)).initial
+        'one-hot'
+        '''
+        return Origin(batch.target, self.initial, self.output, self.classes, batch.inputs, batch.labels)
 
     def _forget_batch(self) -> None:
         '''Remove the tensors and handles that Zennit's hooks keep after every pass.'''
@@ -456,8 +484,8 @@ class Collector:
         '''
         return {'criterion': self.criterion.name, 'groups': {group.name: group.size for group in self.graph.groups},
                 'composite': described(self.composite), 'aggregate': self.aggregate,
-                'initial': described(self.initial), 'classes': self.classes and list(self.classes),
-                'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
+                'initial': described(self.initial), 'output': described(self.output),
+                'classes': self.classes and list(self.classes), 'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
                 'exemplars': self.exemplars or None}
 
     def check_fits(self, settings: Mapping[str, Any], what: str, used: bool = True) -> None:
@@ -570,12 +598,26 @@ class Collector:
         self._check_sums()
         if sums.skipped:
             warn(f'{sums.skipped} of {sums.seen} samples were left out: {sums.reason}')
+        lost = self._unreached()
+        if lost:
+            warn(f'{_no_relevance_at(lost)}: these channels have no scores and are kept. The output that relevance '
+                 'starts from does not depend on them on these samples, or the path to it is computed without '
+                 'gradients. Start from an output that depends on them, see output= and initial=')
         finish = self.criterion.finish
         counts = torch.tensor(sums.counts, dtype=torch.float64, device='cpu').clamp(min=1).unsqueeze(1)
-        halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()}
+        halves = {name: values.to('cpu', torch.float64) for name, values in sums.halves.items()
+                  if name not in lost}
         return Relevance({name: finish(values.sum(0) / sums.samples) for name, values in halves.items()},
                          {name: finish(values / counts) for name, values in halves.items()}, self._info(),
                          None if sums.best is None else Exemplars(sums.best))
+
+    def _unreached(self) -> list[str]:
+        '''Return the groups without a score for want of any relevance: they are kept, as nothing is known of them.'''
+        if not self.criterion.gradients:
+            return []
+        reached = {name for name, values in self.sums.halves.items() if values.any()}
+        return [name for name in dict.fromkeys(site.group for site in self.sites)
+                if name not in reached and name not in self.gates]
 
     def _check_sums(self) -> None:
         sums = self.sums
@@ -592,6 +634,9 @@ class Collector:
     def _info(self) -> dict[str, Any]:
         '''Return the origin of the scores as JSON values: criterion, options, rules, samples and notes.'''
         sums, notes = self.sums, [*self.notes]
+        lost = self._unreached()
+        if lost:
+            notes.append(f'{_no_relevance_at(lost)}: these channels have no scores and are kept')
         held = sorted(self.gates - set(sums.halves))
         if held:
             notes.append(f'no relevance arrives at {", ".join(held)}, inside gates that are held constant: these '
@@ -604,14 +649,23 @@ class Collector:
                 'aggregate': self.aggregate,
                 **({'initial': named(self.initial)} if self.criterion.gradients else {}),
                 'samples': sums.samples, 'notes': notes,
+                **({} if self.output is None else {'output': _named_output(self.output)}),
                 **({'classes': list(self.classes)} if self.classes else {}),
                 **({'attributor': named(self.attributor)} if self.attributor else {}),
                 **({'skipped': sums.skipped} if sums.skipped else {})}
 
 
+def _named_output(output: Output) -> int | str:
+    return output if isinstance(output, int) else named(output)
+
+
+def _no_relevance_at(names: Iterable[str]) -> str:
+    return f'no relevance arrives at {some(names)}'
+
+
 def check_settings(criterion: str | Criterion = 'relevance', aggregate: str = 'auto', initial: Initial = 'auto',
                    classes: Iterable[int] | None = None, attributor: AttributorFactory | None = None,
-                   nonfinite: str = 'error', seed: int = 0, exemplars: int = 0) -> Criterion:
+                   nonfinite: str = 'error', seed: int = 0, exemplars: int = 0, output: Output = None) -> Criterion:
     '''Refuse wrong settings of a collector, without a network or data; return the criterion.'''
     found = collected_criterion(criterion)
     for option, value, known in (('aggregate', aggregate, AGGREGATES), ('nonfinite', nonfinite, NONFINITE)):
@@ -623,6 +677,7 @@ def check_settings(criterion: str | Criterion = 'relevance', aggregate: str = 'a
                          'SmoothGrad, or a function from a model to an Attributor.')
     if attributor is not None and not found.lrp:
         raise PruneError(f"attributor= is for criterion='relevance'; {found.name!r} has a formula of its own.")
+    check_output(output)
     checked_seed(seed)
     if isinstance(exemplars, bool) or not isinstance(exemplars, int) or exemplars < 0:
         raise PruneError(f'exemplars={exemplars!r} is no number of samples: give e.g. 8, or 0 for none.')

@@ -1,16 +1,18 @@
-'''The start of relevance: the kinds of targets, and the relevance at the output that belongs to each.'''
+'''The start of relevance: ``Origin`` says where it starts, and gives the relevance at the output for every target.'''
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import PruneError, nearest, unknown
+from ._outputs import Output, chosen_output, class_dimension, classes_back, classes_second
 from ._sites import accumulation_dtype
 
-INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
+INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy', 'binary-cross-entropy', 'value', 'weights')
 UNKNOWN = 255  # the value of segmentation masks where the class is unknown
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,22 +35,35 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     Parameters
     ----------
     output: torch.Tensor
-        The network's output, shape (batch, classes) or (batch, classes, ...).
+        The network's output, shape (batch, classes) or (batch, classes, ...). Where labels say so, the classes may be
+        in another dimension: (batch, tokens, vocabulary) for labels of shape (batch, tokens). An output of a single
+        column, shape (batch,), (batch, 1) or (batch, 1, ...), tells two classes apart by its sign, or is the value of
+        a regression.
     target: torch.Tensor, callable, ``'predicted'`` or None
         One of
 
         - class indices, shape (batch,);
         - several per sample, shape (batch, T), -1 where a sample has fewer. Where T is the number of classes, they are
           read as rows;
-        - one-hot (or weighted) rows of the output's shape;
+        - rows of 0 and 1 of the output's shape, real or whole numbers;
         - for outputs with further dimensions, a mask of class indices, shape (batch, ...). No relevance starts where it
           is negative, or 255 if that is no class;
+        - for an output of a single column, 0 and 1, real or whole numbers, of shape (batch,), (batch, 1), or a mask;
         - a function of the output that returns the relevance, as Zennit's ``attr_output``.
     initial: str or callable
-        ``'one-hot'``: 1 at the target. ``'logit'``: the output at the target. ``'softmax'``: the gradient of the
-        target's softmax probability. ``'contrastive'``: 1 at the target, -1 at the strongest other class.
-        ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output read as logits, averaged over
-        the positions that have a target. Or a function of the output.
+        The relevance at the output:
+
+        - ``'one-hot'``: 1 at the target. For a single column, 1 at class 1 and -1 at class 0;
+        - ``'logit'``: the output at the target. For a single column, the output for class 1, its negative for class 0;
+        - ``'softmax'``: the gradient of the target's probability, a softmax, or a sigmoid for a single column;
+        - ``'contrastive'``: 1 at the target, -1 at the strongest other class;
+        - ``'cross-entropy'``: the gradient of each sample's cross-entropy, the output read as logits, averaged over the
+          positions that have a target. Rows may be probabilities. For a single column, it is the binary one;
+        - ``'binary-cross-entropy'``: the gradient of the sum over classes of the binary cross-entropy, for networks
+          with several labels per sample; rows may be probabilities;
+        - ``'value'``: the output itself, for regressions; the target is not used;
+        - ``'weights'``: the target itself, real numbers of the output's shape;
+        - a function of the output that returns the relevance.
 
     Returns
     -------
@@ -58,7 +73,8 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     Raises
     ------
     PruneError
-        If target and output do not fit, or both ``target`` and ``initial`` are functions.
+        If target and output do not fit, if the dimension of the classes cannot be told, or if both ``target`` and
+        ``initial`` are functions.
 
     Examples
     --------
@@ -71,36 +87,145 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
     tensor([[0., 2., 0.]])
     >>> initial_relevance(output, torch.tensor([2]), 'contrastive')
     tensor([[ 0., -1.,  1.]])
+
+    A single column, for two classes and for a regression:
+
+    >>> output = torch.tensor([[0.5], [2.0]])
+    >>> initial_relevance(output, torch.tensor([0.0, 1.0]), 'one-hot')
+    tensor([[-1.],
+            [ 1.]])
+    >>> initial_relevance(output, None, 'value')
+    tensor([[0.5000],
+            [2.0000]])
     '''
-    found = starts(output, target, initial)
-    relevance = torch.zeros_like(output, requires_grad=False)
-    for start, share in zip(found, shares(found)):
-        relevance += start.relevance(output) * share.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
-    return relevance
+    return Origin(target, initial).relevance(output)
 
 
-def starts(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None = None) -> list[Start]:
-    '''Return one start for each of a sample's targets; :func:`initial_relevance` averages them.
+@dataclass(frozen=True)
+class Origin:
+    '''Where relevance starts: an output of the network, the targets of a batch, and the relevance there.
 
-    Where ``classes`` are given, targets of others are ignored, and predictions and rivals are chosen among these.
+    Parameters
+    ----------
+    target, initial:
+        See :func:`initial_relevance`.
+    output: int, str or callable, optional
+        The output that relevance starts from, see :func:`zennit_prune.relevance._outputs.chosen_output`.
+    classes: sequence of int, optional
+        Targets of others are ignored, and predictions and rivals are chosen among these.
+    inputs: object, optional
+        The inputs of the network, whose shape may tell where the output has its classes.
+    labels: object, optional
+        The labels of the samples, where the target is ``'predicted'``; for the same purpose.
     '''
-    output = output.detach()
-    check_target(target, initial)
-    function = target if callable(target) else initial if callable(initial) else None
-    if function is not None:
-        if classes is not None and of_classes(target, classes) is None:
-            raise PruneError(f'classes={tuple(classes)} needs a label for each sample where the initial relevance is a '
-                             'function.')
-        everyone = torch.ones(output.shape[:1], dtype=torch.bool, device=output.device)
-        return [Start(lambda seen: _from_function(function, seen), everyone)]
-    check_initial(initial, classes)
 
-    def start(rows: torch.Tensor) -> Start:
-        given = rows != 0
-        one = torch.where(given.sum(1) == 1, given.int().argmax(1), -1) if rows.dim() == 2 else None
-        return Start(lambda seen: _from_rows(rows, seen.detach(), initial, classes), given.flatten(1).any(1), one)
+    target: Any
+    initial: Initial = 'one-hot'
+    output: Output = None
+    classes: Sequence[int] | None = None
+    inputs: Any = None
+    labels: Any = None
 
-    return [start(rows) for rows in target_rows(output, target, classes)]
+    def chosen(self, returned: Any) -> torch.Tensor:
+        '''Return the tensor that relevance starts from, of all that the network returned.'''
+        return chosen_output(returned, self.output)
+
+    def relevance(self, output: torch.Tensor) -> torch.Tensor:
+        '''Return the relevance at the output, averaged over the targets of each sample.'''
+        found = self.starts(output)
+        relevance = torch.zeros_like(output, requires_grad=False)
+        for start, share in zip(found, shares(found)):
+            relevance += start.relevance(output) * share.to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+        return relevance
+
+    def starts(self, output: torch.Tensor) -> list[Start]:
+        '''Return one start for each of a sample's targets.'''
+        output = output.detach()
+        if not output.dim():
+            raise PruneError('the output is a single number for the whole batch, a loss perhaps: relevance starts from '
+                             'an output with a row for each sample. Name another with output=.')
+        check_target(self.target, self.initial)
+        function = self._function()
+        if function is not None:
+            if self.classes is not None and of_classes(self.target, self.classes) is None:
+                raise PruneError(f'classes={tuple(self.classes)} needs a label for each sample where the initial '
+                                 'relevance is a function.')
+            everyone = torch.ones(output.shape[:1], dtype=torch.bool, device=output.device)
+            return [Start(lambda seen: _from_function(function, seen), everyone)]
+        check_initial(self.initial, self.classes)
+        target = self.target if isinstance(self.target, str) else _tensor(self.target, output.device)
+        if output.dim() == 1 and isinstance(target, str):
+            raise PruneError(f'the output has shape {tuple(output.shape)}, without classes, so that none is predicted: '
+                             "give labels that are all 0 or 1; for a regression, start at the output's value, "
+                             "initial='value'; or give a function of the output as initial=.")
+        dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
+        return [self._start(rows, dim) for rows in self._rows(classes_second(output, dim), target, dim)]
+
+    def predicted(self, output: torch.Tensor) -> torch.Tensor:
+        '''Return the class of the largest output, by its sign where there is a single column, for each position.
+
+        Where the dimension of the classes cannot be told, it is dimension 1.
+        '''
+        target = self.target if isinstance(self.target, torch.Tensor) else 'predicted'
+        try:
+            dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
+        except PruneError:
+            dim = 1
+        output = classes_second(output, dim)
+        return (output[:, 0] >= 0).long() if output.shape[1] == 1 else output.argmax(1)
+
+    def _function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        '''Return the function from the output to all of the initial relevance, if there is one.'''
+        if callable(self.target):
+            return self.target
+        if callable(self.initial):
+            return self.initial
+        return (lambda output: output) if self.initial == 'value' else None
+
+    def _rows(self, output: torch.Tensor, target: Any, dim: int | None) -> list[Rows]:
+        '''Return the targets of an output whose classes are in dimension 1.'''
+        if target is None:
+            raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, target='predicted', or a "
+                             "function of the output as initial=; for a regression, initial='value'.")
+        number = 2 if output.shape[1] == 1 else output.shape[1]
+        if self.classes is not None and max(self.classes) >= number:
+            raise PruneError(f'class {max(self.classes)} in classes={tuple(self.classes)} is unknown: the network has '
+                             f'{number} classes, 0 to {number - 1}.')
+        if isinstance(target, torch.Tensor):
+            target = _checked_values(target)
+            if target.dim() == output.dim() and dim not in (None, 1) and target.dim() > 2:
+                target = target.movedim(dim, 1)
+        if self.initial == 'weights':
+            return [_weights(output, target)]
+        if output.shape[1] == 1:
+            return [_signs(output, target, self.classes)]
+        return _one_hot_rows(output, target, self.initial, self.classes)
+
+    def _start(self, rows: Rows, dim: int | None) -> Start:
+        values, given = rows.values, rows.given
+        one = None
+        if values.dim() == 2:
+            known = values.int().argmax(1) if values.shape[1] > 1 else (values[:, 0] > 0).long()
+            one = torch.where((values != 0).sum(1) == 1, known, -1)
+
+        def relevance(seen: torch.Tensor) -> torch.Tensor:
+            output = classes_second(seen.detach(), dim)
+            make = _of_column if output.shape[1] == 1 else _of_classes
+            found = values if self.initial == 'weights' else make(values, given, output, self.initial, self.classes)
+            return classes_back(found, dim)
+
+        return Start(relevance, given.flatten(1).any(1), one)
+
+
+class Rows(NamedTuple):
+    '''A target as values shaped as the output, its classes in dimension 1, and where there is a target.
+
+    ``values`` are 1 at the target's class and 0 elsewhere; for an output of a single column, 1 for class 1 and -1 for
+    class 0. ``given`` is bool, shape (batch, 1, ...).
+    '''
+
+    values: torch.Tensor
+    given: torch.Tensor
 
 
 def check_initial(initial: Initial, classes: Sequence[int] | None = None) -> None:
@@ -134,8 +259,10 @@ def _from_function(function: Callable[[torch.Tensor], torch.Tensor], output: tor
     return relevance.detach().to(output)
 
 
-def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
-               classes: Sequence[int] | None) -> torch.Tensor:
+# --- relevance for a target
+def _of_classes(rows: torch.Tensor, given: torch.Tensor, output: torch.Tensor, initial: Initial,
+                classes: Sequence[int] | None) -> torch.Tensor:
+    '''Return the relevance at an output of several classes, for rows of 0 and 1.'''
     if initial == 'one-hot':
         return rows
     if initial == 'logit':
@@ -144,11 +271,9 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
         probability = output.softmax(1)
         return probability * (rows - (rows * probability).sum(1, keepdim=True))
     if initial == 'cross-entropy':
-        if output.shape[1] == 1:
-            raise PruneError(f'the output has shape {tuple(output.shape)}: the cross-entropy of a single class is '
-                             'constant. Give the gradient of your loss, a function of the output, as initial=.')
-        positions = (rows != 0).any(1).reshape(len(rows), -1).sum(1).clamp(min=1)
-        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / positions.view(-1, *[1] * (rows.dim() - 1))
+        return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / _number(given)
+    if initial == 'binary-cross-entropy':
+        return (output.sigmoid() - rows) * given / _number(given)
     if len(classes or range(output.shape[1])) < 2:
         raise _no_rival()
     rivals = _among(output.masked_fill(rows != 0, -torch.inf), classes)
@@ -156,40 +281,34 @@ def _from_rows(rows: torch.Tensor, output: torch.Tensor, initial: Initial,
     return rows - rival * rows.sum(1, keepdim=True) * (rivals.amax(1, keepdim=True) > -torch.inf)
 
 
-def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None = None) -> list[torch.Tensor]:
-    '''Return rows shaped as the output for any kind of target that is no function; zero where there is no target.'''
-    if output.dim() < 2:
-        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give a function of the output '
-                         'as initial=.')
-    number = output.shape[1]
-    if classes is not None and max(classes) >= number:
-        raise PruneError(f'class {max(classes)} in classes={tuple(classes)} is unknown: the network has {number} '
-                         f'classes, 0 to {number - 1}.')
-    check_target(target)
-    if isinstance(target, str):
-        target = _among(output, classes).argmax(1)
-    if target is None:
-        raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, target='predicted', or a "
-                         'function of the output as initial=.')
-    target = torch.as_tensor(target, device=output.device)
-    if target.is_floating_point() and not torch.isfinite(target).all():
-        raise PruneError('the targets hold values that are not finite.')
-    rows = [target.to(output.dtype)] if target.shape == output.shape else _one_hot(target, output)
-    if classes is not None:
-        wanted = torch.zeros(number, dtype=output.dtype, device=output.device)
-        wanted[list(classes)] = 1
-        rows = [each * wanted.view(-1, *[1] * (output.dim() - 2)) for each in rows]
-    return rows
+def _of_column(signs: torch.Tensor, given: torch.Tensor, output: torch.Tensor, initial: Initial,
+               classes: Sequence[int] | None) -> torch.Tensor:
+    '''Return the relevance at an output of a single column, for 1 at class 1 and -1 at class 0.'''
+    if initial == 'logit':
+        return signs * output
+    probability = output.sigmoid()
+    if initial == 'softmax':
+        return signs * probability * (1 - probability)
+    if initial in ('cross-entropy', 'binary-cross-entropy'):
+        return (probability - (signs > 0).to(output.dtype)) * given / _number(given)
+    return signs
 
 
+def _number(given: torch.Tensor) -> torch.Tensor:
+    '''Return the number of positions of each sample that have a target, to divide by.'''
+    return given.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (given.dim() - 1))
+
+
+# --- kinds of targets
 def check_target(target: Any, initial: Initial = 'one-hot') -> None:
     '''Raise for a target of an unknown name, and where both target and ``initial`` are functions.'''
     if isinstance(target, str) and target != 'predicted':
         raise PruneError(f"target={target!r} is unknown: give class indices, rows, a function, or "
                          f"'predicted'{nearest(target, ['predicted']) or '.'}")
-    if callable(target) and callable(initial):
-        raise PruneError('both target and initial are functions of the output: give one of them as a function; it '
-                         'returns all of the initial relevance.')
+    if callable(target) and (callable(initial) or initial == 'value'):
+        what = 'both target and initial are functions of the output' if callable(initial) else \
+            "target is a function of the output, and initial='value' is one, too"
+        raise PruneError(f'{what}: give one of them as a function; it returns all of the initial relevance.')
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
@@ -200,14 +319,102 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
                          f'{classes - 1}.')
 
 
+def _checked_values(target: torch.Tensor) -> torch.Tensor:
+    if target.is_floating_point() and not torch.isfinite(target).all():
+        raise PruneError('the targets hold values that are not finite.')
+    return target
+
+
+def _binary(target: torch.Tensor) -> bool:
+    return bool(((target == 0) | (target == 1)).all())
+
+
+def _do_not_fit(target: torch.Tensor, output: torch.Tensor, advice: str) -> PruneError:
+    return PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of shape '
+                      f'{tuple(output.shape)}: {advice}')
+
+
+def _weights(output: torch.Tensor, target: Any) -> Rows:
+    if not isinstance(target, torch.Tensor) or target.shape != output.shape:
+        found = f'of shape {tuple(target.shape)}' if isinstance(target, torch.Tensor) else repr(target)
+        raise PruneError(f"initial='weights' takes the relevance at the output as the target, of its shape "
+                         f'{tuple(output.shape)}; this one is {found}.')
+    values = target.to(output.dtype)
+    return Rows(values, (values != 0).any(1, keepdim=True))
+
+
+def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None) -> Rows:
+    '''Return a target of an output of a single column: 1 at class 1, -1 at class 0, 0 where there is none.'''
+    if isinstance(target, str):
+        values = torch.where(output < 0, -1.0, 1.0)
+    else:
+        target = _column(output, target)
+        known = torch.ones_like(target, dtype=torch.bool)
+        if output.dim() > 2 and not target.is_floating_point() and target.dtype != torch.bool:
+            known = (target >= 0) & (target != UNKNOWN)
+        found = target[known]
+        if not _binary(found):
+            other = found[(found != 0) & (found != 1)][0].item()
+            raise PruneError(f'the output has a single column, shape {tuple(output.shape)}, and there is a label '
+                             f"{other:.6g}. For a regression, start relevance at the output's value, initial='value'; "
+                             'for two classes, give labels that are all 0 or 1; or give a function of the output as '
+                             'initial=.')
+        values = torch.where(target.bool(), 1.0, -1.0) * known
+    for number, sign in ((0, -1), (1, 1)):
+        if classes is not None and number not in classes:
+            values = values.masked_fill(values == sign, 0)
+    values = values.to(output.dtype)
+    return Rows(values, values != 0)
+
+
+def _column(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    '''Return labels in the shape of an output of a single column.'''
+    shape = output.shape
+    if target.shape in (shape, shape[:1] + shape[2:]):
+        return target.reshape(shape)
+    raise _do_not_fit(target, output, f'give labels of shape {tuple(shape[:1] + shape[2:])}, 0 or 1, or of the '
+                                      "output's shape; for a regression, initial='value'.")
+
+
+def _one_hot_rows(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None) -> list[Rows]:
+    '''Return rows of 0 and 1 for any target of an output of several classes; one for each target of a sample.'''
+    if isinstance(target, str):
+        target = _among(output, classes).argmax(1)
+    as_rows = target.shape == output.shape
+    rows = [_checked_rows(output, target, initial)] if as_rows else _one_hot(target, output)
+    if classes is not None:
+        wanted = torch.zeros(output.shape[1], dtype=output.dtype, device=output.device)
+        wanted[list(classes)] = 1
+        rows = [each * wanted.view(-1, *[1] * (output.dim() - 2)) for each in rows]
+    if initial == 'binary-cross-entropy' and as_rows:  # a sample without labels is one, too
+        return [Rows(each, torch.ones_like(each[:, :1], dtype=torch.bool)) for each in rows]
+    return [Rows(each, (each != 0).any(1, keepdim=True)) for each in rows]
+
+
+def _checked_rows(output: torch.Tensor, target: torch.Tensor, initial: Initial) -> torch.Tensor:
+    '''Return rows of the output's shape, after a check of their values.'''
+    rows, binary = target.to(output.dtype), _binary(target)
+    if initial == 'cross-entropy' and binary and bool((rows.sum(1) > 1).any()):
+        raise PruneError('the targets are rows with several labels for one sample, whose loss is no cross-entropy over '
+                         "classes: say initial='binary-cross-entropy', or give the gradient of your loss, a function "
+                         'of the output, as initial=.')
+    if initial == 'cross-entropy' and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-2).all()):
+        return rows
+    if binary or (initial == 'binary-cross-entropy' and bool(((rows >= 0) & (rows <= 1)).all())):
+        return rows
+    raise PruneError(f'the targets of shape {tuple(target.shape)} are shaped as the output and hold other values than '
+                     "0 and 1. For a regression, start relevance at the output's value, initial='value'; to start it "
+                     "with these weights, say initial='weights'; for class indices, give their number per sample, "
+                     'filled up with -1, another number than that of the classes.')
+
+
 def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
     '''Return rows for class indices, for several of them per sample, or for a mask of them.'''
     expected = (output.shape[0], *output.shape[2:])
     several = output.dim() == 2 and target.dim() == 2 and len(target) == len(output) and target.dtype != torch.bool
     if (target.shape != expected and not several) or target.is_floating_point():
-        raise PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of '
-                         f'shape {tuple(output.shape)}: give class indices of shape {tuple(expected)}, or rows shaped '
-                         'as the output.')
+        raise _do_not_fit(target, output, f'give class indices of shape {tuple(expected)}, or rows of 0 and 1 shaped '
+                                          'as the output; another output, or a part of it, is named by output=.')
     classes, target = output.shape[1], target.long()
     none = torch.zeros_like(target, dtype=torch.bool)
     if target.dim() > 1:
@@ -247,6 +454,24 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
+def _tensor(target: Any, device: torch.device) -> torch.Tensor | None:
+    '''Return labels as a tensor on a device; None where there are none.'''
+    if target is None or isinstance(target, torch.Tensor):
+        return None if target is None else target.to(device)
+    try:
+        return torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        found = type(target).__name__
+        if isinstance(target, dict):
+            found += f' with {", ".join(map(repr, target))}'
+        elif isinstance(target, (list, tuple)) and len(target):
+            found += f' of {type(target[0]).__name__}'
+        raise PruneError(f'the target is a {found}, not labels: relevance cannot start there by itself. Say where it '
+                         "starts with initial=, a function of the output (for boxes, e.g. zennit_prune.relevance."
+                         "detections(...)), or target='predicted'; or yield (inputs, labels) with labels that are "
+                         'numbers.') from None
+
+
 def as_labels(target: Any) -> torch.Tensor:
     '''Return labels as a tensor: a tensor stays on its device, anything else becomes one on the CPU.'''
     return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
@@ -254,7 +479,7 @@ def as_labels(target: Any) -> torch.Tensor:
 
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:
     '''Return which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
-    if classes is None or target is None or isinstance(target, str) or callable(target):
+    if classes is None or target is None or isinstance(target, (str, dict)) or callable(target):
         return None
     target = as_labels(target)
     if target.dim() != 1 or target.is_floating_point():

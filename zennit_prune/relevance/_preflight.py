@@ -25,10 +25,10 @@ from ..tracing._recorded import FunctionCall
 from ..tracing._trace import Recording, Run
 from ..util._display import table
 from ..util._networks import map_tensors, tensors_in
-from ._attribute import attributing, call_network, differentiable, main_output, propagate
+from ._attribute import attributing, call_network, differentiable, propagate
 from ._canonize import GraphCanonizer, rules_of
 from ._functions import Equivalent
-from ._initial import initial_relevance
+from ._initial import Origin
 
 TOLERANCE = 0.05  # of the initial relevance, created or lost between layers
 ROUNDING = 1e-3  # of the L1 norm, with which the tolerance grows: of large shares that cancel, little is left
@@ -153,8 +153,7 @@ class Preflight:
                           *(self.problems or ['Relevance is sound.'])])
 
 
-def preflight(model: nn.Module, composite: Composite, recording: Recording, x: Any, target: Any = 'predicted',
-              initial: Any = 'one-hot') -> Preflight:
+def preflight(model: nn.Module, composite: Composite, recording: Recording, x: Any, origin: Origin) -> Preflight:
     '''Follow the relevance of a few samples through a network.
 
     Parameters
@@ -167,8 +166,8 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
         The trace of the network.
     x: torch.Tensor, tuple, dict or Batch
         A few inputs.
-    target, initial:
-        Where relevance starts, see :func:`zennit_prune.relevance.initial_relevance`.
+    origin: Origin
+        Where relevance starts.
 
     Returns
     -------
@@ -184,7 +183,7 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     canonizer = GraphCanonizer.from_recording(recording)
     with attributing(model, composite, canonizer,
                      lambda network: Bookkeeper(network, run.functions, canonizer.functions)) as attribution:
-        book, started = _book(attribution.network, attribution.reader, x, target, initial)
+        book, started = _book(attribution.network, attribution.reader, x, origin)
     positions = {key: position for position, key in enumerate(book)}
     stages = [Stage('output', *started, 0.0, 0.0)]
     for name, keys in _bottlenecks(run):
@@ -206,7 +205,7 @@ def _may_absorb(call: FunctionCall, equivalent: Equivalent | None, tensors: Sequ
     return names == {'constant_pad_nd'} or (names <= CHOOSING and not all(tensor.requires_grad for tensor in tensors))
 
 
-def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initial: Any
+def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, origin: Origin
           ) -> tuple[dict[Any, Account], tuple[float, float]]:
     '''Return the accounts of one pass by call, in the order of the forward pass, the input first.
 
@@ -217,8 +216,8 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
     if leaves:  # else tokens
         bookkeeper.open('input', Account('', 'input'), leaves)
     with torch.enable_grad():
-        output = main_output(call_network(network, inputs))
-        start = initial_relevance(output, target, initial)
+        output = origin.chosen(call_network(network, inputs))
+        start = origin.relevance(output)
         propagate(output, start, leaves or [value for value in network.parameters() if value.requires_grad])
     return bookkeeper.close(start)
 

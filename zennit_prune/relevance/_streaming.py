@@ -120,7 +120,7 @@ def _check(collector: Collector, batch: Batch) -> None:
     first = samples.batch.only(slice(CHECKED))
     try:
         found = preflight(collector.model, collector.composite, collector.graph._recording, first,
-                          first.target, collector.initial)
+                          collector.origin(first))
     except PruneError:
         return  # the collector says what is wrong with a batch
     collector.notes += found.problems

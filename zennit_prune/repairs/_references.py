@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import PruneError, warn
-from ..relevance._attribute import call_network, main_output
+from ..relevance._attribute import call_network
 from ..relevance._initial import checked_classes, of_classes
+from ..relevance._outputs import chosen_output
 from ..util._distributed import gathered, rank_and_world
 from ..util._loaders import BATCH, Batch, as_loader, batches
 from ..util._networks import device_of, tensors_in
@@ -153,7 +154,10 @@ def warn_of_missing_classes(network: nn.Module, references: Iterable[Batch]) -> 
     device = device_of(network)
     with torch.no_grad():
         for batch in references:
-            output = main_output(call_network(network, batch.to(device).inputs))
+            try:
+                output = chosen_output(call_network(network, batch.to(device).inputs))
+            except PruneError:  # several outputs, say
+                return
             if output.dim() != 2 or output.shape[1] < LEAST_CLASSES:
                 return
             classes = output.shape[1]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import PruneError
-from ..relevance._attribute import call_network, main_output
-from ..util._networks import map_tensors
+from ..relevance._attribute import call_network
+from ..util._networks import map_tensors, output_tensors
 from ._chunks import Inputs
 from ._references import LEAST_CLASSES
 
@@ -45,13 +45,24 @@ class Divergence(NamedTuple):
         return f'squared error {self.error:.4g}' + (f', KL {self.kl:.4g}' if self.kl else '')
 
 
-def outputs(network: nn.Module, inputs: Iterable[Any]) -> list[torch.Tensor]:
-    '''Return the main outputs for some batches, in float64.'''
-    return [main_output(call_network(network, map_tensors(torch.clone, batch))).detach().double() for batch in inputs]
+Outputs = list[list[torch.Tensor]]  # of each batch, all tensors of real numbers that the network returned
 
 
-def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
-    '''Return the distance of outputs from the original's for the same batches.'''
+def outputs(network: nn.Module, inputs: Iterable[Any]) -> Outputs:
+    '''Return all outputs for some batches, in float64.'''
+    returned = (output_tensors(call_network(network, map_tensors(torch.clone, batch))) for batch in inputs)
+    return [[tensor.detach().double() for tensor in tensors if tensor.is_floating_point()] for tensors in returned]
+
+
+def divergence(found: Outputs, original: Outputs) -> Divergence:
+    '''Return the distance of outputs from the original's for the same batches: the mean over the network's outputs.'''
+    each = [_of_one_output(*parts) for parts in zip(zip(*found), zip(*original))]
+    if not each:
+        raise PruneError('the network returns no tensor of real numbers, so that networks cannot be compared by it.')
+    return Divergence(sum(one.error for one in each) / len(each), sum(one.kl for one in each) / len(each))
+
+
+def _of_one_output(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
     after, wanted = map(_joined, (found, original))
     variance = (wanted - wanted.mean(0)).square().mean()
     if variance <= LEAST_VARIANCE * wanted.square().mean():  # of a single input, say
@@ -65,7 +76,7 @@ def divergence(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     '''Join outputs to one row per sample, or to one list of numbers where they differ in shape.'''
-    alike = len({part.shape[1:] for part in parts}) == 1
+    alike = len({part.shape[1:] for part in parts}) == 1 and parts[0].dim() > 0
     return torch.cat([part if alike else part.flatten() for part in parts])
 
 
@@ -86,9 +97,9 @@ def holdout_check(model: nn.Module, small: nn.Module, network: nn.Module, inputs
     repaired: callable
         Repairs ``small`` with some of the inputs, given by their indices.
     '''
-    after: list[torch.Tensor] = []
-    before: list[torch.Tensor] = []
-    wanted: list[torch.Tensor] = []
+    after: Outputs = []
+    before: Outputs = []
+    wanted: Outputs = []
 
     def compared(network: nn.Module, chosen: torch.Tensor) -> tuple[Divergence, Divergence]:
         '''Return the distances with and without repair, over these inputs and all before.'''

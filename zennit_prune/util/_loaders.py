@@ -42,6 +42,7 @@ class Batch(Pair):
 
     _finite: torch.Tensor | None = None
     _rest_is_finite: bool = True
+    _labels: Any = None
 
     @classmethod
     def of(cls, value: Any) -> Batch:
@@ -107,9 +108,18 @@ class Batch(Pair):
         inputs, target = map_tensors(lambda tensor: tensor.to(device), tuple(self))
         return self._derived(inputs, target, self._finite)
 
+    @property
+    def labels(self) -> Any:
+        '''The target that the batch was created with, where another took its place; of all its samples.'''
+        return self.target if self._labels is None else self._labels
+
     def with_target(self, target: Any) -> Batch:
         '''Return the inputs with another target, or with None.'''
-        return self if target is self.target else self._derived(self.inputs, target, self._finite)
+        if target is self.target:
+            return self
+        batch = self._derived(self.inputs, target, self._finite)
+        batch._labels = None if target is None else self.labels
+        return batch
 
     def zeroed(self) -> Batch:
         '''Return the batch with zeros in place of the samples that are not finite, so that it can run.'''
@@ -138,7 +148,7 @@ class Batch(Pair):
 
     def _derived(self, inputs: Any, target: Any, finite: torch.Tensor | None) -> Batch:
         batch = Batch(inputs, target)
-        batch._finite, batch._rest_is_finite = finite, self._rest_is_finite
+        batch._finite, batch._rest_is_finite, batch._labels = finite, self._rest_is_finite, self._labels
         return batch
 
 

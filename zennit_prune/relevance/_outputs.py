@@ -1,0 +1,206 @@
+'''The output that relevance starts from: one of the tensors that a network returns, and where it has its classes.'''
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import PruneError, nearest, shown
+from ..util._networks import output_tensors, tensors_in
+
+Output = int | str | Callable[[Any], Any] | None
+NAMED = ('logits', 'out')  # where Hugging Face's networks and torchvision's segmentation networks return scores
+
+
+def check_output(output: object) -> None:
+    '''Refuse what cannot name an output.'''
+    if output is not None and (isinstance(output, bool) or not (isinstance(output, (int, str)) or callable(output))):
+        raise PruneError(f'output={shown(output)} names no output of a network: give its index, key or attribute, or a '
+                         'function of what the network returns.')
+
+
+def chosen_output(returned: Any, output: Output = None) -> torch.Tensor:
+    '''Return the tensor that relevance starts from.
+
+    Parameters
+    ----------
+    returned: object
+        What a network returned.
+    output: int, str or callable, optional
+        The index of a part, its key or attribute, or a function of ``returned``. By default, the only tensor of real
+        numbers that has a dimension; of several, the one that is called ``'logits'`` or ``'out'``.
+
+    Raises
+    ------
+    PruneError
+        If there is no such part, or several tensors that it may be; with those that there are.
+    '''
+    part = returned if output is None else _part(returned, output)
+    if isinstance(part, torch.Tensor):
+        chosen = [part]
+    else:
+        named = [_named(part, name) for name in NAMED]
+        named = [tensor for tensor in named if isinstance(tensor, torch.Tensor) and _can_start(tensor)]
+        every = {id(tensor): tensor for tensor in output_tensors(part) if _can_start(tensor)}
+        chosen = named[:1] or list(every.values())
+    if len(chosen) == 1 and _can_start(chosen[0]):
+        return chosen[0]
+    if len(chosen) > 1:
+        raise PruneError(f'relevance may start from several outputs of the network: {_listed(part)}. Name one with '
+                         f'output=, e.g. output={_example(part)}, or give a function of what the network returns.')
+    raise PruneError(f'relevance cannot start from {_listed(part) or shown(part)}: it takes an output of real numbers '
+                     'with a row for each sample. Name another with output=, or give a function of what the network '
+                     'returns.')
+
+
+def _can_start(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() > 0
+
+
+def _named(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+
+def _part(returned: Any, output: Output) -> Any:
+    '''Return the part of what a network returned that has an index, key or attribute, or the result of a function.'''
+    if callable(output):
+        try:
+            return output(returned)
+        except Exception as error:
+            raise PruneError(f'the function given as output= fails on what the network returns, {_listed(returned)}: '
+                             f'{type(error).__name__}: {error}') from error
+    if isinstance(output, int):
+        if isinstance(returned, (tuple, list)) and -len(returned) <= output < len(returned):
+            return returned[output]
+    elif output is not None:
+        if isinstance(returned, Mapping) and output in returned:
+            return returned[output]
+        if not isinstance(returned, torch.Tensor) and hasattr(returned, output):
+            return getattr(returned, output)
+    hint = nearest(output, _names(returned)) if isinstance(output, str) else ''
+    raise PruneError(f'output={output!r} is none of the outputs of the network, which returns {_listed(returned)}'
+                     f'{hint or "."}')
+
+
+def _names(part: Any) -> list[str]:
+    if isinstance(part, Mapping):
+        return [key for key in part if isinstance(key, str)]
+    fields = getattr(part, '_fields', None)
+    return list(fields if fields is not None else getattr(part, '__dict__', ()))
+
+
+def _entries(part: Any) -> Iterator[tuple[str, Any]]:
+    '''Yield the parts of what a network returned, each as ``output=`` names it.'''
+    if isinstance(part, Mapping):
+        yield from ((repr(key), value) for key, value in part.items())
+    elif isinstance(part, (tuple, list)):
+        yield from ((str(number), value) for number, value in enumerate(part))
+    else:
+        yield from ((repr(name), getattr(part, name)) for name in _names(part))
+
+
+def _listed(part: Any) -> str:
+    '''List the parts of what a network returned with their shapes.'''
+    if isinstance(part, torch.Tensor):
+        return f'a tensor of shape {tuple(part.shape)} and type {part.dtype}'
+    entries = [f'{name} (shape {tuple(value.shape)})' if isinstance(value, torch.Tensor) else
+               f'{name} ({type(value).__name__})' for name, value in _entries(part) if value is not None]
+    return ', '.join(entries[:8]) + (f' and {len(entries) - 8} more' if len(entries) > 8 else '')
+
+
+def _example(part: Any) -> str:
+    '''Return a value of ``output=`` that names one of several tensors.'''
+    for name, value in _entries(part):
+        if isinstance(value, torch.Tensor) and _can_start(value):
+            return name
+    return next((name for name, value in _entries(part) if output_tensors(value)), 'lambda returned: returned[0]')
+
+
+# --- the dimension of the classes
+def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, labels: Any = None,
+                    given: bool = False) -> int | None:
+    '''Find the dimension of an output that holds the classes; None where it has none, as it is one column.
+
+    Parameters
+    ----------
+    output: torch.Tensor
+        Shape (batch, ...).
+    target: object
+        Labels, whose shape tells; or ``'predicted'``.
+    inputs: object, optional
+        Inputs of the network: an output with a row for each of their positions has classes in the other dimension.
+    labels: torch.Tensor, optional
+        Labels that tell in place of ``'predicted'``.
+    given: bool
+        A function of the user returned the output; where nothing else tells, classes are in dimension 1.
+
+    Raises
+    ------
+    PruneError
+        If several dimensions may hold them.
+    '''
+    if output.dim() < 3:
+        return 1 if output.dim() == 2 else None
+    told = next((value for value in (target, labels) if isinstance(value, torch.Tensor) and value.dim()), None)
+    by_inputs = _by_positions(output, inputs)
+    found: list[int | None] = []
+    shape = output.shape
+    if told is not None and told.shape[1:] == shape[1:]:
+        found = _of_rows(told, by_inputs)
+    elif told is not None and told.shape[1:] == (1, *shape[1:]):
+        return None
+    elif told is not None:
+        found = [dim for dim in range(1, output.dim()) if told.shape[1:] == shape[1:dim] + shape[dim + 1:]]
+        if not found:  # said where labels are read
+            return 1
+    elif target != 'predicted':
+        return 1
+    if not found:
+        found = list(by_inputs) or [1] * given
+    if len(found) > 1 and (given or output.dim() > 3) and 1 in found:
+        return 1
+    both = [dim for dim in found if dim in by_inputs]
+    if len(found) == 1 or len(both) == 1:
+        return found[0] if len(found) == 1 else both[0]
+    raise PruneError(
+        f'the output has shape {tuple(output.shape)}, and which of its dimensions holds the classes cannot be told: '
+        'give labels, or let output= return a tensor with the classes in dimension 1, e.g. '
+        f'output=lambda out: out.movedim({output.dim() - 1}, 1). Where its rows are boxes or other sets, say where '
+        'relevance starts with initial=, a function of the output, e.g. zennit_prune.relevance.detections(...).')
+
+
+def _of_rows(rows: torch.Tensor, by_inputs: list[int | None]) -> list[int | None]:
+    '''Return the dimensions that may hold classes for rows of 0 and 1 that are shaped as the output.'''
+    if None in by_inputs:
+        return [None]
+    if 1 in (rows.shape[1], rows.shape[-1]):
+        return [1 if rows.shape[1] == 1 else rows.dim() - 1]
+    once = [dim for dim in range(1, rows.dim()) if bool((rows.sum(dim) == 1).all())]
+    return list(once if len(once) == 1 else by_inputs or [1])
+
+
+def _by_positions(output: torch.Tensor, inputs: Any) -> list[int | None]:
+    '''Return the dimensions that may hold classes where others equal those of an input: pixels, or tokens.'''
+    shape, last = output.shape, output.dim() - 1
+    for tensor in tensors_in(inputs):
+        if not tensor.is_floating_point():
+            if output.dim() == 3 and tensor.shape == shape[:2]:
+                return [last]
+            continue
+        if tensor.dim() == output.dim() + 1 and tensor.shape[2:] == shape[1:]:
+            return [None]
+        if tensor.dim() == output.dim() and len(tensor) == len(output):
+            found: list[int | None] = [1] if tensor.shape[2:] == shape[2:] else []
+            return found + ([last] if tensor.shape[1:-1] == shape[1:-1] else [])
+    return []
+
+
+def classes_second(output: torch.Tensor, dim: int | None) -> torch.Tensor:
+    '''Return the output with its classes in dimension 1.'''
+    return output.unsqueeze(1) if dim is None else output.movedim(dim, 1)
+
+
+def classes_back(values: torch.Tensor, dim: int | None) -> torch.Tensor:
+    '''Undo :func:`classes_second`.'''
+    return values.squeeze(1) if dim is None else values.movedim(1, dim)
