@@ -252,7 +252,7 @@ def test_what_changes_most_comes_first(tmp_path: Path, pruner: zp.Pruner, plan: 
     moved, same_class = torch.tensor([0.1, 0.9, 0.6, 0.7, 0.3]), torch.tensor([True, False, True, True, False])
     found = dataclasses.replace(real, total_variation=moved, same=same_class, order=torch.tensor([3, 2, 0, 1, 4]),
                                 predicted=(torch.zeros(5).long(), (~same_class).long()))
-    monkeypatch.setattr(_sections, 'agreement', lambda *_: found)
+    monkeypatch.setattr(_sections, 'agreement', lambda *_, **__: found)
     zp.report(pruner, plan, path=tmp_path / 'report.html', x=images(5), class_names=['ant', 'bee'], max_images=4,
               image_names=[f'<{number}>' for number in range(5)], progress=False)
     page = Page(tmp_path / 'report.html')

@@ -1,6 +1,7 @@
 '''A criterion is chosen by what it does to outputs that nothing was fitted to.'''
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +118,32 @@ def test_a_loader_that_shuffles_is_read_alike() -> None:
     assert seen[0] != choose(one, loader, ('relevance', 'l1'), 'none', seed=1).divergences
 
 
+def between(found: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> Divergence:
+    return divergence([[tensor] for tensor in found], [[tensor] for tensor in original])
+
+
+def test_every_output_counts() -> None:
+    one, two = torch.randn(6, 3).double(), torch.randn(6, 2, 4).double()
+    moved = two + torch.randn(6, 2, 4).double()
+    loss = torch.ones(()).double()
+    found = divergence([[one[:4], moved[:4], loss], [one[4:], moved[4:], loss]], [[one[:4], two[:4], loss],
+                                                                            [one[4:], two[4:], loss]])
+    assert found.error == pytest.approx(between([moved], [two]).error / 3) and found.kl == 0
+
+
 def test_divergence_in_closed_form() -> None:
     original = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
     found = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
-    one = divergence([found], [original])
+    one = between([found], [original])
     p, q = torch.full((3,), 1 / 3), torch.tensor([1.0, 0, 0]).softmax(0)
     assert one.kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
     assert one.error == pytest.approx((1 / 6) / float((original - original.mean(0)).square().mean()))
-    assert one == divergence(found.split(1), original.split(1))
-    assert divergence([original], [original]) == (0, 0)
-    assert divergence([found[:, :2]], [original[:, :2]]).kl == 0  # two may be anything
-    assert divergence([found[1:] + 1], [original[1:]]).error == pytest.approx(3 / 14)  # one has no variance
-    assert one.worse_than(divergence([original], [original])) and not one.worse_than(one)
-    broken = divergence([found * float('nan')], [original])
+    assert one == between(found.split(1), original.split(1))
+    assert between([original], [original]) == (0, 0)
+    assert between([found[:, :2]], [original[:, :2]]).kl == 0  # two may be anything
+    assert between([found[1:] + 1], [original[1:]]).error == pytest.approx(3 / 14)  # one has no variance
+    assert one.worse_than(between([original], [original])) and not one.worse_than(one)
+    broken = between([found * float('nan')], [original])
     assert broken.worse_than(one) and broken.worse_than(broken)
 
 
@@ -144,7 +158,8 @@ def test_outputs_of_several_batches() -> None:
     model = chain()
     parts = images(10).split(4)
     with torch.no_grad():
-        assert torch.allclose(torch.cat(outputs(model, parts)), model(images(10)).double(), atol=1e-6)
+        found = torch.cat([tensor for tensor, in outputs(model, parts)])
+        assert torch.allclose(found, model(images(10)).double(), atol=1e-6)
 
 
 class Stopped(Exception):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from zennit.core import Composite
 
 import zennit_prune as zp
+from zennit_prune.relevance._initial import Origin
 from zennit_prune.relevance._preflight import preflight
 
 Step = Callable[[Any, torch.Tensor], torch.Tensor]  # of the network, which may have been copied
@@ -182,7 +183,7 @@ def test_generated_networks_conserve_relevance(seed: int) -> None:
 @pytest.mark.parametrize('seed', range(0, 40, 5))
 def test_preflight_finds_generated_networks_sound(seed: int) -> None:
     model, x = generated(seed)
-    found = preflight(model, conserving(), zp.trace(model, x)._recording, x, labels(3))
+    found = preflight(model, conserving(), zp.trace(model, x)._recording, x, Origin(labels(3)))
     assert not any('unsound' in problem for problem in found.problems), (model.description, found.problems)
     for stage in found.stages:
         expected = 1 - stage.absorbed + stage.conservation_error

@@ -15,7 +15,7 @@ from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
 import zennit_prune as zp
-from zennit_prune.relevance._attribute import main_output
+from zennit_prune.relevance._outputs import chosen_output
 from zennit_prune.relevance._preflight import preflight
 
 FAST = ['squeezenet1_1', 'mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mnasnet0_5', 'regnet_y_400mf']
@@ -118,10 +118,10 @@ def classifier(name: str) -> tuple[nn.Module, torch.Tensor]:
 def assert_sound(model: nn.Module, x: torch.Tensor, bound: float = 0.01, collects: bool = True) -> None:
     '''Output and network are kept; nothing is made between layers; channels can be scored.'''
     with torch.no_grad():
-        expected = main_output(model(x))
+        expected = chosen_output(model(x))
         before = contents(model)
         with Composite(canonizers=[zp.GraphCanonizer(model, x)]).context(model) as modified:
-            assert apart(main_output(modified(x)), expected) <= 1e-10
+            assert apart(chosen_output(modified(x)), expected) <= 1e-10
         assert same(before, contents(model))
     pruner = zp.Pruner(model, None, x)
     recording = pruner.graph._recording

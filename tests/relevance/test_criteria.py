@@ -377,11 +377,15 @@ def test_without_labels(criterion: str) -> None:
             pruner.collect([case.x], criterion, progress=False)
 
 
-def test_a_single_class_needs_a_loss() -> None:
+def test_a_single_column_is_a_binary_classifier_or_needs_a_loss() -> None:
     model, x = seeded(nn.Sequential(nn.Conv2d(3, 5, 8), nn.ReLU(), nn.Flatten(), nn.Linear(5, 1))), images()
     pruner = zp.Pruner(model, None, x)
-    with pytest.raises(zp.PruneError, match=r'single class is constant.*initial='):
-        pruner.collect([(x, torch.zeros(4, dtype=torch.long))], 'taylor', progress=False)
+    binary, loss = torch.tensor([0, 1, 1, 0]), lambda output: output.sigmoid() - binary[:, None]
+    found, expected = (pruner.collect([(x, target)], 'taylor', progress=False, initial=initial)
+                       for target, initial in ((binary, 'auto'), (None, loss)))
+    assert apart(found['0'], expected['0']) <= 1e-6
+    with pytest.raises(zp.PruneError, match=r"single column.*label 0\.5.*initial='value'"):
+        pruner.collect([(x, torch.full((4,), 0.5))], 'taylor', progress=False)
     assert pruner.collect([x], 'taylor', initial=lambda output: output - 1, progress=False)
 
 

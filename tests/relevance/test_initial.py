@@ -217,6 +217,125 @@ def test_classes_of_a_mask() -> None:
     assert same(found, collected(tool, x(3), mask.masked_fill((mask == 0) | (mask == 3), -1)))
 
 
+# --- a single column
+COLUMNS: dict[str, tuple[int, ...]] = {'(N,)': (6,), '(N, 1)': (6, 1), '(N, 1, H, W)': (6, 1, 4, 5)}
+
+
+def column(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    output = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return output, torch.randint(0, 2, shape, generator=generator)
+
+
+@pytest.mark.parametrize('form', COLUMNS)
+@pytest.mark.parametrize('kind', [torch.int64, torch.uint8, torch.bool, torch.float32, torch.float64])
+@pytest.mark.parametrize('squeezed', [False, True])
+def test_both_classes_of_a_column_count(form: str, kind: torch.dtype, squeezed: bool) -> None:
+    output, labels = column(COLUMNS[form])
+    target = labels.to(kind)
+    if len(output.shape) > 1:
+        target = target.squeeze(1) if squeezed else target
+    else:
+        target = target if squeezed else target.unsqueeze(1)
+    signs, p = 2 * labels.double() - 1, output.sigmoid()
+    positions = output[0].numel()
+    expected = {'one-hot': signs, 'contrastive': signs, 'logit': signs * output, 'softmax': signs * p * (1 - p),
+                'cross-entropy': (p - labels) / positions, 'binary-cross-entropy': (p - labels) / positions,
+                'value': output}
+    for initial, relevance in expected.items():
+        assert apart(initial_relevance(output, target, initial), relevance) <= 1e-12
+
+
+def test_the_class_of_a_column_is_predicted_by_its_sign() -> None:
+    output = torch.tensor([[-0.5], [0.0], [2.0]])
+    assert initial_relevance(output, 'predicted', 'one-hot').tolist() == [[-1], [1], [1]]
+    assert initial_relevance(output, 'predicted', 'logit').tolist() == [[0.5], [0], [2]]
+    with pytest.raises(zp.PruneError, match=r"\(3,\), without classes.*initial='value'"):
+        initial_relevance(output[:, 0], 'predicted', 'one-hot')
+
+
+def test_pixels_of_a_column_that_are_unknown_start_no_relevance() -> None:
+    output, labels = column((6, 1, 4, 5))
+    labels[0, 0, :2], labels[1, 0, 0], labels[2] = -1, 255, -100
+    found = initial_relevance(output, labels[:, 0], 'one-hot')
+    assert torch.equal(found == 0, (labels != 0) & (labels != 1))
+    loss = initial_relevance(output, labels, 'cross-entropy')
+    assert loss[0].abs().sum() > 0 and loss[0, 0, :2].abs().sum() == 0 and loss[2].abs().sum() == 0
+
+
+def single(outputs: int = 1, *more: nn.Module) -> nn.Module:
+    return seeded(nn.Sequential(nn.Conv2d(3, 6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(6, outputs), *more)).double()
+
+
+@pytest.mark.parametrize('flat', [False, True])
+def test_classes_of_a_column_leave_samples_out(flat: bool) -> None:
+    tool = pruner(single(1, *[nn.Flatten(0)] * flat))
+    both = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    for number in (0, 1):
+        found = collected(tool, x(), both, classes=(number,))
+        assert found.info['samples'] == 2
+        assert same(found, collected(tool, x()[both == number], both[both == number]))
+        assert same(found, collected(tool, x(), both.long(), classes=(number,)))
+    found = collected(tool, x(), both)
+    assert same(found, mean(*(collected(tool, x(), both, classes=(number,)) for number in (0, 1))))
+
+
+@pytest.mark.parametrize('target,message', [
+    (torch.tensor([0.0, 1.0, 0.3, 1.0]), r"label 0\.3\. For a regression.*initial='value'.*all 0 or 1"),
+    (torch.tensor([0, 1, 2, 1]), "label 2.*initial='value'"), (torch.tensor([[-1], [1], [1], [-1]]), 'label -1'),
+    (torch.zeros(4, 2), r'\(4, 2\).*0 or 1'), (torch.tensor([0.0, float('nan'), 1.0, 1.0]), 'not finite'),
+    (None, "no labels.*initial='value'")])
+def test_labels_that_do_not_fit_a_column(target: Any, message: str) -> None:
+    for criterion in ('relevance', 'taylor'):
+        with pytest.raises(zp.PruneError, match=message):
+            collected(pruner(single()), x(), target, criterion=criterion)
+
+
+def test_a_regression_starts_at_its_value() -> None:
+    for outputs in (1, 3):
+        tool, target = pruner(single(outputs)), torch.randn(4, outputs, dtype=torch.float64)
+        with pytest.raises(zp.PruneError, match=r"regression.*initial='value'"):
+            collected(tool, x(), target)
+        found = collected(tool, x(), target, initial='value')
+        assert same(found, collected(tool, x(), None, initial=lambda output: output))
+        assert same(found, tool.collect([x()], initial='value', progress=False))
+
+
+def test_real_numbers_are_weights_by_name_only() -> None:
+    tool, rows = pruner(single(3)), torch.rand(4, 3, dtype=torch.float64)
+    with pytest.raises(zp.PruneError, match=r"\(4, 3\).*other values than 0 and 1.*initial='weights'"):
+        collected(tool, x(), rows)
+    assert same(collected(tool, x(), rows, initial='weights'), collected(tool, x(), lambda output: rows))
+    with pytest.raises(zp.PruneError, match=r"'weights' takes the relevance at the output.*\(4, 3\).*\(4,\)"):
+        collected(tool, x(), labels() % 3, initial='weights')
+    with pytest.raises(zp.PruneError, match=r"'weights' takes.*'predicted'"):
+        collected(tool, x(), 'predicted', initial='weights')
+    with pytest.raises(zp.PruneError, match=r'other values than 0 and 1.*filled up with -1'):
+        collected(tool, x(), torch.tensor([[0, 2, -1]] * 4))
+
+
+def test_losses_of_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output = torch.randn(4, 3, generator=generator).double().requires_grad_()
+    soft, several = torch.rand(4, 3, generator=generator).double().softmax(1), torch.tensor([[1, 0, 1]] * 3 + [[0] * 3])
+    for rows, initial, loss in ((soft, 'cross-entropy', F.cross_entropy),
+                                (several, 'binary-cross-entropy', F.binary_cross_entropy_with_logits),
+                                (soft, 'binary-cross-entropy', F.binary_cross_entropy_with_logits)):
+        total = loss(output, rows.double(), reduction='sum')
+        assert apart(initial_relevance(output, rows, initial), torch.autograd.grad(total, output)[0]) <= 1e-12
+    with pytest.raises(zp.PruneError, match=r"several labels for one sample.*'binary-cross-entropy'"):
+        initial_relevance(output, several, 'cross-entropy')
+    assert collected(pruner(single(3)), x(), several, criterion='taylor',
+                     initial='binary-cross-entropy').info['samples'] == 4
+
+
+@pytest.mark.parametrize('target', [{'boxes': torch.zeros(4, 4)}, [{'labels': torch.zeros(1)}] * 4, ['cat'] * 4])
+def test_targets_that_are_no_labels_ask_for_a_start(target: Any) -> None:
+    with pytest.raises(zp.PruneError, match=r"not labels.*initial=.*detections.*target='predicted'"):
+        initial_relevance(torch.zeros(4, 3), target, 'one-hot')
+    assert initial_relevance(torch.zeros(4, 3), target, lambda output: output + 1).sum() == 12
+
+
 # --- errors
 def _collect(target: Any, **options: Any) -> zp.Relevance:
     return zp.Pruner(chain(), composite(), images()).collect([(images(), target)], progress=False, **options)

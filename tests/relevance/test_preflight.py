@@ -21,6 +21,7 @@ from zennit.types import Activation, Linear
 
 import zennit_prune as zp
 from zennit_prune.relevance._attribute import recommended_composite
+from zennit_prune.relevance._initial import Origin
 from zennit_prune.relevance._preflight import Preflight, preflight
 
 
@@ -28,7 +29,8 @@ def checked(
     model: nn.Module, rules: Composite | None = None, x: Any = None, target: Any = 'predicted', initial: Any = 'one-hot'
 ) -> Preflight:
     x = images(3) if x is None else x
-    found = preflight(model, rules or recommended_composite(), zp.trace(model, x)._recording, x, target, initial)
+    origin = Origin(target, initial, inputs=x)
+    found = preflight(model, rules or recommended_composite(), zp.trace(model, x)._recording, x, origin)
     begin = found.stages[0].sum
     assert found.stages[0].name == 'output'
     for stage in found.stages:

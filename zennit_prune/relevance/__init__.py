@@ -8,10 +8,11 @@ Start with ``_criteria.py`` (what channels are scored by), then ``_collect.py`` 
 from ._canonize import GraphCanonizer
 from ._collect import Collector
 from ._criteria import CRITERIA, Criterion
+from ._detections import detections
 from ._exemplars import Exemplars
 from ._initial import initial_relevance
 from ._preflight import Preflight
 from ._relevance import Relevance, Reliability
 
 __all__ = ['CRITERIA', 'Collector', 'Criterion', 'Exemplars', 'GraphCanonizer', 'Preflight', 'Relevance', 'Reliability',
-           'initial_relevance']
+           'detections', 'initial_relevance']

@@ -289,6 +289,10 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
     PruneError
         If a rule of the composite fails.
     '''
+    if not output.requires_grad:
+        raise PruneError('the output that relevance starts from is computed without gradients (under torch.no_grad, or '
+                         'detached), so that no relevance leaves it. Name another output with output=, or let forward '
+                         'compute this one with gradients.')
     try:
         return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
     except PruneError:

@@ -193,6 +193,7 @@ class Collector:
         self.sums = Sums()
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
+        self._reached: set[str] = set()
         self._context: AbstractContextManager[Any] | None = None
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
@@ -310,10 +311,12 @@ class Collector:
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
+        self._reached = set()
         self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
         scores = self._sampled(samples, spots) if len(samples.numbers) else {}
         best = self._best(samples, scores, spots) if spots and len(samples.rows) else None
-        self.sums = self.sums.plus(scores, samples.size, samples.skipped, samples.reason, tuple(batch), best)
+        self.sums = self.sums.plus(scores, samples.size, samples.skipped, samples.reason, tuple(batch), best,
+                                   self._reached)
 
     def _best(self, samples: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
         '''Return the samples of a batch with the largest scores, for each channel.'''
@@ -425,6 +428,8 @@ class Collector:
         for site in self.sites:
             if site.place in quantities:
                 values = self._score(site, quantities[site.place], batch)
+                if site.group not in self.sums.reached and quantities[site.place].any():
+                    self._reached.add(site.group)
                 here = torch.bincount(site.positions.reshape(-1), minlength=site.size + 1)[:site.size] > 0
                 totals[site.group] = totals[site.group] + values if site.group in totals else values
                 covered[site.group] = covered.get(site.group, torch.zeros(site.size, device='cpu')) + here
@@ -485,7 +490,8 @@ class Collector:
         return {'criterion': self.criterion.name, 'groups': {group.name: group.size for group in self.graph.groups},
                 'composite': described(self.composite), 'aggregate': self.aggregate,
                 'initial': described(self.initial), 'output': described(self.output),
-                'classes': self.classes and list(self.classes), 'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
+                'classes': self.classes and list(self.classes),
+                'attributor': described(self.attributor), 'seed': self.attributor and self.seed,
                 'exemplars': self.exemplars or None}
 
     def check_fits(self, settings: Mapping[str, Any], what: str, used: bool = True) -> None:
@@ -615,9 +621,8 @@ class Collector:
         '''Return the groups without a score for want of any relevance: they are kept, as nothing is known of them.'''
         if not self.criterion.gradients:
             return []
-        reached = {name for name, values in self.sums.halves.items() if values.any()}
         return [name for name in dict.fromkeys(site.group for site in self.sites)
-                if name not in reached and name not in self.gates]
+                if name not in self.sums.reached and name not in self.gates]
 
     def _check_sums(self) -> None:
         sums = self.sums

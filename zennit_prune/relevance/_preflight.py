@@ -153,7 +153,8 @@ class Preflight:
                           *(self.problems or ['Relevance is sound.'])])
 
 
-def preflight(model: nn.Module, composite: Composite, recording: Recording, x: Any, origin: Origin) -> Preflight:
+def preflight(model: nn.Module, composite: Composite, recording: Recording, x: Any,
+              origin: Origin | None = None) -> Preflight:
     '''Follow the relevance of a few samples through a network.
 
     Parameters
@@ -166,8 +167,8 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
         The trace of the network.
     x: torch.Tensor, tuple, dict or Batch
         A few inputs.
-    origin: Origin
-        Where relevance starts.
+    origin: Origin, optional
+        Where relevance starts; at the predicted class by default.
 
     Returns
     -------
@@ -183,7 +184,8 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     canonizer = GraphCanonizer.from_recording(recording)
     with attributing(model, composite, canonizer,
                      lambda network: Bookkeeper(network, run.functions, canonizer.functions)) as attribution:
-        book, started = _book(attribution.network, attribution.reader, x, origin)
+        book, started = _book(attribution.network, attribution.reader, x,
+                              origin or Origin('predicted', inputs=x))
     positions = {key: position for position, key in enumerate(book)}
     stages = [Stage('output', *started, 0.0, 0.0)]
     for name, keys in _bottlenecks(run):

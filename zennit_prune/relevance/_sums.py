@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,6 +136,8 @@ class Sums:
         The last batch, or its fingerprint where these sums were read from a file.
     best: Best, optional
         The reference samples of each channel, where these are wanted.
+    reached: frozenset of str
+        The groups where anything but zero arrived.
     '''
 
     halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Sums:
     reason: str = ''
     last: Any = None
     best: Best | None = None
+    reached: frozenset[str] = frozenset()
 
     @property
     def samples(self) -> int:
@@ -153,10 +156,10 @@ class Sums:
         return sum(self.counts)
 
     def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any,
-             best: Best | None = None) -> Sums:
+             best: Best | None = None, reached: Iterable[str] = ()) -> Sums:
         '''Add a batch of ``size`` samples; ``values``, shape (samples, channels), are the scores of those that count.
 
-        ``best`` numbers samples from the start of the batch.
+        ``best`` numbers samples from the start of the batch; ``reached`` names groups where anything arrived.
         '''
         odd = self.samples % 2
         number = len(next(iter(values.values()), ()))
@@ -164,14 +167,15 @@ class Sums:
         return Sums(_added(self.halves, halves), (self.counts[0] + len(range(odd, number, 2)),
                                                   self.counts[1] + len(range(1 - odd, number, 2))),
                     self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch,
-                    _joined(self.best, best, self.seen))
+                    _joined(self.best, best, self.seen), self.reached.union(reached))
 
     def merged(self, other: Sums) -> Sums:
         '''Add the sums of later samples.'''
         return Sums(_added(self.halves, other.halves), (self.counts[0] + other.counts[0],
                                                         self.counts[1] + other.counts[1]),
                     self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
-                    self.reason or other.reason, best=_joined(self.best, other.best, self.seen))
+                    self.reason or other.reason, best=_joined(self.best, other.best, self.seen),
+                    reached=self.reached | other.reached)
 
     def portable(self) -> Sums:
         '''Move the sums to the CPU and drop the last batch, to send them to another process.'''
@@ -181,7 +185,7 @@ class Sums:
     def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         '''Write one safetensors file; it appears when it is complete.'''
         state = {'counts': self.counts, 'seen': self.seen, 'batches': self.batches, 'skipped': self.skipped,
-                 'reason': self.reason, 'last': self.last_batch}
+                 'reason': self.reason, 'last': self.last_batch, 'reached': sorted(self.reached)}
         metadata = {'state': json.dumps(state), 'settings': json.dumps(settings)}
         tensors = dict(self.halves)
         if self.best is not None:
@@ -210,6 +214,7 @@ class Sums:
         try:
             state = json.loads(metadata['state'])
             state['counts'] = tuple(state['counts'])
+            state['reached'] = frozenset(state.get('reached', halves))
             return cls(halves, best=best, **state), json.loads(metadata['settings'])
         except (KeyError, TypeError, ValueError) as error:
             raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
