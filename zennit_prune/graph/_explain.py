@@ -11,7 +11,8 @@ from ..tracing._labels import Array, Labels, flat_pairs, same
 from ..tracing._rules import KERNEL
 from ..tracing._trace import Recording
 from ..util._display import Table, some
-from ._groups import ChannelGroup, Roles, layer_name
+from ..util._networks import computed_name
+from ._groups import ChannelGroup, Roles, layer_name, unused_tensors
 from ._solve import NOT_READ, Solution
 
 
@@ -126,6 +127,25 @@ def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solu
              some(coupled.get(int(solution.group[group.channels[0]]), []), 3)) for group in groups]
     return [(('group', 'channels', *['blocks'] * blocks, 'together with', 'read by', 'coupled by'), rows),
             *([(('locked', 'why'), list(locked.items()))] if locked else [])]
+
+
+def unused_parts(recording: Recording) -> list[str]:
+    '''Return the modules of which no operation reads any parameter, and single parameters of other modules.
+
+    A module that lies in another one of these is not named. Nothing else is left out: code that did not run may slice,
+    join or reshape what it reads, so that no size of a parameter shows that it reads no removed channel. A parameter of
+    one number fits any channels.
+    '''
+    unused = unused_tensors(recording)
+    used = {prefix for name, fields in recording.fields.items() if fields and name not in unused
+            for prefix in _prefixes(name)}
+    return list(dict.fromkeys(next(prefix for prefix in _prefixes(name) if prefix not in used) for name in unused))
+
+
+def _prefixes(name: str) -> list[str]:
+    '''Return the names of the modules around a parameter, the outermost first, and its own name.'''
+    parts = computed_name(name).split('.')
+    return ['.'.join(parts[:count + 1]) for count in range(len(parts))]
 
 
 def group_text(group: ChannelGroup, name: str, coupled: list[str], balanced: list[str]) -> list[str]:
