@@ -129,17 +129,32 @@ def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solu
             *([(('locked', 'why'), list(locked.items()))] if locked else [])]
 
 
-def unused_parts(recording: Recording) -> list[str]:
-    '''Return the modules of which no operation reads any parameter, and single parameters of other modules.
+def unused_parts(recording: Recording, width: int) -> list[str]:
+    '''Return the modules of which no operation reads any tensor, and single tensors of other modules.
 
-    A module that lies in another one of these is not named. Nothing else is left out: code that did not run may slice,
-    join or reshape what it reads, so that no size of a parameter shows that it reads no removed channel. A parameter of
-    one number fits any channels.
+    Code that did not run may slice, join or reshape what it reads, so that no size of a parameter shows that it reads
+    no removed channel: all parameters but those of one number count, which fit any channels. Buffers are tables and
+    statistics more often than they meet channels: those that are smaller along every dimension than what loses channels
+    do not count.
+
+    Parameters
+    ----------
+    recording: Recording
+        The trace.
+    width: int
+        The smallest size of a dimension that loses channels.
+
+    Returns
+    -------
+    list of str
+        The names; a module or tensor within a module that is named is left out.
     '''
     unused = unused_tensors(recording)
     used = {prefix for name, fields in recording.fields.items() if fields and name not in unused
             for prefix in _prefixes(name)}
-    return list(dict.fromkeys(next(prefix for prefix in _prefixes(name) if prefix not in used) for name in unused))
+    counted = [name for name in unused if recording.sizes[name].is_parameter
+               or max(recording.sizes[name].shape) >= width]
+    return list(dict.fromkeys(next(prefix for prefix in _prefixes(name) if prefix not in used) for name in counted))
 
 
 def _prefixes(name: str) -> list[str]:

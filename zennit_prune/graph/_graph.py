@@ -384,6 +384,12 @@ class ChannelGraph:
                 kept.setdefault(axis.parameter, {})[axis.dim] = Indices(index)
         return kept
 
+    def _unused_beside(self, removed: Mapping[str, Sequence[int]]) -> list[str]:
+        '''Return the parts that no example runs and that may read these channels, as short as they can be named.'''
+        gone = self._removed_labels(removed)
+        narrowed = [axis.length for axis in self._recording.axes if gone[axis.labels].any()]
+        return unused_parts(self._recording, min(narrowed, default=1))
+
     def _attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
         '''Return the new values of attributes of modules that ``forward`` makes shapes from.'''
         return new_sizes(self._claims(), self._removed_labels(removed))
@@ -407,11 +413,6 @@ class ChannelGraph:
         return replay(self._recording, self._solution, small, self._removed_labels(removed))
 
     # what people read
-    @property
-    def _unused(self) -> list[str]:
-        '''The parts that no example runs, as short as they can be named.'''
-        return unused_parts(self._recording)
-
     @property
     def reach(self) -> Reach:
         '''The shares of parameters, FLOPs and output channels within reach of pruning.'''

@@ -380,12 +380,12 @@ class Plan:
     @property
     def _left_behind(self) -> str:
         '''The warning of parts that no example runs, which may read removed channels; empty if there are none.'''
-        parts = self.graph._unused if self.removed else []
+        parts = self.graph._unused_beside(self.removed) if self.removed else []
         if not parts:
             return ''
-        return (f'no example of the trace runs {some(map(repr, parts), 5)}, so that the plan leaves their weights as '
-                'they are: whatever else calls them (another task, say) may fail, or read other channels. Trace with '
-                'examples=, one for every task; parts that nothing calls do no harm')
+        return (f'no example of the trace runs these parts, whose weights stay as they are: '
+                f'{some(map(repr, parts), 5)}. Whatever else calls them (another task, say) may fail, or read other '
+                'channels. Trace with examples=, one for every task; parts that nothing calls do no harm')
 
     def _proven(self, model: nn.Module) -> nn.Module:
         '''Return the narrowed network, after the proof of its structure.'''
