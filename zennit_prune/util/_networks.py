@@ -212,13 +212,17 @@ def _masked(module: nn.Module) -> list[str]:
 
 def check_floating(model: nn.Module) -> None:
     '''Refuse a network that is prepared for quantization: fake quantization and observers see whole tensors.'''
-    found = [f'{name!r} ({type(module).__name__})' for name, module in modules_by_name(model)
-             if any(kind.__module__.startswith(QUANTIZING) for kind in type(module).__mro__)
-             and type(module).__name__ not in FLOAT]
-    found += [f'{name!r} ({type(tensor).__name__})' for name, tensor in tensors_by_module(model)
-               if type(tensor).__module__.startswith(QUANTIZING)]
+    found: dict[str, str] = {}
+    for name, module in modules_by_name(model):
+        kind, inside = type(module), any(name.startswith(f'{outer}.' if outer else '') for outer in found)
+        if (not inside and kind.__name__ not in FLOAT
+                and any(base.__module__.startswith(QUANTIZING) for base in kind.__mro__)):
+            found[name] = kind.__name__
+    found |= {name: type(tensor).__name__ for name, tensor in tensors_by_module(model)
+              if type(tensor).__module__.startswith(QUANTIZING)}
     if found:
-        raise PruneError(f'the network is prepared for quantization: {some(found, MANY)}. Prune the network in '
+        names = [f'{name!r} ({kind})' if name else f'itself ({kind})' for name, kind in found.items()]
+        raise PruneError(f'the network is prepared for quantization: {some(names, MANY)}. Prune the network in '
                          'floating point first, then call torch.ao.quantization.prepare_qat, or what prepared it, on '
                          'the pruned one.')
 
