@@ -111,7 +111,8 @@ def test_functions_stay_what_they_are() -> None:
     functions: tuple[Any, ...] = (zp.repair, zp.trace, zp.heatmap, zp.Plan.apply, zp.Plan.load, zp.finetune)
     for function in functions:
         assert pickle.loads(pickle.dumps(function)) == function and function.__doc__
-    assert list(inspect.signature(zp.trace).parameters) == ['model', 'example', 'ignore', 'layernorm', 'progress']
+    assert list(inspect.signature(zp.trace).parameters) == [
+        'model', 'example', 'ignore', 'layernorm', 'progress', 'examples']
     assert list(inspect.signature(zp.Budget).parameters)[:2] == ['flops', 'params']
     assert list(inspect.signature(Collector).parameters)[:3] == ['graph', 'model', 'composite']
     assert torch.is_tensor(zp.heatmap(x=images(1), composite=None, model=chain()))

@@ -11,7 +11,8 @@ from ..tracing._labels import Array, Labels, flat_pairs, same
 from ..tracing._rules import KERNEL
 from ..tracing._trace import Recording
 from ..util._display import Table, some
-from ._groups import ChannelGroup, Roles, layer_name
+from ..util._networks import computed_name
+from ._groups import ChannelGroup, Roles, layer_name, unused_tensors
 from ._solve import NOT_READ, Solution
 
 
@@ -126,6 +127,40 @@ def graph_tables(groups: Iterable[ChannelGroup], locked: Mapping[str, str], solu
              some(coupled.get(int(solution.group[group.channels[0]]), []), 3)) for group in groups]
     return [(('group', 'channels', *['blocks'] * blocks, 'together with', 'read by', 'coupled by'), rows),
             *([(('locked', 'why'), list(locked.items()))] if locked else [])]
+
+
+def unused_parts(recording: Recording, width: int) -> list[str]:
+    '''Return the modules of which no operation reads any tensor, and single tensors of other modules.
+
+    Code that did not run may slice, join or reshape what it reads, so that no size of a parameter shows that it reads
+    no removed channel: all parameters but those of one number count, which fit any channels. Buffers are tables and
+    statistics more often than they meet channels: those that are smaller along every dimension than what loses channels
+    do not count.
+
+    Parameters
+    ----------
+    recording: Recording
+        The trace.
+    width: int
+        The smallest size of a dimension that loses channels.
+
+    Returns
+    -------
+    list of str
+        The names; a module or tensor within a module that is named is left out.
+    '''
+    unused = unused_tensors(recording)
+    used = {prefix for name, fields in recording.fields.items() if fields and name not in unused
+            for prefix in _prefixes(name)}
+    counted = [name for name in unused if recording.sizes[name].is_parameter
+               or max(recording.sizes[name].shape) >= width]
+    return list(dict.fromkeys(next(prefix for prefix in _prefixes(name) if prefix not in used) for name in counted))
+
+
+def _prefixes(name: str) -> list[str]:
+    '''Return the names of the modules around a parameter, the outermost first, and its own name.'''
+    parts = computed_name(name).split('.')
+    return ['.'.join(parts[:count + 1]) for count in range(len(parts))]
 
 
 def group_text(group: ChannelGroup, name: str, coupled: list[str], balanced: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ..tracing._trace import Recording, record
 from ..util._display import Table, panel, some, table, waiting
 from ..util._isolation import isolated
 from ..util._networks import Indices, structural_copy, unwrapped, without_garbage_collection
-from ._explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach
+from ._explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach, unused_parts
 from ._groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
 from ._solve import Lock, solve
 
@@ -36,7 +36,7 @@ MAX_TRIALS = 400
 @names_options()
 @torch.inference_mode(False)
 def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
-          progress: bool = True) -> ChannelGraph:
+          progress: bool = True, examples: Sequence[Any] = ()) -> ChannelGraph:
     '''Find the removable channels of a network.
 
     A copy of the network is run without data; the network itself is not touched. Channels that the trace cannot prove
@@ -45,8 +45,8 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     Parameters
     ----------
     model: torch.nn.Module
-        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel``
-        and compiled networks are unwrapped.
+        An ordinary module, on any device and of any floating-point type. ``DataParallel``, ``DistributedDataParallel``,
+        ``torch.optim.swa_utils.AveragedModel`` and compiled networks are unwrapped.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments, on the network's device; values do not matter.
     ignore: sequence of str
@@ -59,6 +59,10 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
         LayerNorm runs over the surviving channels only, and :meth:`Plan.apply` warns.
     progress: bool
         Whether to show a progress bar on standard error once the trace takes more than two seconds.
+    examples: sequence
+        Further examples, each given like ``example``, for a network of several tasks, e.g. one for each head. The
+        network is traced with all of them. A channel can be removed only if it can with each, and applying a plan is
+        proven and verified with each. Costs, latencies and relevance are those of ``example``.
 
     Returns
     -------
@@ -68,9 +72,9 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     Raises
     ------
     PruneError
-        If the network does not run with the example, branches on values of its input, or is not an ordinary module; if
-        the example is on another device; if a pattern in ``ignore`` matches nothing; if ``layernorm`` is neither of its
-        values.
+        If the network does not run with an example, branches on values of its input, or is not an ordinary module; if
+        it has masks of ``torch.nn.utils.prune`` or is prepared for quantization; if an example is on another device; if
+        a pattern in ``ignore`` matches nothing; if ``layernorm`` is neither of its values.
 
     Examples
     --------
@@ -83,11 +87,23 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     (ChannelGroup(name='0', size=8), ChannelGroup(name='2', size=6))
     >>> zp.trace(model, torch.zeros(1, 3, 8, 8), ignore=['2']).locked
     {'2': 'ignored (2)', '4': 'it is an output of the network'}
+
+    A network of two tasks, of which a call runs one:
+
+    >>> class Tasks(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.heads = nn.Linear(3, 6), nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 2)])
+    ...     def forward(self, x, task=0):
+    ...         return self.heads[task](self.body(x))
+    >>> x = torch.zeros(1, 3)
+    >>> zp.trace(Tasks(), x, examples=[(x, 1)]).group('body').layers('consumer')
+    ['heads.0', 'heads.1']
     '''
     check_layernorm(layernorm)
     model = unwrapped(model)
     with without_garbage_collection(), isolated(model), waiting('trace', progress):
-        return ChannelGraph(model, example, ignore, layernorm)
+        return ChannelGraph(model, example, ignore, layernorm, examples)
 
 
 def check_layernorm(layernorm: str) -> None:
@@ -119,6 +135,8 @@ class ChannelGraph:
         Patterns of the names of modules and parameters whose output channels are kept.
     layernorm: str
         Whether channels that LayerNorm runs over are locked, as in :func:`trace`.
+    examples: sequence
+        Further arguments to run it with, as in :func:`trace`.
 
     Attributes
     ----------
@@ -151,13 +169,14 @@ class ChannelGraph:
     within reach: 99.6% of the parameters, 100.0% of the FLOPs, 77.8% of the output channels of all layers
     '''
 
-    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock'):
+    def __init__(self, model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm: str = 'lock',
+                 examples: Sequence[Any] = ()):
         self._costs: Any = None  # the cost model, once it was asked for
-        self._find(model, record(model, example, layernorm), ignore)
+        self._find(model, record(model, example, layernorm, examples=examples), ignore)
         whole = self._stuck_stacks()
         if whole:
             found = vars(self).copy()
-            self._find(model, record(model, example, layernorm, whole), ignore)
+            self._find(model, record(model, example, layernorm, whole, examples), ignore)
             if not any((self._solution.channel[labels] >= 0).any() for labels in self._joint(whole)):
                 self.__dict__.update(found)
 
@@ -365,6 +384,12 @@ class ChannelGraph:
                 kept.setdefault(axis.parameter, {})[axis.dim] = Indices(index)
         return kept
 
+    def _unused_beside(self, removed: Mapping[str, Sequence[int]]) -> list[str]:
+        '''Return the parts that no example runs and that may read these channels, as short as they can be named.'''
+        gone = self._removed_labels(removed)
+        narrowed = [axis.length for axis in self._recording.axes if gone[axis.labels].any()]
+        return unused_parts(self._recording, min(narrowed, default=1))
+
     def _attributes(self, removed: Mapping[str, Sequence[int]]) -> dict[Attribute, int]:
         '''Return the new values of attributes of modules that ``forward`` makes shapes from.'''
         return new_sizes(self._claims(), self._removed_labels(removed))
@@ -374,7 +399,7 @@ class ChannelGraph:
 
     def _narrowed(self, model: nn.Module, removed: Mapping[str, Sequence[int]], device: str | None = None) -> nn.Module:
         '''Make a copy of ``model`` without these channels, which is not yet proven.'''
-        kept, device = self._kept(removed), device if self._recording.example.device == 'meta' else None
+        kept, device = self._kept(removed), device if self._recording.device == 'meta' else None
         small = narrowed_copy(model, kept, self._group_sizes, self._attributes(removed), device)
         if device is None:
             restore(small, model, kept)
@@ -382,7 +407,7 @@ class ChannelGraph:
 
     def _prove(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         '''Trace ``small``, compare it with the original by operation, and return the first failure, or None.'''
-        return self._replayed(structural_copy(small, self._recording.example.device), removed)
+        return self._replayed(structural_copy(small, self._recording.device), removed)
 
     def _replayed(self, small: nn.Module, removed: Mapping[str, Sequence[int]]) -> Failure | None:
         return replay(self._recording, self._solution, small, self._removed_labels(removed))

@@ -250,10 +250,8 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
             reasons = Counter(solution.reason(label) for label in stuck.tolist())
             share = '' if len(stuck) == axis.size else f'{len(stuck)} of {axis.size} channels: '
             locked.setdefault(layer_name(axis.parameter), share + '; '.join(reasons))
-    met = {id(field) for operation in recording.operations for fields in operation.inputs for field in fields}
-    for name, fields in recording.fields.items():
-        if fields and not any(id(field) in met for field in fields):
-            locked.setdefault(layer_name(name), 'it is not used when the network runs')
+    for name in unused_tensors(recording):
+        locked.setdefault(layer_name(name), 'it is not used when the network runs')
     produced = np.zeros(recording.size, bool)
     produced[solution.component[roles.produces]] = True
     explained = produced[solution.component] | ~solution.locked
@@ -265,6 +263,13 @@ def build_locked(recording: Recording, solution: Solution, roles: Roles) -> dict
             found = [solution.reason(int(label)) for field in fields for label in field.labels.reshape(-1)[:1]]
             locked.setdefault(layer_name(name), next((reason for reason in found if reason != NOT_READ), NOT_READ))
     return locked
+
+
+def unused_tensors(recording: Recording) -> list[str]:
+    '''Return the parameters and buffers with channels that no operation reads; those of one number have none.'''
+    met = {id(field) for operation in recording.operations for fields in operation.inputs for field in fields}
+    return [name for name, fields in recording.fields.items()
+            if fields and not any(id(field) in met for field in fields)]
 
 
 def trial_counts(groups: Sequence[ChannelGroup]) -> list[int]:

@@ -57,6 +57,9 @@ class Pruner:
         ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
         Show progress bars on standard error; every method has an option of this name that overrides it.
+    examples: sequence
+        Further examples, each given like ``example``: one for every task of the network. Relevance is collected from
+        the task that the loader's batches run; see :func:`zennit_prune.trace`.
 
     Attributes
     ----------
@@ -86,11 +89,12 @@ class Pruner:
 
     @takes_options()
     def __init__(self, model: nn.Module, composite: Composite | Preset | None, example: Any,
-                 ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True):
+                 ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True,
+                 examples: Sequence[Any] = ()):
         self.composite, self._defaults = _rules(composite)
         self.model = unwrapped(model)
         self.ignore, self.layernorm, self.progress = ignore, layernorm, progress
-        self.graph = trace(self.model, example, ignore, layernorm, progress)
+        self.graph = trace(self.model, example, ignore, layernorm, progress, examples)
         self._latencies: dict[str, LatencyTable] = {}
 
     def _shows(self, progress: bool | None) -> bool:
@@ -495,7 +499,7 @@ class Pruner:
 
     @names_options()
     def on(self, network: nn.Module, progress: bool | None = None) -> Pruner:
-        '''Make a pruner with the same composite, example and options for a pruned version of the network.
+        '''Make a pruner with the same composite, examples and options for a pruned version of the network.
 
         Parameters
         ----------
@@ -516,8 +520,8 @@ class Pruner:
         >>> pruner.on(small).graph.group('conv1').size
         6
         '''
-        pruner = Pruner(network, self.composite, self.graph._recording.example, self.ignore, self.layernorm,
-                        self._shows(progress))
+        example, *further = self.graph._recording.examples
+        pruner = Pruner(network, self.composite, example, self.ignore, self.layernorm, self._shows(progress), further)
         pruner._defaults = self._defaults
         return pruner
 
@@ -582,7 +586,8 @@ def _check_preset(preset: Preset) -> None:
 
 @takes_options(Pruner.__init__, Pruner.prune)
 def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterable[Any], budget: Budget,
-          ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True, **options: Any) -> nn.Module:
+          ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True, examples: Sequence[Any] = (),
+          **options: Any) -> nn.Module:
     '''Remove the channels of least relevance in one call: trace, collect, plan, apply, verify and repair.
 
     Parameters
@@ -602,6 +607,8 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
         ``'lock'`` or ``'surviving'``; see :func:`zennit_prune.trace`.
     progress: bool
         Show progress bars on standard error.
+    examples: sequence
+        Further examples, one for every task that the loader's batches do not run; see :func:`zennit_prune.trace`.
     **options: object
         Options of :meth:`Pruner.prune` (``repair``, ``criterion``, ``verify``, ``seed``), :meth:`Pruner.collect` and
         :meth:`Pruner.plan`, e.g. ``target='predicted'`` for inputs without labels, or ``repair='none'``, which leaves
@@ -638,5 +645,5 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
     example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
-    pruner = Pruner(model, composite, example, ignore, layernorm, progress)
+    pruner = Pruner(model, composite, example, ignore, layernorm, progress, examples)
     return pruner.prune(chain([first], stream), budget, **options).model

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError, names_options, shown
+from ..errors import PruneError, names_options, shown, warn
 from ..graph._graph import ChannelGraph, check_graph
 from ..graph._groups import checked_positions
 from ..relevance._relevance import Relevance, Reliability
@@ -39,7 +39,13 @@ from ..util._display import (
 )
 from ..util._files import check_path, write_text
 from ..util._isolation import isolated
-from ..util._networks import tensors_by_module, unwrapped, without_garbage_collection
+from ..util._networks import (
+    check_floating,
+    modules_by_name,
+    tensors_by_module,
+    unwrapped,
+    without_garbage_collection,
+)
 from ._carry import composed
 from ._cost import cost_model
 from ._latency import Timing
@@ -342,7 +348,8 @@ class Plan:
         Warns
         -----
         PruneWarning
-            If LayerNorm runs over removed channels, or the network was traced in one of its two modes only.
+            If LayerNorm runs over removed channels, the network was traced in one of its two modes only, or it has
+            parts that no example of the trace runs: these may no longer fit.
 
         Examples
         --------
@@ -363,9 +370,22 @@ class Plan:
             small = self._proven(model)
             self.graph._recording.warn_if_untraced()
             warn_of_changed_statistics(self.graph._recording.operations, self.graph._removed_labels(self.removed))
+            if self._left_behind:
+                warn(self._left_behind)
             if verify:
-                compare(self.graph, model, small, self.removed, self.graph._recording.example.fitted(model))
+                for example in self.graph._recording.examples:
+                    compare(self.graph, model, small, self.removed, example.fitted(model))
         return small
+
+    @property
+    def _left_behind(self) -> str:
+        '''The warning of parts that no example runs, which may read removed channels; empty if there are none.'''
+        parts = self.graph._unused_beside(self.removed) if self.removed else []
+        if not parts:
+            return ''
+        return (f'no example of the trace runs these parts, whose weights stay as they are: '
+                f'{some(map(repr, parts), 5)}. Whatever else calls them (another task, say) may fail, or read other '
+                'channels. Trace with examples=, one for every task; parts that nothing calls do no harm')
 
     def _proven(self, model: nn.Module) -> nn.Module:
         '''Return the narrowed network, after the proof of its structure.'''
@@ -387,7 +407,8 @@ class Plan:
         Parameters
         ----------
         model: torch.nn.Module
-            The traced network, which is narrowed.
+            The traced network, which is narrowed, or a copy of it: with ``torch.optim.swa_utils.AveragedModel``, narrow
+            the average, too, so that it can go on with the network.
         optimizer: torch.optim.Optimizer, optional
             The optimizer that trains the network: its parameter groups point to the new parameters, and its state
             (momentum, Adam moments) is narrowed, too.
@@ -425,14 +446,27 @@ class Plan:
     def _checked_model(self, model: nn.Module) -> nn.Module:
         '''Return the network inside ``model``, after a check that it is the one that was traced.'''
         model = unwrapped(model)
+        check_floating(model)
+        differs = self._differs(model)
+        if differs:
+            inner = [name for name, module in modules_by_name(model)[1:] if not self._differs(module)]
+            hint = 'Trace it again.'
+            if inner:
+                path = inner[0] if all(map(str.isidentifier, inner[0].split('.'))) else f'get_submodule({inner[0]!r})'
+                hint = (f'It holds a network that fits ({some(map(repr, inner), 3)}): give that one, as in '
+                        f'plan.apply_(wrapper.{path}).')
+            raise PruneError(f'this is not the network that was traced: {differs}. {hint}')
+        return model
+
+    def _differs(self, model: nn.Module) -> str:
+        '''Return how a network differs from the traced one along labelled dimensions; an empty text if it does not.'''
         tensors = dict(tensors_by_module(model))
         for axis in self.graph._recording.axes:
             shape = tuple(tensors[axis.parameter].shape) if axis.parameter in tensors else ()
             if len(shape) <= axis.dim or shape[axis.dim] != axis.length:
                 has = f'has shape {shape}' if shape else 'is missing'
-                raise PruneError(f'this is not the network that was traced: {axis.parameter!r} {has}, but had '
-                                 f'{axis.length} indices along dimension {axis.dim}. Trace it again.')
-        return model
+                return f'{axis.parameter!r} {has}, but had {axis.length} indices along dimension {axis.dim}'
+        return ''
 
     def _misfit(self, network: nn.Module, pruned: bool = True) -> str:
         '''Return how a network differs in shape from the pruned one, or from the original; '' if it does not.'''
@@ -626,7 +660,7 @@ class Plan:
             totals.append(f'{unit}: {before:,.0f} -> {after:,.0f} ({after / (before or 1):.1%} left)')
         header = ('group', 'channels', 'left', 'share', *['reliability'] * bool(reliability))
         notes = [str(note) for note in (self.timing, self.reliability) if note is not None]
-        return (header, rows), [*totals, *notes]
+        return (header, rows), [*totals, *notes, *[f'Note: {self._left_behind}.'] * bool(self._left_behind)]
 
     def __str__(self) -> str:
         groups, notes = self._tables()
@@ -654,7 +688,8 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
         The plan by which ``small`` was pruned.
     example: torch.Tensor, tuple or dict
         An input, a tuple of arguments, or a dict of keyword arguments. Its floating-point tensors are replaced by
-        Gaussian noise of their shape; others are used as they are.
+        Gaussian noise of their shape; others are used as they are. Outputs are also compared for the further examples
+        (``examples=``) of the trace.
 
     Returns
     -------
@@ -679,13 +714,17 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
     True
     '''
     model, small = checked_pair('verify(model, small, plan, example)', model, small, plan)
-    return compare(plan.graph, plan._checked_model(model), small, plan.removed, example)
+    model = plan._checked_model(model)
+    further = [other.fitted(model) for other in plan.graph._recording.examples[1:]]
+    return max(compare(plan.graph, model, small, plan.removed, given) for given in (example, *further))
 
 
 def checked_pair(call: str, model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
     '''Return the networks inside two modules; refuse arguments in another order than that of ``call``.'''
     checked_plan(call, plan)
     model, small = unwrapped(model), unwrapped(small)
+    check_floating(model)
+    check_floating(small)
     if plan.removed and not plan._misfit(model) and not plan._misfit(small, pruned=False):
         raise PruneError('the networks are given in the other order: the first one has the shapes of the pruned '
                          f'network, the second one those of the original. The order is {call}: the original first.')

@@ -35,6 +35,11 @@ def kept_by_norms(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) 
         The operations of the traced network.
     gone: numpy.ndarray
         For each label, whether it is removed.
+
+    Raises
+    ------
+    PruneError
+        If a call keeps other positions with one example, or in one mode, than with another.
     '''
     deletion = Deletion(gone)
     found: KeptPositions = {}
@@ -43,9 +48,12 @@ def kept_by_norms(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) 
             rank, normalised = len(operation.shapes[0]), operation.decisions.get('normalised dimensions', 0)
             kept = {dim - rank: Indices(np.flatnonzero(mask)) for dim, mask in deletion(operation.outputs[0])[1].items()
                     if dim >= rank - normalised}
-            if kept:
-                found[operation.site] = kept
-    return found
+            known = found.setdefault(operation.site, kept)
+            if known.keys() != kept.keys() or any(not np.array_equal(known[dim], kept[dim]) for dim in kept):
+                raise PruneError(f'LayerNorm in {operation.site.module or "the network itself"} runs over other '
+                                 'channels with one example than with another, so that no masked network computes what '
+                                 'the pruned one does: keep the channels it runs over, with ignore= in the trace.')
+    return {site: kept for site, kept in found.items() if kept}
 
 
 def warn_of_changed_statistics(operations: Iterable[Operation], gone: npt.NDArray[np.bool_]) -> None:

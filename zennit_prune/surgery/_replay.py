@@ -41,7 +41,7 @@ class Failure:
     index: int
         Its number in the run.
     mode: str
-        ``'eval'`` or ``'train'``.
+        The name of the run, such as ``'eval'`` or ``'train'``.
     reason: str
         The difference, in words.
     '''
@@ -232,7 +232,6 @@ def replay(recording: Recording, solution: Solved, pruned: nn.Module,
     '''
     deletion = Deletion(removed)
     outcomes: dict[Any, Outcome] | None = {} if len(recording.runs) > 1 else None
-    example = recording.example.fitted(pruned)
     fields = {name: deletion(list(found))[0] for name, found in recording.fields.items()}
     for mode, run in recording.runs.items():
         tracers: list[Replayer] = []
@@ -242,10 +241,11 @@ def replay(recording: Recording, solution: Solved, pruned: nn.Module,
             made.append(Replayer(calls, parameters, expected, deletion, solution))
             return made[-1]
 
-        last = mode == list(recording.runs)[-1]
-        network = pruned if last else structural_copy(pruned, recording.example.device)
+        example, last = run.example.fitted(pruned), mode == list(recording.runs)[-1]
+        as_it_is = last and example.device == recording.device
+        network = pruned if as_it_is else structural_copy(pruned, example.device)
         try:
-            run_network(network, example, mode == 'train', tracer_type, fields, recording.shapes, outcomes=outcomes)
+            run_network(network, example, run.training, tracer_type, fields, recording.shapes, outcomes=outcomes)
             done, reason = len(tracers[-1].operations), 'the pruned network runs fewer operations'
         except ForwardError as error:
             mismatch = isinstance(error.__cause__, Mismatch)

@@ -128,7 +128,8 @@ def _first_wrong(graph: RemovableChannels, masked: nn.Module, small: nn.Module, 
     '''Name the first module, in execution order, whose remaining output channels differ.'''
     deletion = Deletion(graph._removed_labels(removed))
     seen = [_module_outputs(network, args, kwargs) for network in (masked, small)]
-    for key, tensors in graph._recording.runs['eval'].outputs.items():
+    traced = [run.outputs for run in graph._recording.runs.values() if not run.training]
+    for key, tensors in min(traced, key=lambda found: len(found.keys() ^ seen[0].keys())).items():
         for fields, before, after in zip(tensors, *(outputs.get(key, []) for outputs in seen)):
             for dim, mask in deletion(fields)[1].items():
                 if before.shape[dim] == len(mask):

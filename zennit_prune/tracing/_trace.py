@@ -8,18 +8,19 @@ example that a network is traced with is checked here and turned into the argume
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..errors import PruneError, warn
+from ..errors import PruneError, shown, warn
 from ..util._isolation import isolated, states
 from ..util._networks import (
+    check_floating,
     map_tensors,
     modules_by_name,
     output_tensors,
@@ -187,22 +188,29 @@ class Run:
 
     Attributes
     ----------
+    example: Example
+        The arguments of the pass.
+    training: bool
+        Whether it ran in training mode.
     operations: list of Operation
         The recorded operations, in the order in which they ran.
     group_sizes: dict of str to int
         Weights whose module has one group for so many of their channels, see :meth:`Tracer.keep_group_size`.
     places: dict of int to list of Place
-        Where each value enters and leaves modules and torch functions; empty in training mode.
+        Where each value enters and leaves modules and torch functions; empty but for the first example in evaluation
+        mode.
     outputs: dict of (str, int) to list of list of Field
         The fields of every tensor that a call of a module returned, by the module's name and the number of the call.
     functions: list of FunctionCall
-        The calls of torch functions with activations; empty in training mode.
+        The calls of torch functions with activations; empty but for the first example in evaluation mode.
     claims: list of Claim
         The attributes of modules that state sizes.
     draws: bool
         Whether ``forward`` drew random numbers.
     '''
 
+    example: Example
+    training: bool
     operations: list[Operation]
     group_sizes: dict[str, int]
     places: dict[int, list[Place]]
@@ -245,7 +253,7 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     guard: type
         The class that watches the calls of modules and torch functions.
     outcomes: dict, optional
-        The effects of operations on labels in the other mode of the network; those of this run are added.
+        The effects of operations on labels in other passes through the network; those of this run are added.
     originals: mapping of int to str, optional
         The names of tensors of the network that this is a copy of, by ``id``; they may not be used.
 
@@ -293,8 +301,8 @@ def run_network(network: nn.Module, example: Example, training: bool, tracer_typ
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         del counter.tracer  # they refer to each other: all tensors would stay until the next search for garbage
-    return Run(tracer.operations, tracer.group_sizes, counter.places, counter.outputs, counter.functions,
-               counter.claims, draws)
+    return Run(example, training, tracer.operations, tracer.group_sizes, counter.places, counter.outputs,
+               counter.functions, counter.claims, draws)
 
 
 @dataclass
@@ -304,7 +312,7 @@ class Recording:
     Attributes
     ----------
     example: Example
-        The arguments that it was run with.
+        The arguments that it was run with; of several examples, the first one, which costs and relevance are of.
     axes: list of Axis
         Every labelled dimension, in the order of the labels.
     fields: dict of str to list of Field
@@ -312,7 +320,8 @@ class Recording:
     sizes: dict of str to TensorSize
         The size of each parameter and buffer, once.
     runs: dict of str to Run
-        The record of each pass: ``'eval'``, and ``'train'`` where that differs.
+        The record of each pass: ``'eval'``, and ``'train'`` where that differs; ``'eval 2'`` and ``'train 2'`` for a
+        second example, and so on.
     notes: list of str
         Remarks about the trace that the user should know.
     shapes: Shapes
@@ -331,6 +340,16 @@ class Recording:
     untraced: str = ''
 
     @property
+    def examples(self) -> list[Example]:
+        '''All examples, the first one first.'''
+        return list({id(run.example): run.example for run in self.runs.values()}.values())
+
+    @property
+    def device(self) -> str:
+        '''``'meta'`` where all passes run without data, ``'real'`` where any needs values.'''
+        return 'real' if any(example.device == 'real' for example in self.examples) else 'meta'
+
+    @property
     def size(self) -> int:
         '''The number of labels, label 0 included.'''
         return self.axes[-1].start + self.axes[-1].size if self.axes else 1
@@ -347,7 +366,8 @@ class Recording:
         return distinct(operation for run in self.runs.values() for operation in run.operations)
 
 
-def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = ()) -> Recording:
+def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Iterable[Site] = (),
+           examples: Sequence[Any] = ()) -> Recording:
     '''Trace a network in evaluation and in training mode.
 
     Parameters
@@ -360,6 +380,8 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
         Whether channels that LayerNorm runs over are locked, as in :func:`zennit_prune.trace`.
     whole: iterable of Site
         The products of stacks of matrices that lose whole matrices instead of rows and columns.
+    examples: sequence
+        Further arguments to run it with, as in :func:`zennit_prune.trace`.
 
     Returns
     -------
@@ -369,24 +391,68 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
     Raises
     ------
     PruneError
-        If the network cannot be run or traced with the example.
+        If the network cannot be run or traced with an example.
     '''
-    arguments = replace(prepare_example(model, example), layernorm=layernorm, whole=frozenset(whole))
+    check_floating(model)
+    prepared = [replace(found, layernorm=layernorm, whole=frozenset(whole))
+                for found in (prepare_example(model, example), *_prepare_further(model, examples))]
     axes, fields = label_axes(model)
-    runs: dict[str, Run] = {}
-    notes: list[str] = []
-    shapes = Shapes()
-    outcomes: dict[Any, Outcome] = {}
+    sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
+             for name, tensor in unique_tensors(model).items()}
+    shapes, outcomes = Shapes(), dict[Any, Outcome]()
     originals = {id(tensor): name for name, tensor in reversed(tensors_by_module(model))}
 
-    def run(network: nn.Module, training: bool) -> Run:
-        if not training:
-            outcomes.clear()  # of an attempt that failed
-        guard = Outputs if training else Boundaries
-        found = run_network(network, arguments, training, Tracer, fields, shapes, guard, outcomes, originals)
+    def run(arguments: Example, network: nn.Module, training: bool) -> Run:
+        guard = Outputs if training or arguments is not prepared[0] else Boundaries
+        known = dict(outcomes)
+        found = run_network(network, arguments, training, Tracer, fields, shapes, guard, known, originals)
+        outcomes.update(known)  # not those of an attempt that failed
         found.claims += norm_claims(network, found.outputs)
         return found
 
+    runs: dict[str, Run] = {}
+    notes: list[str] = []
+    untraced: list[str] = []
+    for number, arguments in enumerate(prepared):
+        where = f'examples[{number - 1}]: ' if number else ''
+        found, remarks, reason = _with_name(where, partial(_both_modes, model, arguments, partial(run, arguments)))
+        runs.update({f'{mode} {number + 1}' if number else mode: passed for mode, passed in found.items()})
+        notes += [f'{where}{remark}' for remark in remarks if remark not in notes]
+        untraced += [f'{where}{reason}'] * bool(reason)
+    return Recording(prepared[0], axes, fields, sizes, runs, notes, shapes, '; '.join(untraced))
+
+
+Recorded = tuple[dict[str, Run], list[str], str]
+
+
+def _prepare_further(model: nn.Module, examples: Sequence[Any]) -> list[Example]:
+    '''Check further examples, each of which may be a tensor, a tuple of arguments or a dict of keyword arguments.'''
+    if not isinstance(examples, (list, tuple)):
+        raise PruneError(f'examples={shown(examples)} is no sequence: give a list of further examples, each as example '
+                         'is given, e.g. examples=[(x, 1)].')
+    for number, example in enumerate(examples):
+        if not isinstance(example, Example) and not tensors_in((example,)) and not isinstance(example, Mapping):
+            raise PruneError(f'examples[{number}]={shown(example)} holds no tensor: examples is a list of further '
+                             'examples, each a tensor, a tuple of arguments or a dict of keyword arguments. For one '
+                             'with several arguments, write examples=[(x, ...)].')
+    return [_with_name(f'examples[{number}]: ', partial(prepare_example, model, example))
+            for number, example in enumerate(examples)]
+
+
+def _with_name(where: str, act: Callable[[], Any]) -> Any:
+    '''Return what a function returns; its errors begin with the name of the example that they are about.'''
+    try:
+        return act()
+    except PruneError as error:
+        if not where or isinstance(error, OriginalUsed):
+            raise
+        raise PruneError(f'{where}{error}') from error
+
+
+def _both_modes(model: nn.Module, arguments: Example, run: Callable[[nn.Module, bool], Run]) -> Recorded:
+    '''Run a network with an example; return its passes by mode, remarks, and why it did not run in training mode.'''
+    runs: dict[str, Run] = {}
+    notes: list[str] = []
     try:
         runs['eval'] = run(_marked_copy(model), False)
     except ForwardError as error:
@@ -412,9 +478,7 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
                      'proven')
     if arguments.device == 'real':
         notes.append('the network needs values, so it was traced on real tensors: one path through it is proven')
-    sizes = {name: TensorSize(tuple(tensor.shape), tensor.element_size(), isinstance(tensor, nn.Parameter))
-             for name, tensor in unique_tensors(model).items()}
-    return Recording(arguments, axes, fields, sizes, runs, notes, shapes, untraced)
+    return runs, notes, untraced
 
 
 def _marked_copy(model: nn.Module, device: str = 'meta') -> nn.Module:

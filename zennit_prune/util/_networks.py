@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import PruneError
+from ._display import some
 
 Indices = NewType('Indices', npt.NDArray[np.int64])  # along a dimension of a tensor; see ``tracing/_labels.py``
 ATOMIC = frozenset((int, float, bool, str, type(None)))
@@ -28,6 +29,16 @@ HOOKS = frozenset(key for key in vars(nn.Module()) if 'hooks' in key)
 OF_HOOKS = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm')  # which compute a weight before each call
 LISTS = 'parametrizations'  # where torch.nn.utils.parametrize keeps what a weight is computed from
 COMPILED = '_compiled_call_impl'  # of module.compile(): it calls the module it was made for, not a copy of that
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+MASKING = ('torch.nn.utils.prune', 'BasePruningMethod')  # a class, which is a hook of the modules that it masks
+REMOVE_MASKS = ('[torch.nn.utils.prune.remove(module, hook._tensor_name) for module in {}.modules() '
+                'for hook in list(module._forward_pre_hooks.values()) '
+                'if isinstance(hook, torch.nn.utils.prune.BasePruningMethod)]')
+QUANTIZING = ('torch.ao.quantization.fake_quantize', 'torch.ao.quantization._learnable_fake_quantize',
+              'torch.ao.quantization.observer', 'torch.ao.nn.qat', 'torch.ao.nn.intrinsic.qat',
+              'torch.ao.nn.quantized', 'torch.ao.nn.intrinsic.quantized', 'torchao.')
+FLOAT = ('FloatFunctional', 'FXFloatFunctional')  # of torch.ao.nn.quantized: they add in floating point
+MANY = 3  # names that an error lists
 COPY_PROTOCOL = ('__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs_ex__',
                  '__getnewargs__')
 
@@ -143,21 +154,22 @@ def computed_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    '''Return the network inside ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile``.
+    '''Return the network inside ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` or ``torch.compile``.
 
     Raises
     ------
     PruneError
-        For what is not an ordinary module: scripted, exported or quantized networks, lazy ones that have not run, or no
-        module at all.
+        For what is not an ordinary module: scripted, exported or quantized networks, networks with masks of
+        ``torch.nn.utils.prune``, lazy ones that have not run, or no module at all.
     '''
     if not isinstance(model, nn.Module):
         raise PruneError(f'a torch.nn.Module is needed, not a {type(model).__name__}.')
+    path = 'model'
     while True:
         if hasattr(model, '_orig_mod'):
-            model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+            model, path = cast(nn.Module, model._orig_mod), f'{path}._orig_mod'
+        elif isinstance(model, WRAPPERS):
+            model, path = cast(nn.Module, model.module), f'{path}.module'
         else:
             break
     for name, module in modules_by_name(model):
@@ -167,10 +179,52 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise PruneError(f'module {name!r} has no sizes yet ({type(module).__name__}): run the network once on an '
                              'example, which makes its weights.')
-        if '.quantized' in type(module).__module__:
+        if '.quantized' in type(module).__module__ and type(module).__name__ not in FLOAT:
             raise PruneError(f'module {name!r} is quantized ({type(module).__name__}): prune the network in floating '
                              'point, then quantize it.')
+    _check_masks(model, path)
     return model
+
+
+def _check_masks(model: nn.Module, path: str) -> None:
+    '''Refuse a network with masks of ``torch.nn.utils.prune``, which compute a weight before every call.'''
+    masks = [(name, module._get_name(), tensor) for name, module in model.named_modules()
+             for tensor in _masked(module)]
+    if not masks:
+        return
+    paths = [f'{path}.get_submodule({name!r})' if name else path for name, _, _ in masks]
+    removals = [f'torch.nn.utils.prune.remove({layer}, {tensor!r})' for layer, (_, _, tensor) in zip(paths, masks)]
+    remedy = '; '.join(removals)
+    if len(masks) > MANY:
+        remedy = f'{removals[0]}, or all at once: {REMOVE_MASKS.format(path)}'
+    found = [f'{f"{name}.{tensor}" if name else tensor!r} ({kind})' for name, kind, tensor in masks]
+    raise PruneError(f'the network has masks of torch.nn.utils.prune, which compute {len(masks)} of its tensors anew '
+                     f'at every call: {some(found, MANY)}. Make the masked values permanent first (zeros stay zeros): '
+                     f'{remedy}')
+
+
+def _masked(module: nn.Module) -> list[str]:
+    '''Return the tensors of a module that a mask of ``torch.nn.utils.prune`` computes.'''
+    hooks = [hook for hook in module._forward_pre_hooks.values()
+             if any((kind.__module__, kind.__name__) == MASKING for kind in type(hook).__mro__)]
+    return [str(getattr(hook, '_tensor_name', 'weight')) for hook in hooks]
+
+
+def check_floating(model: nn.Module) -> None:
+    '''Refuse a network that is prepared for quantization: fake quantization and observers see whole tensors.'''
+    found: dict[str, str] = {}
+    for name, module in modules_by_name(model):
+        kind, inside = type(module), any(name.startswith(f'{outer}.' if outer else '') for outer in found)
+        if (not inside and kind.__name__ not in FLOAT
+                and any(base.__module__.startswith(QUANTIZING) for base in kind.__mro__)):
+            found[name] = kind.__name__
+    found |= {name: type(tensor).__name__ for name, tensor in tensors_by_module(model)
+              if type(tensor).__module__.startswith(QUANTIZING)}
+    if found:
+        names = [f'{name!r} ({kind})' if name else f'itself ({kind})' for name, kind in found.items()]
+        raise PruneError(f'the network is prepared for quantization: {some(names, MANY)}. Prune the network in '
+                         'floating point first, then call torch.ao.quantization.prepare_qat, or what prepared it, on '
+                         'the pruned one.')
 
 
 def structural_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
