@@ -25,7 +25,7 @@ from ..tracing._recorded import Operation
 from ..tracing._trace import Recording, record
 from ..util._display import Table, panel, some, table, waiting
 from ..util._isolation import isolated
-from ..util._networks import Indices, structural_copy, unwrapped, without_garbage_collection
+from ..util._networks import Indices, prunable, structural_copy, without_garbage_collection
 from ._explain import Reach, balances, couplings, graph_tables, group_text, locked_inputs, reach, unused_parts
 from ._groups import ChannelGroup, Mask, Roles, build_groups, build_locked, trial_counts
 from ._solve import Lock, solve
@@ -101,7 +101,7 @@ def trace(model: nn.Module, example: Any, ignore: Sequence[str] = (), layernorm:
     ['heads.0', 'heads.1']
     '''
     check_layernorm(layernorm)
-    model = unwrapped(model)
+    model = prunable(model)
     with without_garbage_collection(), isolated(model), waiting('trace', progress):
         return ChannelGraph(model, example, ignore, layernorm, examples)
 

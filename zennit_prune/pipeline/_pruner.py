@@ -31,7 +31,7 @@ from ..relevance._streaming import collect
 from ..util._fingerprint import named
 from ..util._isolation import checked_seed, seeded
 from ..util._loaders import batches
-from ..util._networks import device_of, map_tensors, unwrapped
+from ..util._networks import device_of, map_tensors, prunable
 from ._iterate import Loop
 from ._options import AnyCriterion, check_budget, check_criterion, check_scoring, check_values, takes_options
 from ._presets import Preset
@@ -92,7 +92,7 @@ class Pruner:
                  ignore: Sequence[str] = (), layernorm: str = 'lock', progress: bool = True,
                  examples: Sequence[Any] = ()):
         self.composite, self._defaults = _rules(composite)
-        self.model = unwrapped(model)
+        self.model = prunable(model)
         self.ignore, self.layernorm, self.progress = ignore, layernorm, progress
         self.graph = trace(self.model, example, ignore, layernorm, progress, examples)
         self._latencies: dict[str, LatencyTable] = {}
@@ -636,7 +636,7 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     >>> small[0].out_channels, model[0].out_channels
     (2, 4)
     '''
-    model = unwrapped(model)
+    model = prunable(model)
     _, defaults = _rules(composite)
     check_layernorm(layernorm)
     check_values(budget, **{**defaults, **options})

@@ -40,8 +40,8 @@ from ..util._display import (
 from ..util._files import check_path, write_text
 from ..util._isolation import isolated
 from ..util._networks import (
-    check_floating,
     modules_by_name,
+    prunable,
     tensors_by_module,
     unwrapped,
     without_garbage_collection,
@@ -445,8 +445,7 @@ class Plan:
 
     def _checked_model(self, model: nn.Module) -> nn.Module:
         '''Return the network inside ``model``, after a check that it is the one that was traced.'''
-        model = unwrapped(model)
-        check_floating(model)
+        model = prunable(model)
         differs = self._differs(model)
         if differs:
             inner = [name for name, module in modules_by_name(model)[1:] if not self._differs(module)]
@@ -722,9 +721,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example: Any) -> floa
 def checked_pair(call: str, model: nn.Module, small: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
     '''Return the networks inside two modules; refuse arguments in another order than that of ``call``.'''
     checked_plan(call, plan)
-    model, small = unwrapped(model), unwrapped(small)
-    check_floating(model)
-    check_floating(small)
+    model, small = prunable(model), prunable(small)
     if plan.removed and not plan._misfit(model) and not plan._misfit(small, pruned=False):
         raise PruneError('the networks are given in the other order: the first one has the shapes of the pruned '
                          f'network, the second one those of the original. The order is {call}: the original first.')

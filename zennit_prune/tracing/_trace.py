@@ -20,7 +20,6 @@ from torch import nn
 from ..errors import PruneError, shown, warn
 from ..util._isolation import isolated, states
 from ..util._networks import (
-    check_floating,
     map_tensors,
     modules_by_name,
     output_tensors,
@@ -393,7 +392,6 @@ def record(model: nn.Module, example: Any, layernorm: str = 'lock', whole: Itera
     PruneError
         If the network cannot be run or traced with an example.
     '''
-    check_floating(model)
     prepared = [replace(found, layernorm=layernorm, whole=frozenset(whole))
                 for found in (prepare_example(model, example), *_prepare_further(model, examples))]
     axes, fields = label_axes(model)

@@ -26,7 +26,7 @@ ATOMIC = frozenset((int, float, bool, str, type(None)))
 EMPTY = (dict, OrderedDict, list, set)
 CONTENTS = ('_parameters', '_buffers', '_modules')
 HOOKS = frozenset(key for key in vars(nn.Module()) if 'hooks' in key)
-OF_HOOKS = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm')  # which compute a weight before each call
+OF_HOOKS = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm', 'torch.nn.utils.prune')  # before each call
 LISTS = 'parametrizations'  # where torch.nn.utils.parametrize keeps what a weight is computed from
 COMPILED = '_compiled_call_impl'  # of module.compile(): it calls the module it was made for, not a copy of that
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -159,19 +159,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises
     ------
     PruneError
-        For what is not an ordinary module: scripted, exported or quantized networks, networks with masks of
-        ``torch.nn.utils.prune``, lazy ones that have not run, or no module at all.
+        For what is not an ordinary module: scripted, exported or quantized networks, lazy ones that have not run, or no
+        module at all.
     '''
     if not isinstance(model, nn.Module):
         raise PruneError(f'a torch.nn.Module is needed, not a {type(model).__name__}.')
-    path = 'model'
-    while True:
-        if hasattr(model, '_orig_mod'):
-            model, path = cast(nn.Module, model._orig_mod), f'{path}._orig_mod'
-        elif isinstance(model, WRAPPERS):
-            model, path = cast(nn.Module, model.module), f'{path}.module'
-        else:
-            break
+    *_, (model, _) = _within(model)
     for name, module in modules_by_name(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise PruneError(f'module {name!r} is scripted ({type(module).__name__}): its code cannot be narrowed. '
@@ -182,8 +175,33 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if '.quantized' in type(module).__module__ and type(module).__name__ not in FLOAT:
             raise PruneError(f'module {name!r} is quantized ({type(module).__name__}): prune the network in floating '
                              'point, then quantize it.')
-    _check_masks(model, path)
     return model
+
+
+def _within(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    '''Yield a module and what it wraps, outermost first, each with the expression for it.'''
+    path = 'model'
+    while True:
+        yield model, path
+        inner = '_orig_mod' if hasattr(model, '_orig_mod') else 'module' if isinstance(model, WRAPPERS) else ''
+        if not inner:
+            return
+        model, path = cast(nn.Module, getattr(model, inner)), f'{path}.{inner}'
+
+
+def prunable(model: nn.Module) -> nn.Module:
+    '''Return the network inside a module, as :func:`unwrapped`, after a check that its weights can be narrowed.
+
+    Raises
+    ------
+    PruneError
+        For a network with masks of ``torch.nn.utils.prune``, one that is prepared for quantization, and what is not an
+        ordinary module.
+    '''
+    network = unwrapped(model)
+    _check_masks(*list(_within(model))[-1])
+    _check_floating(network)
+    return network
 
 
 def _check_masks(model: nn.Module, path: str) -> None:
@@ -210,7 +228,7 @@ def _masked(module: nn.Module) -> list[str]:
     return [str(getattr(hook, '_tensor_name', 'weight')) for hook in hooks]
 
 
-def check_floating(model: nn.Module) -> None:
+def _check_floating(model: nn.Module) -> None:
     '''Refuse a network that is prepared for quantization: fake quantization and observers see whole tensors.'''
     found: dict[str, str] = {}
     for name, module in modules_by_name(model):
@@ -314,7 +332,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None, for_trace: bool
     memo = {} if memo is None else memo
     for _, module in modules_by_name(model):
         for hook in module._forward_pre_hooks.values():
-            value = module.__dict__.get(getattr(hook, 'name', '')) if type(hook).__module__ in OF_HOOKS else None
+            name = getattr(hook, 'name', getattr(hook, '_tensor_name', ''))
+            value = module.__dict__.get(name) if type(hook).__module__ in OF_HOOKS else None
             if isinstance(value, torch.Tensor):  # it has a history, and is computed anew when the copy runs
                 memo[id(value)] = without_data(value) if for_trace else value.detach().clone()
     try:
