@@ -12,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._attribute import call_network, main_output
+from ..relevance._attribute import main_output
 from ..relevance._initial import check_labels
+from ..util._arguments import call_network
 from ..util._isolation import seeded
-from ..util._loaders import batch_size, batches, held_out, many_times
-from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
+from ..util._loaders import Batch, batches, held_out, many_times
+from ..util._networks import copied, unique_tensors, unwrapped
+from ..util._yielded import as_labels
 from ._options import takes_options
 
 WARM_UP = 0.05  # of all updates
@@ -149,8 +151,8 @@ class _Objective:
         self.mixed = torch.autocast(device.type, dtype, mixed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def __call__(self, inputs: Any, labels: Any) -> torch.Tensor:
-        inputs, labels = map_tensors(lambda tensor: tensor.to(self.device), (inputs, labels))
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        inputs, labels = batch.to(self.device)
         with self.mixed:
             output = main_output(call_network(self.network, inputs))
             if self.teacher is not None:
@@ -174,10 +176,10 @@ class _Objective:
               schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> float:
         '''Train on all batches; the mean loss over samples, each before its update.'''
         total, samples = 0.0, 0
-        for inputs, labels in batches(loader):
-            size = batch_size(inputs)
+        for batch in batches(loader, network=self.network):
+            size = batch.size
             self._set_training(size)
-            value = self(inputs, labels)
+            value = self(batch)
             if not torch.isfinite(value):
                 raise PruneError(f'the loss is {value.item()}: training diverged, or the data are not finite. Lower '
                                  f'lr, now {optimizer.param_groups[0]["lr"]:.3g}, or check the data.')
@@ -204,9 +206,9 @@ class _Objective:
         '''Return the mean loss over samples.'''
         total, samples = 0.0, 0
         with torch.no_grad():
-            for inputs, labels in batches(loader):
-                total += float(self(inputs, labels)) * batch_size(inputs)
-                samples += batch_size(inputs)
+            for batch in batches(loader, network=self.network):
+                total += float(self(batch)) * batch.size
+                samples += batch.size
         return self._per_sample(total, samples)
 
     @staticmethod
@@ -219,7 +221,9 @@ class _Objective:
 
 def _checked(labels: Any, output: torch.Tensor) -> torch.Tensor:
     '''Return labels as a tensor, after a check that classes are among those of the output.'''
-    labels = torch.as_tensor(labels, device=output.device)
+    labels = as_labels(labels).to(output.device)
+    if labels.shape == (len(output), 1) and output.dim() == 2 and not labels.is_floating_point():
+        labels = labels.squeeze(1)
     if output.dim() < 2:
         raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
                          'outputs and labels.')

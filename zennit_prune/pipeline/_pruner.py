@@ -30,7 +30,7 @@ from ..relevance._streaming import collect
 from ..util._fingerprint import named
 from ..util._isolation import checked_seed, seeded
 from ..util._loaders import batches
-from ..util._networks import device_of, map_tensors, unwrapped
+from ..util._networks import device_of, unwrapped
 from ._iterate import Loop
 from ._options import AnyCriterion, check_budget, check_criterion, check_scoring, check_values, takes_options
 from ._presets import Preset
@@ -620,10 +620,13 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     _, defaults = _rules(composite)
     check_layernorm(layernorm)
     check_values(budget, **{**defaults, **options})
-    stream = batches(loader)
+    stream = batches(loader, network=model)
     first = next(stream, None)
     if first is None:
         raise PruneError('the loader is empty: there is nothing to collect relevance from.')
-    example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
+    if not first.size:
+        raise PruneError('the first batch of the loader is empty, and the network is traced with it: leave out empty '
+                         'batches, e.g. loader = ((x, y) for x, y in loader if len(x)).')
+    example = first.to(device_of(model)).inputs
     pruner = Pruner(model, composite, example, ignore, layernorm, progress)
     return pruner.prune(chain([first], stream), budget, **options).model

@@ -16,6 +16,7 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from ..errors import PruneError, names_options, unknown, warn
 from ..graph._graph import ChannelGraph, check_graph
 from ..tracing._boundaries import Place
+from ..util._arguments import call_network
 from ..util._fingerprint import described, fingerprint, named
 from ..util._isolation import checked_seed
 from ..util._loaders import Batch
@@ -29,7 +30,6 @@ from ._attribute import (
     Rules,
     attributed,
     attributing,
-    call_network,
     checked_composite,
     differentiable,
     main_output,
@@ -265,10 +265,10 @@ class Collector:
 
         Parameters
         ----------
-        inputs: torch.Tensor, tuple or dict
-            The arguments of the network, of N samples; they are copied to its device.
+        inputs: torch.Tensor, tuple, mapping or list
+            The arguments of the network, of N samples; they are copied to its device. The labels may be among them.
         target: torch.Tensor, callable, ``'predicted'`` or None
-            Class indices, int64, shape (N,); other kinds as for :func:`zennit_prune.heatmap`. May be None where
+            Class indices, shape (N,); other kinds as for :func:`zennit_prune.heatmap`. May be None where
             ``initial`` is a function. Several targets of a sample are aggregated one by one and averaged. A sample
             without any is not counted.
 
@@ -278,7 +278,7 @@ class Collector:
             Outside the ``with`` block; for inputs or targets that do not fit; for relevance that is not finite. The
             batch is then not counted.
         '''
-        self.add(Batch(inputs, target))
+        self.add(Batch.of((inputs, target), self.model))
 
     def add(self, batch: Batch) -> None:
         '''Add a batch whose values may have been checked already.
@@ -362,13 +362,13 @@ class Collector:
                              f'criterion={self.criterion.name!r} uses no output.')
         inputs = differentiable(batch, self._network)
         with torch.no_grad():
-            return main_output(call_network(self._network, inputs))
+            return main_output(call_network(self._network, inputs, self.graph._recording.example))
 
     def _propagated(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
         '''Yield, for each target, the relevance or gradient at every site, and the weight of each sample.'''
         inputs = differentiable(batch, self._network)
         with torch.enable_grad():
-            output = main_output(call_network(self._network, inputs))
+            output = main_output(call_network(self._network, inputs, self.graph._recording.example))
         found = starts(output, batch.target, self.initial, self.classes)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)

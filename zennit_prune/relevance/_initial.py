@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PruneError, nearest, unknown
+from ..util._yielded import as_labels
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy')
@@ -171,7 +172,7 @@ def target_rows(output: torch.Tensor, target: Any, classes: Sequence[int] | None
     if target is None:
         raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, target='predicted', or a "
                          'function of the output as initial=.')
-    target = torch.as_tensor(target, device=output.device)
+    target = as_labels(target).to(output.device)
     if target.is_floating_point() and not torch.isfinite(target).all():
         raise PruneError('the targets hold values that are not finite.')
     rows = [target.to(output.dtype)] if target.shape == output.shape else _one_hot(target, output)
@@ -245,11 +246,6 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
         raise PruneError(f'classes={classes!r} is {"empty" if not numbers else "out of range"}: name at least one '
                          'class by its index, from 0 on, or leave it out for all.')
     return tuple(numbers)
-
-
-def as_labels(target: Any) -> torch.Tensor:
-    '''Return labels as a tensor: a tensor stays on its device, anything else becomes one on the CPU.'''
-    return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
 
 
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:

@@ -82,7 +82,7 @@ def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: b
            wait: bool) -> Generator[None, None, None]:
     '''Add the batches one by one, the first after a preflight; whatever ends it early leaves a checkpoint.'''
     def stream() -> Iterator[Batch]:
-        for batch in batches(loader, collector.criterion.name if progress else None):
+        for batch in batches(loader, collector.criterion.name if progress else None, collector.model):
             yield batch if target is None else batch.with_target(target)
 
     with collector:
