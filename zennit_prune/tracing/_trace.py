@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import PruneError, warn
-from ..util._arguments import advice, arguments_for, described, spread
+from ..util._arguments import advice, arguments_for, spread
 from ..util._isolation import isolated, states
 from ..util._networks import (
     map_tensors,
@@ -458,11 +458,12 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
         except ForwardError as error:
             last = error
     arguments = example.kwargs or example.args
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(arguments)]
     remedy = ('What torch.jit.script compiles cannot be followed: call the function itself, or set PYTORCH_JIT=0 in '
               'the environment before Python starts.' if TORCHSCRIPT in str(last) else 'Give an example that the '
               'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.'
               + advice(model, arguments, last))
-    raise PruneError(f'the network does not run with the example given, inputs of shape {described(arguments)}: module '
+    raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
                      f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {remedy}') from last
 
 

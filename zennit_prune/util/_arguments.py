@@ -249,14 +249,16 @@ def call_network(network: nn.Module, inputs: Any, traced: Traced | None = None) 
     except PruneError:
         raise
     except Exception as error:
-        before = f' It was traced with {described(_argument(traced.args, traced.kwargs))}.' if traced else ''
-        raise PruneError(f'the network does not run with inputs of shape {described(arguments)}: '
-                         f'{type(error).__name__}: {str(error).rstrip(". ")}.{before}'
-                         f'{advice(network, arguments, error, traced)}') from error
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(arguments)]
+        found = f'The inputs are {described(arguments)}'
+        found += f', and it was traced with {_shown_arguments(traced)}.' if traced else '.'
+        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: '
+                         f'{str(error).rstrip(". ")}. {found}{advice(network, arguments, error, traced)}') from error
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return kwargs if kwargs else args[0] if len(args) == 1 else args
+def _shown_arguments(traced: Traced) -> str:
+    '''Return the arguments of a trace, as errors show them.'''
+    return described(traced.kwargs or (traced.args[0] if len(traced.args) == 1 else traced.args))
 
 
 def described(value: Any) -> str:

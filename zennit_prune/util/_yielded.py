@@ -118,7 +118,7 @@ def _is_label(key: Any, forward: Forward) -> bool:
     '''Return whether a key of the inputs is that of the target.'''
     if key in LABELS:
         return key not in forward.required
-    return key in UNLESS_TAKEN and key not in forward.names
+    return key in UNLESS_TAKEN and not forward.takes(key)
 
 
 def _numbers_samples(value: Sequence[Any], forward: Forward) -> bool:
