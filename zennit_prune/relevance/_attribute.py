@@ -259,8 +259,8 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     Returns
     -------
     torch.Tensor, tuple, dict or list
-        Floating-point tensors require gradients. Where there is none (token numbers, say), the parameters of
-        ``network`` do: relevance is then traced back to the embeddings.
+        Floating-point tensors require gradients. Where there are whole numbers (of tokens, say), the parameters of
+        ``network`` do, too: relevance is then traced back to the embeddings.
 
     Raises
     ------
@@ -270,10 +270,11 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
     batch, device = Batch.of(inputs if isinstance(inputs, Batch) else (inputs, None), network), device_of(network)
     batch.check_finite()
     inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), batch.inputs)
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    found = tensors_in(inputs)
+    tensors = [tensor for tensor in found if tensor.is_floating_point()]
     for tensor in tensors:
         tensor.requires_grad_(True)
-    if not tensors:
+    if not tensors or any(not tensor.is_floating_point() and tensor.dtype != torch.bool for tensor in found):
         for parameter in network.parameters():
             parameter.requires_grad_(True)
     return inputs

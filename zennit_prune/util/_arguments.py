@@ -20,7 +20,7 @@ from ._networks import map_tensors, tensors_in
 from ._samples import sample_list
 
 LABELS = ('label', 'labels', 'target', 'targets', 'label_ids')  # keys of the target among the inputs
-SHOWN = 4  # items of a list that errors show
+SHOWN = 3  # items of a list that errors show
 CONVERSIONS = {torch.float32: 'float', torch.float64: 'double', torch.float16: 'half', torch.bfloat16: 'bfloat16'}
 IMAGES = 4  # dimensions of a batch of images
 
@@ -34,7 +34,7 @@ class Forward:
     names: tuple of str
         The parameters that can be given by name.
     positional: tuple of str
-        The parameters that can be given by position; labels that may be left out are not counted.
+        The parameters that can be given by position.
     required: tuple of str
         The parameters without a default.
     any_number, any_name: bool
@@ -56,17 +56,15 @@ class Forward:
     @classmethod
     def of(cls, network: nn.Module | None) -> Forward:
         '''Return the parameters of a network's ``forward``; any number of any name where they are not known.'''
-        try:
-            parameters = list(inspect.signature(network.forward).parameters.values())  # type: ignore[union-attr]
-        except (AttributeError, TypeError, ValueError):
+        parameters = [] if network is None else _parameters(network)
+        if not parameters:
             return cls()
         kinds = [parameter.kind for parameter in parameters]
         named = [parameter for parameter in parameters
                  if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
         required = [parameter for parameter in parameters if parameter.default is parameter.empty
                     and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
-        positional = [parameter for parameter in parameters if parameter.kind in BY_POSITION
-                      and (parameter in required or parameter.name not in LABELS)]
+        positional = [parameter for parameter in parameters if parameter.kind in BY_POSITION]
         plain_names = [str(parameter.replace(annotation=parameter.empty, default=parameter.empty))
                        for parameter in parameters]
         return cls(tuple(parameter.name for parameter in named), tuple(parameter.name for parameter in positional),
@@ -78,9 +76,27 @@ class Forward:
         '''Return whether an argument of this name can be given.'''
         return name in self.names or (self.any_name and isinstance(name, str))
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        '''The parameters by position without labels that may be left out.'''
+        return tuple(name for name in self.positional if name in self.required or name not in LABELS)
+
     def takes_by_position(self, count: int) -> bool:
         '''Return whether so many arguments can be given by position.'''
         return self.any_number or count <= len(self.positional)
+
+
+def _parameters(network: nn.Module) -> list[inspect.Parameter]:
+    '''Return the parameters of ``forward``, of the class where a wrapper of it on the network says nothing of them.'''
+    found: list[inspect.Parameter] = []
+    for forward, first in ((network.forward, 0), (type(network).forward, 1)):
+        try:
+            found = list(inspect.signature(forward).parameters.values())[first:]
+        except (TypeError, ValueError):
+            continue
+        if any(parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in found):
+            break
+    return found
 
 
 def _is_list(annotation: Any) -> bool:
@@ -157,32 +173,24 @@ def _named(inputs: dict[Any, Any], forward: Forward) -> Any:
             return value if isinstance(value, torch.Tensor) else (value,)
     for key in inputs:
         if not forward.takes(key):
-            raise unknown_keys(inputs, forward)
+            raise unknown_keys(inputs, forward, f'give what it takes, e.g. {taken_from("batch", inputs, forward)}')
     return inputs
 
 
-def unknown_keys(inputs: Mapping[Any, Any], forward: Forward, label: str = '') -> PruneError:
-    '''Return the error for a dict with keys that ``forward`` does not take, with a line that wraps the loader.'''
-    keys = [*inputs, *([label] if label else [])]
+def unknown_keys(keys: Iterable[Any], forward: Forward, remedy: str) -> PruneError:
+    '''Return the error for a dict with keys that ``forward`` does not take.'''
     return PruneError(f'the inputs are a dict with the keys {", ".join(map(repr, keys))}, and forward takes '
-                      f'{forward.text}: wrap the loader, so that it yields what forward takes, e.g. '
-                      f'{_line_for(inputs, forward, label)}.')
+                      f'{forward.text}: {remedy}.')
 
 
-def _line_for(inputs: Mapping[Any, Any], forward: Forward, label: str) -> str:
-    '''Return the line of code that makes pairs of dicts: of the entries that ``forward`` takes, or the likeliest.'''
+def taken_from(name: str, inputs: Mapping[Any, Any], forward: Forward) -> str:
+    '''Return code that takes from a dict what ``forward`` takes: the entries of its names, or the likeliest one.'''
     taken = [key for key in inputs if key in forward.names]
-    tensors = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
-    if not tensors and not taken:  # an entry for each of several loaders, say
-        return f'loader = (batch[{next(iter(inputs))!r}] for batch in loader)'
-    first = next((key for key in tensors if inputs[key].is_floating_point()), next(iter(tensors), ''))
-    chosen = f'batch[{first!r}]'
     if taken:
-        chosen = f'{{{", ".join(f"{key!r}: batch[{key!r}]" for key in taken)}}}'
-    rest = [key for key in tensors if key != first and key not in taken]
-    label = label or next(iter(rest), '')
-    return f'loader = (({chosen}, batch[{label!r}]) for batch in loader)' if label else \
-        f'loader = ({chosen} for batch in loader)'
+        return f'{{{", ".join(f"{key!r}: {name}[{key!r}]" for key in taken)}}}'
+    tensors = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+    floating = [key for key in tensors if inputs[key].is_floating_point()]
+    return f'{name}[{[*floating, *tensors, *inputs][0]!r}]'
 
 
 def _are_arguments(parts: Sequence[Any], forward: Forward, labels: int | None) -> bool:
@@ -264,13 +272,14 @@ def _shown_arguments(traced: Traced) -> str:
 def described(value: Any) -> str:
     '''Return shapes, types and keys of nested inputs, as errors show them.'''
     if isinstance(value, torch.Tensor):
-        return f'{tuple(value.shape)} ({str(value.dtype).removeprefix("torch.")})'
+        return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
     if isinstance(value, Mapping):
         return '{' + ', '.join(f'{key!r}: {described(part)}' for key, part in value.items()) + '}'
     if isinstance(value, (tuple, list)):
         parts = [described(part) for part in value[:SHOWN]]
         more = f', ... ({len(value)} in all)' if len(value) > SHOWN else ''
-        return f'{"a list of " if isinstance(value, list) else ""}[{", ".join(parts)}{more}]'
+        inside = f'{", ".join(parts)}{more}'
+        return f'[{inside}]' if isinstance(value, list) else f'({inside})'
     return shown(value)
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..errors import PruneError
 from ._arguments import Forward, arguments_for, plain
 from ._networks import map_tensors, tensors_in
-from ._samples import batch_size, by_samples, map_samples, only, selected
+from ._samples import COLOURS, IMAGE, batch_size, by_samples, map_samples, only, selected
 from ._yielded import Found, as_target, parts_of
 
 BATCH = 32  # samples, where a tensor is cut into batches
@@ -67,9 +67,11 @@ class Batch(Pair):
         '''
         if isinstance(value, Batch):
             return value
-        found = parts_of(value, Forward.of(network))
-        batch = cls(arguments_for(network, found.inputs, _number_of_labels(found)), found.target)
-        batch._size = batch_size(batch.inputs, _number_of_labels(found))
+        forward = Forward.of(network)
+        found = parts_of(value, forward)
+        labels = _number_of_labels(found, forward)
+        batch = cls(arguments_for(network, found.inputs, labels), found.target)
+        batch._size = batch_size(batch.inputs, labels)
         return batch
 
     @property
@@ -180,11 +182,15 @@ def _are_finite(tensor: torch.Tensor) -> bool:
     return not _may_be_infinite(tensor) or bool(torch.isfinite(tensor).all())
 
 
-def _number_of_labels(found: Found) -> int | None:
-    '''Return the number of labels of a batch; without any, the length that all of its tensors have, if they do.'''
+def _number_of_labels(found: Found, forward: Forward) -> int | None:
+    '''Return the number of labels of a batch; without any, the length that the tensors in a list of inputs share.'''
     if isinstance(found.target, (list, torch.Tensor)):
         return len(found.target) if isinstance(found.target, list) or found.target.dim() else None
     parts = found.inputs if isinstance(found.inputs, list) else ()
+    if not forward.any_number and len(parts) > len(forward.inputs):
+        return None
+    if all(isinstance(part, torch.Tensor) and part.dim() == IMAGE and len(part) in COLOURS for part in parts):
+        return None
     lengths = {len(part) if isinstance(part, torch.Tensor) and part.dim() else -1 for part in parts}
     return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
 

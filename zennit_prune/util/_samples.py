@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 IMAGE = 3  # dimensions of a single image
-COLOURS = (3, 4)  # channels of a single image
+COLOURS = (1, 3, 4)  # channels of a single image
 
 
 def batch_size(inputs: Any, labels: int | None = None) -> int:
@@ -69,7 +69,7 @@ def by_samples(value: Any, size: int) -> bool:
     if len(tensors) < size:
         return bool(tensors) or any(isinstance(part, (dict, list, tuple)) for part in value)
     return not all(by_samples(part, size) for part in tensors) or (
-        size in COLOURS and all(part.dim() == IMAGE for part in tensors))
+        1 < size in COLOURS and all(part.dim() == IMAGE for part in tensors))
 
 
 def map_samples(inputs: Any, size: int, of_tensor: Callable[[torch.Tensor], Any],

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import PruneError, shown
-from ._arguments import LABELS, Forward, described, plain, unknown_keys
+from ._arguments import LABELS, Forward, described, plain, taken_from, unknown_keys
 
 UNLESS_TAKEN = ('y', 'cls', 'class_id', 'class_ids', 'class_label', 'class_labels')  # labels unless forward has them
 NUMBERS = (bool, int, float, np.bool_, np.number)
@@ -56,8 +56,8 @@ def parts_of(value: Any, forward: Forward) -> Found:
         raise _not_understood(value)
     if _names_arguments(value, forward):
         return _from_dict(value._asdict(), forward)  # type: ignore[union-attr]
-    if isinstance(value, list) and _are_samples(value, forward):
-        return Found(value)
+    if _are_samples(value, forward):
+        return Found(list(value))
     if len(value) == 3 and _numbers_samples(value, forward):
         value = value[:2]
     if len(value) not in (1, 2):
@@ -74,12 +74,14 @@ def _names_arguments(value: Sequence[Any], forward: Forward) -> bool:
     return bool(fields) and all(name in forward.names for name in fields)
 
 
-def _are_samples(value: list[Any], forward: Forward) -> bool:
-    '''Return whether a list holds the dicts of single samples, rather than the dicts of a pair or of a whole batch.'''
-    if not value or not all(isinstance(part, Mapping) for part in value):
+def _are_samples(value: Sequence[Any], forward: Forward) -> bool:
+    '''Return whether there are the dicts of single samples, rather than the dicts of a pair or of a whole batch.'''
+    dicts = bool(value) and all(isinstance(part, Mapping) for part in value)
+    if not dicts or (isinstance(value, tuple) and len(value) < 3):
         return False
     if len(value) == 1:
-        return not forward.names or not all(key in (*forward.names, *LABELS) for key in value[0])
+        batched = any(_is_label(key, forward) and getattr(part, 'ndim', 0) for key, part in value[0].items())
+        return not batched and not (forward.names and all(key in (*forward.names, *LABELS) for key in value[0]))
     return bool(set.intersection(*map(set, value)))
 
 
@@ -110,8 +112,21 @@ def _checked(found: Found, forward: Forward) -> Found:
     '''Refuse keys that ``forward`` does not take, unless there is one entry, which is given by position.'''
     by_name = len(found.inputs) > 1 or not forward.takes_by_position(1)
     if by_name and not all(forward.takes(key) or key in LABELS for key in found.inputs):
-        raise unknown_keys(found.inputs, forward, found.label)
+        remedy = f'wrap the loader, so that it yields what forward takes, e.g. {_line_for(found, forward)}'
+        raise unknown_keys([*found.inputs, *([found.label] if found.label else [])], forward, remedy)
     return found
+
+
+def _line_for(found: Found, forward: Forward) -> str:
+    '''Return the line of code that chooses from a dict what ``forward`` takes, and the target.'''
+    if found.target is not None and not found.label:
+        return f'loader = (({taken_from("inputs", found.inputs, forward)}, y) for inputs, y in loader)'
+    chosen = taken_from('batch', found.inputs, forward)
+    labels = [found.label] if found.label else [key for key, value in found.inputs.items()
+                                                if isinstance(value, torch.Tensor) and repr(key) not in chosen]
+    if labels:
+        return f'loader = (({chosen}, batch[{labels[0]!r}]) for batch in loader)'
+    return f'loader = ({chosen} for batch in loader)'
 
 
 def _is_label(key: Any, forward: Forward) -> bool:
@@ -131,10 +146,15 @@ def _numbers_samples(value: Sequence[Any], forward: Forward) -> bool:
         return False
     if index.dtype == torch.bool or index.is_complex() or len(index.unique()) < len(index):
         return False
-    alike = isinstance(second, torch.Tensor) and second.shape == first.shape and second.dim() > 1
     needed = [name for name in forward.required if name in forward.positional]
-    samples = len(value[0]) if isinstance(value[0], (list, tuple)) else len(first) if first.dim() else 1
-    return len(index) in (samples, len(first) if first.dim() else 1) and not alike and len(needed) < 2
+    sizes = {len(first) if first.dim() else 1, *([len(value[0])] if isinstance(value[0], (list, tuple)) else [])}
+    return len(index) in sizes and not _alike(first, second) and len(needed) < 2
+
+
+def _alike(first: Any, second: Any) -> bool:
+    '''Return whether two parts of a batch have the same shape, as several inputs have, token numbers and a mask.'''
+    shapes = [tuple(getattr(part, 'shape', ())) for part in (first, second)]
+    return shapes[0] == shapes[1] and len(shapes[0]) > 1
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
@@ -149,26 +169,31 @@ def _tensors(value: Any) -> Iterable[torch.Tensor]:
 
 def _too_many_parts(value: Sequence[Any], forward: Forward) -> PruneError:
     '''Return the error for a batch of several parts, with the line that leaves out some of them.'''
-    needed = [name for name in forward.required if name in forward.positional]
-    names = getattr(value, '_fields', ())
-    if names:
-        label = next((name for name in names if _is_label(name, forward)), names[1])
-        line = f'((batch.{next(name for name in names if name != label)}, batch.{label}) for batch in loader)'
-    elif len(value) > 1 and all(isinstance(part, int) for part in value[1:]):
-        line = '(batch for batch, *_ in loader)'
-    elif len(needed) == len(value) - 1:
-        line = f'((({", ".join(needed)}), y) for {", ".join(needed)}, y in loader)'
-    else:
-        line = f'((x, y) for x, y, {"_" if len(value) == 3 else "*_"} in loader)'
     if not value:
         return _not_understood(value)
-    images = isinstance(value, list) and all(isinstance(part, torch.Tensor) for part in value)
-    also = ' Where the parts are images: loader = ((images, None) for images in loader).' if images else ''
-    pairs = all(isinstance(part, (tuple, list)) for part in value)
-    also = ' Where each part is a sample: loader = map(torch.utils.data.default_collate, loader).' if pairs else also
+    also = ''
+    if isinstance(value, list) and all(isinstance(part, torch.Tensor) for part in value):
+        also = ' Where the parts are images: loader = ((images, None) for images in loader).'
     return PruneError(f'a batch is {FORMS}; the loader yields a {type(value).__name__} of {len(value)} parts: '
                       f'{described(value)}. Only a third part that numbers the samples is left out: wrap the loader, '
-                      f'e.g. loader = {line}.{also}')
+                      f'e.g. loader = {_pair_from(value, forward)}.{also}')
+
+
+def _pair_from(value: Sequence[Any], forward: Forward) -> str:
+    '''Return the code that makes pairs of batches of several parts.'''
+    names, most = getattr(value, '_fields', ()), len(value) - 1
+    if names:
+        label = next((name for name in names if _is_label(name, forward)), names[1])
+        return f'((batch.{next(name for name in names if name != label)}, batch.{label}) for batch in loader)'
+    if all(isinstance(part, (tuple, list)) for part in value):  # samples
+        return 'map(torch.utils.data.default_collate, loader)'
+    if all(isinstance(part, int) for part in value[1:]):
+        return '(batch for batch, *_ in loader)'
+    needed = [name for name in forward.required if name in forward.positional]
+    if len(forward.positional) >= most and (len(needed) == most or _alike(*value[:2])):
+        inputs = ', '.join(forward.positional[:most])
+        return f'((({inputs}), y) for {inputs}, y in loader)'
+    return f'((x, y) for x, y, {"_" if most == 2 else "*_"} in loader)'
 
 
 def _not_understood(value: Any) -> PruneError:
@@ -182,7 +207,7 @@ def _not_understood(value: Any) -> PruneError:
 def as_target(target: Any) -> Any:
     '''Return a target in plain containers: labels in a list, a tuple or an array as a tensor, mappings as dicts.
 
-    A tuple with a dict for each sample becomes a list. Anything else stays as it is.
+    A tuple with a dict, a list or a text for each sample becomes a list. Anything else stays as it is.
     '''
     target = plain(target)
     if not isinstance(target, (tuple, list)) or not target:
@@ -192,7 +217,7 @@ def as_target(target: Any) -> Any:
             return torch.as_tensor(target, device='cpu')
         except (TypeError, ValueError, RuntimeError):  # rows of different lengths, say
             return target
-    return list(target) if all(isinstance(part, dict) for part in target) else target
+    return list(target) if all(isinstance(part, (dict, list, str)) for part in target) else target
 
 
 def _is_number(part: Any) -> bool:
