@@ -72,6 +72,8 @@ def test_targets_are_selected_with_their_samples() -> None:
     for target in (boxes, tuple(boxes)):
         part = Batch.of((images(4), target)).only(slice(1, 3))
         assert [len(each['boxes']) for each in part.target] == [1, 2]
+    part = Batch.of((images(4), tuple(each['boxes'] for each in boxes))).only(slice(1, 3))
+    assert [len(each) for each in part.target] == [1, 2]
     by_name = Batch.of((images(4), {'boxes': [each['boxes'] for each in boxes], 'image_id': torch.arange(4)}))
     part = by_name.only(torch.tensor([3, 0]))
     assert [len(each) for each in part.target['boxes']] == [3, 0] and part.target['image_id'].tolist() == [3, 0]

@@ -54,8 +54,8 @@ def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'pr
     composite: zennit.core.Composite, Preset or None
         The rules, or a preset for its rules; None for the recommended ones (epsilon). The network is canonized from its
         graph after the composite's own canonizers.
-    x: torch.Tensor, tuple or dict
-        The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, or a dict of keyword arguments.
+    x: torch.Tensor, tuple, mapping or list
+        The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, keyword arguments, or a list of samples.
     target: torch.Tensor, callable or ``'predicted'``
         Class indices of shape (N,), rows of the output's shape, or a function from the output to the relevance at the
         output.

@@ -580,7 +580,7 @@ class Collector:
     def _check_sums(self) -> None:
         sums = self.sums
         if not sums.samples:
-            why = 'the loader is empty, or no batch was added.'
+            why = 'the loader is empty (a generator is read once), or no batch was added.'
             if sums.seen:
                 among = f' among classes={self.classes}' if self.classes else ''
                 why = sums.reason or f'none of {sums.seen} has a target{among}.'

@@ -131,8 +131,9 @@ class Batch(Pair):
 
     def with_target(self, target: Any) -> Batch:
         '''Return the inputs with another target, or with None.'''
-        return self if target is self.target else self._derived(self.inputs, target, self._finite,
-                                                                                self._size)
+        if target is self.target:
+            return self
+        return self._derived(self.inputs, target, self._finite, self._size)
 
     def zeroed(self) -> Batch:
         '''Return the batch with zeros in place of the samples that are not finite, so that it can run.'''

@@ -207,7 +207,8 @@ def _not_understood(value: Any) -> PruneError:
 def as_target(target: Any) -> Any:
     '''Return a target in plain containers: labels in a list, a tuple or an array as a tensor, mappings as dicts.
 
-    A tuple with a dict, a list or a text for each sample becomes a list. Anything else stays as it is.
+    A tuple with a dict, a list, a text or a tensor of its own length for each sample becomes a list. Anything else stays
+    as it is.
     '''
     target = plain(target)
     if not isinstance(target, (tuple, list)) or not target:
@@ -217,7 +218,9 @@ def as_target(target: Any) -> Any:
             return torch.as_tensor(target, device='cpu')
         except (TypeError, ValueError, RuntimeError):  # rows of different lengths, say
             return target
-    return list(target) if all(isinstance(part, (dict, list, str)) for part in target) else target
+    lengths = {len(part) if isinstance(part, torch.Tensor) and part.dim() else -1 for part in target}
+    differ = len(lengths) > 1 and -1 not in lengths  # boxes of each image, say
+    return list(target) if differ or all(isinstance(part, (dict, list, str)) for part in target) else target
 
 
 def _is_number(part: Any) -> bool:
