@@ -256,6 +256,46 @@ def test_scores_of_lists_are_those_of_tensors() -> None:
             assert torch.allclose(found.relevance[name], scores, rtol=1e-5)
 
 
+class Looping(nn.Module):
+    '''A network that calls a function, or a module, once for each sample, and the function once more behind.'''
+
+    def __init__(self, loop: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.loop = loop
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1), nn.Conv2d(8, 12, 1)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, samples: Any) -> Any:
+        x = torch.stack([self.loop(self, image) for image in samples])
+        x = F.relu(self.a(x) if x.shape[1] == 3 else x)
+        return self.fc((x + self.c(F.relu(self.b(x)))).mean((2, 3)))
+
+
+LOOPS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    'a function that comes again': (lambda net, image: image + image, "calls add in 'forward'"),
+    'a layer': (lambda net, image: net.a(image), "calls module 'a'"),
+    'a function that does not': (lambda net, image: F.pad(image, (1, 1, 1, 1)), ''),
+}
+
+
+@pytest.mark.parametrize('kind', LOOPS)
+def test_calls_for_each_sample(kind: str) -> None:
+    loop, message = LOOPS[kind]
+    model = seeded(Looping(loop))
+    pruner = zp.Pruner(model, None, [X[0]], progress=False)
+    wanted = pruner.collect([(list(X[number:number + 2]), Y[number:number + 2]) for number in range(0, 6, 2)])
+    for loader in ([(list(X), Y)], [(list(X[:2]), Y[:2]), ([X[2]], Y[2:3])]):
+        if message:
+            with pytest.raises(zp.PruneError, match=f'{message} once for each sample.*batch_size=2'):
+                pruner.collect(loader)
+        else:
+            pruner.collect(loader)
+    if not message:
+        found = pruner.collect([(list(X), Y)])
+        assert all(torch.allclose(found[name], wanted[name], rtol=1e-5) for name in wanted)
+        assert not any('unsound' in note for note in found.info['notes'])
+
+
 def test_samples_that_are_not_finite_in_lists() -> None:
     model = seeded(Listed())
     pruner = zp.Pruner(model, None, list(SIZED), progress=False)

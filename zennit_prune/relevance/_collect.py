@@ -39,6 +39,7 @@ from ._canonize import GraphCanonizer
 from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
 from ._initial import Initial, check_initial, checked_classes, of_classes, shares, starts
+from ._list_calls import ListCalls
 from ._relevance import Relevance
 from ._sites import ActivationSite
 from ._sums import Selection, Sums
@@ -187,6 +188,7 @@ class Collector:
         self.sums = Sums()
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
+        self._lists = ListCalls(model, graph._recording, [site.place for site in self.sites])
         self._context: AbstractContextManager[Any] | None = None
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
@@ -304,6 +306,7 @@ class Collector:
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
+        self._lists.check(samples.batch)
         self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
         scores = self._sampled(samples, spots) if len(samples.numbers) else {}
         best = self._best(samples, scores, spots) if spots and len(samples.rows) else None

@@ -13,6 +13,7 @@ from ..util._distributed import gathered, in_step, rank_and_world
 from ..util._files import check_folder
 from ..util._fingerprint import fingerprint
 from ..util._loaders import Batch, batches
+from ..util._samples import sample_list
 from ._collect import Collector
 from ._initial import check_target
 from ._preflight import preflight
@@ -117,7 +118,8 @@ def _check(collector: Collector, batch: Batch) -> None:
     samples = Selection(batch, collector.classes, True, 0)
     if samples.skipped or not len(samples.numbers):
         return
-    first = samples.batch.only(slice(CHECKED))
+    lists = sample_list(samples.batch.inputs) is not None  # which run as they were traced
+    first = samples.batch.only(slice(collector.graph._recording.example.batch if lists else CHECKED))
     try:
         found = preflight(collector.model, collector.composite, collector.graph._recording, first,
                           first.target, collector.initial)

@@ -207,8 +207,8 @@ def _not_understood(value: Any) -> PruneError:
 def as_target(target: Any) -> Any:
     '''Return a target in plain containers: labels in a list, a tuple or an array as a tensor, mappings as dicts.
 
-    A tuple with a dict, a list, a text or a tensor of its own length for each sample becomes a list. Anything else stays
-    as it is.
+    A tuple with a dict, a list, a text or a tensor of its own length for each sample becomes a list. Anything else
+    stays as it is.
     '''
     target = plain(target)
     if not isinstance(target, (tuple, list)) or not target:
