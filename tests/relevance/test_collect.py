@@ -886,7 +886,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     'initial that returns no tensor': (lambda: _collect([images()], initial=lambda output: 1), 'int'),
     'no iterable': (lambda: _collect(3), 'int'),
     'a dict as loader': (lambda: _collect({'x': images()}), 'dict'),
-    'triples': (lambda: _collect([(images(), labels(), labels())]), 'tuple'),
+    'triples': (lambda: _collect([(images(), labels(), torch.rand(4))]), 'tuple.*x, y, _ in loader'),
     'a composite class': (lambda: zp.Pruner(chain(), EpsilonPlus, images()), 'instance'),
     'no example': (lambda: zp.Pruner(chain(), None, 'image'), 'str'),
     'no module': (lambda: zp.Pruner(chain, None, images()), 'function'),

@@ -59,7 +59,7 @@ def test_what_is_no_batch(value: Any) -> None:
 
 
 def test_values_are_checked_once_and_whatever_is_cut_keeps_the_result(checked: list[Any]) -> None:
-    batch = Batch((broken(), labels(6)), list(range(6)))
+    batch = Batch.of(((broken(), labels(6)), list(range(6))))
     assert batch.finite.tolist() == [True, True, False, True, False, True]
     for samples in (slice(1, 4), torch.tensor([1, 2, 3]), torch.tensor([False, True, True, True, False, False])):
         part = batch.only(samples)
@@ -89,7 +89,7 @@ def test_batches_that_are_not_finite_are_zeroed_or_refused(checked: list[Any]) -
 @pytest.mark.parametrize('target', [[3, 1, 2, 0], torch.tensor([3, 1, 2, 0]), torch.tensor([3, 1, 2, 0]).numpy(),
                                     [torch.tensor(number) for number in (3, 1, 2, 0)]], ids=str)
 def test_labels_of_any_kind_are_cut_with_their_samples(target: Any) -> None:
-    assert Batch(images(), target).only(slice(1, 3)).target.tolist() == [1, 2]
+    assert Batch.of((images(), target)).only(slice(1, 3)).target.tolist() == [1, 2]
 
 
 def test_targets_that_are_no_labels_stay() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from ..relevance._attribute import (
     Reader,
     Rules,
     attributing,
-    call_network,
     checked_composite,
     differentiable,
     propagate,
@@ -26,8 +25,10 @@ from ..relevance._initial import Initial, Origin
 from ..relevance._outputs import Output, check_output
 from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
-from ..util._loaders import batch_size, only
+from ..util._arguments import call_network
+from ..util._loaders import Batch
 from ..util._networks import tensors_in, unwrapped
+from ..util._samples import sample_list
 
 AT_ONCE = 16  # samples in one backward pass for several channels, repeated ones counted: larger batches are slower
 Channel = tuple[str | ChannelGroup, int | Sequence[int]]  # a group, and one position in it or several
@@ -53,8 +54,8 @@ def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'pr
     composite: zennit.core.Composite, Preset or None
         The rules, or a preset for its rules; None for the recommended ones (epsilon). The network is canonized from its
         graph after the composite's own canonizers.
-    x: torch.Tensor, tuple or dict
-        The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, or a dict of keyword arguments.
+    x: torch.Tensor, tuple, mapping or list
+        The inputs, shape (N, C, H, W): a tensor, a tuple of arguments, keyword arguments, or a list of samples.
     target: torch.Tensor, callable or ``'predicted'``
         Class indices of shape (N,), rows of the output's shape, or a function from the output to the relevance at the
         output; see :func:`zennit_prune.relevance.initial_relevance`.
@@ -128,26 +129,44 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin,
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
     with attributing(model, composite, canonizer) as (network, _, _), torch.enable_grad():
         inputs = differentiable(x, network)
-        pixels = first_floating(inputs)
+        pixels = Pixels.of(inputs)
         output = origin.chosen(call_network(network, inputs))
-        arrived, = propagate(output, origin.relevance(output), [pixels])
-    return summed(torch.zeros_like(pixels) if arrived is None else arrived), output.detach()
+        arrived = propagate(output, origin.relevance(output), pixels.tensors)
+    return pixels.summed(arrived), output.detach()
 
 
-def first_floating(inputs: Any) -> torch.Tensor:
-    '''Return the first floating-point input, whose relevance a heatmap shows.'''
+class Pixels(NamedTuple):
+    '''The inputs whose relevance a heatmap shows: a tensor with all samples, or one tensor for each sample.'''
+
+    tensors: list[torch.Tensor]
+    one_each: bool
+
+    @classmethod
+    def of(cls, inputs: Any) -> Pixels:
+        '''Return the first floating-point input, or that of each sample in a list of samples.'''
+        samples = sample_list(inputs)
+        found = [_first_floating(part) for part in ([inputs] if samples is None else samples)]
+        if len({tensor.shape for tensor in found}) > 1:
+            raise PruneError(f'the images have shapes {", ".join(str(tuple(tensor.shape)) for tensor in found)}: '
+                             'heatmaps are stacked, so that one call takes images of one size.')
+        return cls(found, samples is not None)
+
+    def summed(self, arrived: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        '''Return the relevance that arrived, summed over the channels of the input, on the CPU.'''
+        found = [torch.zeros_like(tensor) if relevance is None else relevance.detach()
+                 for tensor, relevance in zip(self.tensors, arrived)]
+        relevance = (torch.stack(found) if self.one_each else found[0]).cpu()
+        if not torch.isfinite(relevance).all():
+            raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
+        return relevance.sum(1) if relevance.dim() > 2 else relevance
+
+
+def _first_floating(inputs: Any) -> torch.Tensor:
+    '''Return the first tensor that requires gradients.'''
     for tensor in tensors_in(inputs):
         if tensor.requires_grad:
             return tensor
     raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
-
-
-def summed(relevance: torch.Tensor) -> torch.Tensor:
-    '''Return relevance at the input, summed over its channels, on the CPU.'''
-    relevance = relevance.detach().cpu()
-    if not torch.isfinite(relevance).all():
-        raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
-    return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
 def _through_channels(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, channel: Any,
@@ -235,19 +254,20 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
                  channels: Sequence[int], group: ChannelGroup) -> torch.Tensor:
     '''Return the heatmaps of several channels of a group, shape (K, N, H, W).'''
     network, taps, registered = attribution
-    number = batch_size(x)
+    batch = Batch.of((x, None), network)
+    number = batch.size
     at_once = max(1, AT_ONCE // number)
 
-    def run(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(batch: Batch) -> tuple[Pixels, torch.Tensor]:
         taps.clear()
-        inputs = differentiable(inputs, network)
-        pixels = first_floating(inputs)
+        inputs = differentiable(batch, network)
+        pixels = Pixels.of(inputs)
         return pixels, origin.chosen(call_network(network, inputs))
 
     maps = []
     with torch.enable_grad():
         try:
-            pixels, output = run(x)
+            pixels, output = run(batch)
             caught = dict(taps.caught)
             arrived = propagate(output, origin.relevance(output), list(caught.values()), True)
             relevance = {site: values.detach() for place, values in zip(caught, arrived) if values is not None
@@ -262,7 +282,7 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
                 chosen = channels[first:first + at_once]
                 if len(chosen) != repeated:  # else the graph of the last pass serves once more
                     repeated = len(chosen)
-                    pixels, _ = run(only(x, number, torch.arange(number, device='cpu').repeat(repeated)))
+                    pixels, _ = run(batch.only(torch.arange(number, device='cpu').repeat(repeated)))
                 seeds = {site.place: torch.cat([_kept(site, values, item, covered) for item in chosen])
                          for site, values in relevance.items()}
                 maps.append(_from_sites(taps, seeds, pixels).unflatten(0, (repeated, number)))
@@ -273,14 +293,14 @@ def _conditioned(attribution: Attribution, sites: Sequence[ActivationSite], x: A
     return torch.cat(maps)
 
 
-def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: Pixels) -> torch.Tensor:
     '''Propagate relevance given at activation sites to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
-        arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
+        arrived = torch.autograd.grad(ends, pixels.tensors, list(seeds.values()), retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise PruneError(f'relevance cannot be propagated from single channels of this network: {error}.') from error
-    return summed(torch.zeros_like(pixels) if arrived is None else arrived)
+    return pixels.summed(arrived)
 
 
 def _kept(site: ActivationSite, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:

@@ -10,8 +10,9 @@ from zennit.core import Composite
 from ..errors import PruneError, names_options
 from ..graph._graph import ChannelGraph, check_graph, trace
 from ..graph._groups import ChannelGroup
-from ..relevance._attribute import Keeper, attributing, call_network
+from ..relevance._attribute import Keeper, attributing
 from ..relevance._exemplars import grid_of, looked_at
+from ..util._arguments import call_network
 from ..util._networks import copied, unwrapped
 from ._heatmap import known_group, sites_of
 

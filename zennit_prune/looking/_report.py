@@ -18,8 +18,10 @@ from ..planning._plan import Plan
 from ..relevance._initial import Initial, check_initial
 from ..relevance._outputs import Output, check_output
 from ..relevance._relevance import Relevance, Reliability
+from ..util._arguments import plain
 from ..util._display import needed, some
 from ..util._files import check_folder, refuse_path_first, write_text
+from ..util._yielded import as_target
 from . import _charts as charts
 from . import _findings as findings
 from ._charts import Chart, Markup, amount
@@ -279,6 +281,7 @@ def _checked(pruner: Subject, plan: Plan, x: Any, target: Any, display: Any, cla
                          'Plan.load(path, pruner.graph).')
     if isinstance(max_images, bool) or not isinstance(max_images, int) or max_images < 1:
         raise PruneError(f'max_images={max_images!r}: show at least one.')
+    x, target = plain(x), as_target(target)
     if x is not None and (not isinstance(x, torch.Tensor) or x.dim() != 4 or not len(x)):
         what = f'shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
         raise PruneError(f'x is {what}: give images, a tensor of shape (N, C, H, W).')

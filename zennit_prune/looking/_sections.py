@@ -15,7 +15,7 @@ from ..planning._risk import Risk
 from ..relevance._initial import Initial
 from ..relevance._outputs import Output
 from ..relevance._relevance import Relevance
-from ..util._loaders import batch_size, batches
+from ..util._loaders import batches
 from ..util._networks import device_of
 from . import _charts as charts
 from ._agreement import Agreement, agreement
@@ -214,7 +214,7 @@ def risk_section(pruner: Subject, plan: Plan, relevance: Relevance | None, refer
     shown = {key: [number for number in exemplars.samples[key[0]][key[1]].tolist() if number >= 0][:SHOWN]
              for key in wanted}
     samples = _samples(references, {number for numbers in shown.values() for number in numbers} |
-                       {risk.sample for risk in risks})
+                       {risk.sample for risk in risks}, pruner.model)
     _check_order(risks, samples)
     drawn = {key: _excerpts(pruner, *key, numbers, samples, images) for key, numbers in shown.items()}
 
@@ -246,22 +246,23 @@ def _least_kept(plan: Plan, relevance: Relevance, group: str) -> int | None:
     return next((position for position in order if position not in removed), None)
 
 
-def _samples(references: Any, wanted: Collection[int]) -> Samples:
+def _samples(references: Any, wanted: Collection[int], network: nn.Module) -> Samples:
     '''Return images and labels by their number in the loader's order.'''
     if isinstance(getattr(references, 'sampler', None), RandomSampler):
         raise PruneError('references are shuffled, so that samples cannot be identified: give a loader with '
                          'shuffle=False to collect() and here.')
     found: Samples = {}
     first = 0
-    for inputs, target in batches(references):
+    for batch in batches(references, network=network):
+        inputs, target = batch
         if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
             raise PruneError('references are shown as images: give a loader of tensors of shape (N, C, H, W).')
         classes = isinstance(target, torch.Tensor) and target.dim() == 1 and not target.is_floating_point()
         labels = target if classes else None
-        for index in range(batch_size(inputs)):
+        for index in range(batch.size):
             if first + index in wanted:
                 found[first + index] = inputs[index], None if labels is None else int(labels[index])
-        first += batch_size(inputs)
+        first += batch.size
     if len(found) < len(wanted):
         raise PruneError(f'references hold {first} samples, but relevance was collected from at least '
                          f'{max(wanted) + 1}: give the loader it was collected from.')

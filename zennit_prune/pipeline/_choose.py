@@ -86,7 +86,7 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
         For fewer than eight references, or no candidate that works.
     '''
     with seeded(seed, device_of(model)):
-        fitted, held = _split(loader, seed)
+        fitted, held = _split(loader, seed, model)
     reference = copied(model).eval()
     inputs = [batch.to(device_of(model)).inputs for batch in held]
     with torch.no_grad():
@@ -111,9 +111,9 @@ def choose(model: nn.Module, loader: Iterable[Any], planned: Callable[[Iterable[
     return Choice(next(criterion for criterion in criteria if named(criterion) == best), found)
 
 
-def _split(loader: Iterable[Any], seed: int) -> tuple[list[Batch], list[Batch]]:
+def _split(loader: Iterable[Any], seed: int, model: nn.Module) -> tuple[list[Batch], list[Batch]]:
     '''Return three quarters of the samples with their targets, and the others.'''
-    chunks = References(loader, KEPT, seed=seed, targets=True).chosen()
+    chunks = References(loader, KEPT, seed=seed, targets=True, network=model).chosen()
     total = sum(chunk.size for chunk in chunks)
     if total < LEAST:
         raise PruneError(f'there are {total} references: a choice is judged by some that are held out, so that it '

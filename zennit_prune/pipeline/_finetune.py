@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._attribute import call_network
 from ..relevance._initial import check_labels
 from ..relevance._outputs import Output, check_output, chosen_output, class_dimension, classes_second
+from ..util._arguments import call_network
 from ..util._isolation import seeded
-from ..util._loaders import batch_size, batches, held_out, many_times
-from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
+from ..util._loaders import Batch, batches, held_out, many_times
+from ..util._networks import copied, unique_tensors, unwrapped
+from ..util._yielded import as_labels
 from ._options import takes_options
 
 WARM_UP = 0.05  # of all updates
@@ -157,8 +158,8 @@ class _Objective:
         self.mixed = torch.autocast(device.type, dtype, mixed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def __call__(self, inputs: Any, labels: Any) -> torch.Tensor:
-        inputs, labels = map_tensors(lambda tensor: tensor.to(self.device), (inputs, labels))
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        inputs, labels = batch.to(self.device)
         with self.mixed:
             output = chosen_output(call_network(self.network, inputs), self.output)
             if self.teacher is not None:
@@ -182,10 +183,10 @@ class _Objective:
               schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> float:
         '''Train on all batches; the mean loss over samples, each before its update.'''
         total, samples = 0.0, 0
-        for inputs, labels in batches(loader):
-            size = batch_size(inputs)
+        for batch in batches(loader, network=self.network):
+            size = batch.size
             self._set_training(size)
-            value = self(inputs, labels)
+            value = self(batch)
             if not torch.isfinite(value):
                 raise PruneError(f'the loss is {value.item()}: training diverged, or the data are not finite. Lower '
                                  f'lr, now {optimizer.param_groups[0]["lr"]:.3g}, or check the data.')
@@ -212,9 +213,9 @@ class _Objective:
         '''Return the mean loss over samples.'''
         total, samples = 0.0, 0
         with torch.no_grad():
-            for inputs, labels in batches(loader):
-                total += float(self(inputs, labels)) * batch_size(inputs)
-                samples += batch_size(inputs)
+            for batch in batches(loader, network=self.network):
+                total += float(self(batch)) * batch.size
+                samples += batch.size
         return self._per_sample(total, samples)
 
     @staticmethod
@@ -227,13 +228,15 @@ class _Objective:
 
 def _cross_entropy(output: torch.Tensor, labels: Any, inputs: Any, given: bool) -> torch.Tensor:
     '''Return the cross-entropy for labels that are among the classes of the output; the binary one for one column.'''
-    labels = torch.as_tensor(labels, device=output.device)
+    labels = as_labels(labels).to(output.device)
     scores = classes_second(output, class_dimension(output, labels, inputs, given=given))
     if scores.shape[1] == 1:
         if labels.numel() != scores.numel() or not ((labels == 0) | (labels == 1)).all():
             raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
                              'outputs and labels, or labels that are all 0 or 1.')
         return F.binary_cross_entropy_with_logits(scores, labels.reshape(scores.shape).to(scores.dtype))
+    if labels.shape == (len(scores), 1) and scores.dim() == 2 and not labels.is_floating_point():
+        labels = labels.squeeze(1)
     if not labels.is_floating_point():
         check_labels(labels[labels != IGNORED], scores.shape[1])
     return F.cross_entropy(scores, labels)

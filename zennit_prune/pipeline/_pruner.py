@@ -31,7 +31,7 @@ from ..relevance._streaming import collect
 from ..util._fingerprint import named
 from ..util._isolation import checked_seed, seeded
 from ..util._loaders import batches
-from ..util._networks import device_of, map_tensors, prunable
+from ..util._networks import device_of, prunable
 from ._iterate import Loop
 from ._options import AnyCriterion, check_budget, check_criterion, check_scoring, check_values, takes_options
 from ._presets import Preset
@@ -49,8 +49,8 @@ class Pruner:
     composite: zennit.core.Composite, Preset or None
         The rules of relevance; None for the recommended ones: epsilon everywhere, BatchNorm merged. A preset, e.g.
         ``zp.presets.paper``, supplies its composite, and its options become the defaults of the methods.
-    example: torch.Tensor, tuple or dict
-        An input, a tuple of arguments, or a dict of keyword arguments; values do not matter.
+    example: torch.Tensor, tuple, mapping or list
+        An input, a tuple of arguments, keyword arguments, or a list of samples; values do not matter.
     ignore: sequence of str
         Patterns of module names whose output channels are kept; see :func:`zennit_prune.trace`.
     layernorm: str
@@ -189,8 +189,8 @@ class Pruner:
         Parameters
         ----------
         loader: iterable
-            Yields (inputs, labels) batches; or a pair of tensors. Labels may be missing where ``initial`` is a function
-            or ``target`` is given.
+            Yields batches: (inputs, labels), a dict with both, or another form on the page "Loaders"; or a pair of
+            tensors. Labels may be missing where ``initial`` is a function or ``target`` is given.
         criterion: str or callable
             ``'relevance'``; ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``;
             ``'random'``, ``'l1'``, ``'l2'``, ``'fpgm'`` or ``'batchnorm'``, which use no data; or a function of
@@ -640,10 +640,14 @@ def prune(model: nn.Module, composite: Composite | Preset | None, loader: Iterab
     _, defaults = _rules(composite)
     check_layernorm(layernorm)
     check_values(budget, **{**defaults, **options})
-    stream = batches(loader)
+    stream = batches(loader, network=model)
     first = next(stream, None)
     if first is None:
-        raise PruneError('the loader is empty: there is nothing to collect relevance from.')
-    example = map_tensors(lambda tensor: tensor.to(device_of(model)), first[0])
+        once = ' A generator is read once: make it anew.' if isinstance(loader, Iterator) else ''
+        raise PruneError(f'the loader is empty: there is nothing to collect relevance from.{once}')
+    if not first.size:
+        raise PruneError('the first batch of the loader is empty, and the network is traced with it: leave out empty '
+                         'batches, e.g. loader = ((x, y) for x, y in loader if len(x)).')
+    example = first.to(device_of(model)).inputs
     pruner = Pruner(model, composite, example, ignore, layernorm, progress, examples)
     return pruner.prune(chain([first], stream), budget, **options).model

@@ -103,7 +103,7 @@ class Recipe:
     def references(self, loader: Iterable[Any]) -> References:
         '''Wrap a loader so that it keeps the inputs that the repair needs.'''
         kept = 0 if self.repair == 'none' else -(-KEPT // rank_and_world()[1])
-        return References(loader, kept, self.collecting.get('classes'), self.seed)
+        return References(loader, kept, self.collecting.get('classes'), self.seed, network=self.pruner.model)
 
     def step(self, references: References, budget: Budget, number: int = 1, earlier: Pruned | None = None,
              **collecting: Any) -> Pruned:

@@ -27,6 +27,7 @@ from ..errors import PruneError, shown
 from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
+from ..util._arguments import call_network
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, tensors_in
 from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
@@ -250,29 +251,30 @@ def differentiable(inputs: Any, network: nn.Module) -> Any:
 
     Parameters
     ----------
-    inputs: torch.Tensor, tuple, dict or Batch
+    inputs: torch.Tensor, tuple, dict, list or Batch
         Inputs; a batch whose values were checked is not checked again.
     network: torch.nn.Module
         The copy that will be attributed.
 
     Returns
     -------
-    torch.Tensor, tuple or dict
-        Floating-point tensors require gradients. Where there is none (token numbers, say), the parameters of
-        ``network`` do: relevance is then traced back to the embeddings.
+    torch.Tensor, tuple, dict or list
+        Floating-point tensors require gradients. Where there are whole numbers (of tokens, say), the parameters of
+        ``network`` do, too: relevance is then traced back to the embeddings.
 
     Raises
     ------
     PruneError
         If an input holds values that are not finite.
     '''
-    batch, device = inputs if isinstance(inputs, Batch) else Batch(inputs), device_of(network)
+    batch, device = Batch.of(inputs if isinstance(inputs, Batch) else (inputs, None), network), device_of(network)
     batch.check_finite()
     inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), batch.inputs)
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    found = tensors_in(inputs)
+    tensors = [tensor for tensor in found if tensor.is_floating_point()]
     for tensor in tensors:
         tensor.requires_grad_(True)
-    if not tensors:
+    if not tensors or any(not tensor.is_floating_point() and tensor.dtype != torch.bool for tensor in found):
         for parameter in network.parameters():
             parameter.requires_grad_(True)
     return inputs
@@ -303,25 +305,6 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
                          'fits.') from error
 
 
-def call_network(network: nn.Module, inputs: Any) -> Any:
-    '''Call a network with a tensor, a tuple of arguments or a dict of keyword arguments.
-
-    Raises
-    ------
-    PruneError
-        If it does not run, with the shapes it was given.
-    '''
-    inputs = map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, inputs)  # may be written to
-    args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    try:
-        return network(*args, **kwargs)
-    except PruneError:
-        raise
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: '
-                         f'{error}') from error
 
 
 AttributorFactory = Callable[[nn.Module], Attributor]

@@ -16,6 +16,7 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 from ..errors import PruneError, names_options, unknown, warn
 from ..graph._graph import ChannelGraph, check_graph
 from ..tracing._boundaries import Place
+from ..util._arguments import call_network
 from ..util._display import some
 from ..util._fingerprint import described, fingerprint, named
 from ..util._isolation import checked_seed
@@ -30,7 +31,6 @@ from ._attribute import (
     Rules,
     attributed,
     attributing,
-    call_network,
     checked_composite,
     differentiable,
     propagate,
@@ -39,6 +39,7 @@ from ._canonize import GraphCanonizer
 from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
 from ._initial import Initial, Origin, check_initial, checked_classes, of_classes, shares
+from ._list_calls import ListCalls
 from ._outputs import Output, check_output
 from ._relevance import Relevance
 from ._sites import ActivationSite
@@ -194,6 +195,7 @@ class Collector:
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
         self._reached: set[str] = set()
+        self._lists = ListCalls(model, graph._recording, [site.place for site in self.sites])
         self._context: AbstractContextManager[Any] | None = None
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
@@ -272,10 +274,10 @@ class Collector:
 
         Parameters
         ----------
-        inputs: torch.Tensor, tuple or dict
-            The arguments of the network, of N samples; they are copied to its device.
+        inputs: torch.Tensor, tuple, mapping or list
+            The arguments of the network, of N samples; they are copied to its device. The labels may be among them.
         target: torch.Tensor, callable, ``'predicted'`` or None
-            Class indices, int64, shape (N,); other kinds as for :func:`zennit_prune.heatmap`. May be None where
+            Class indices, shape (N,); other kinds as for :func:`zennit_prune.heatmap`. May be None where
             ``initial`` is a function. Several targets of a sample are aggregated one by one and averaged. A sample
             without any is not counted.
 
@@ -285,7 +287,7 @@ class Collector:
             Outside the ``with`` block; for inputs or targets that do not fit; for relevance that is not finite. The
             batch is then not counted.
         '''
-        self.add(Batch(inputs, target))
+        self.add(Batch.of((inputs, target), self.model))
 
     def add(self, batch: Batch) -> None:
         '''Add a batch whose values may have been checked already.
@@ -312,6 +314,7 @@ class Collector:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
         self._reached = set()
+        self._lists.check(samples.batch)
         self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
         scores = self._sampled(samples, spots) if len(samples.numbers) else {}
         best = self._best(samples, scores, spots) if spots and len(samples.rows) else None
@@ -370,7 +373,7 @@ class Collector:
                              f'criterion={self.criterion.name!r} uses no output.')
         inputs = differentiable(batch, self._network)
         with torch.no_grad():
-            returned = output_tensors(call_network(self._network, inputs))
+            returned = output_tensors(call_network(self._network, inputs, self.graph._recording.example))
         return next((tensor for tensor in returned if tensor.dim()), torch.empty(batch.size, device=self.device))
 
     def _propagated(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
@@ -378,7 +381,7 @@ class Collector:
         inputs = differentiable(batch, self._network)
         origin = self.origin(batch)
         with torch.enable_grad():
-            output = origin.chosen(call_network(self._network, inputs))
+            output = origin.chosen(call_network(self._network, inputs, self.graph._recording.example))
         found = origin.starts(output)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
@@ -627,7 +630,7 @@ class Collector:
     def _check_sums(self) -> None:
         sums = self.sums
         if not sums.samples:
-            why = 'the loader is empty, or no batch was added.'
+            why = 'the loader is empty (a generator is read once), or no batch was added.'
             if sums.seen:
                 among = f' among classes={self.classes}' if self.classes else ''
                 why = sums.reason or f'none of {sums.seen} has a target{among}.'

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PruneError, nearest, unknown
+from ..util._yielded import as_labels
 from ._outputs import Output, chosen_output, class_dimension, classes_back, classes_second
 from ._sites import accumulation_dtype
 
@@ -456,25 +457,7 @@ def checked_classes(classes: Iterable[int] | None) -> tuple[int, ...] | None:
 
 def _tensor(target: Any, device: torch.device) -> torch.Tensor | None:
     '''Return labels as a tensor on a device; None where there are none.'''
-    if target is None or isinstance(target, torch.Tensor):
-        return None if target is None else target.to(device)
-    try:
-        return torch.as_tensor(target, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        found = type(target).__name__
-        if isinstance(target, dict):
-            found += f' with {", ".join(map(repr, target))}'
-        elif isinstance(target, (list, tuple)) and len(target):
-            found += f' of {type(target[0]).__name__}'
-        raise PruneError(f'the target is a {found}, not labels: relevance cannot start there by itself. Say where it '
-                         "starts with initial=, a function of the output (for boxes, e.g. zennit_prune.relevance."
-                         "detections(...)), or target='predicted'; or yield (inputs, labels) with labels that are "
-                         'numbers.') from None
-
-
-def as_labels(target: Any) -> torch.Tensor:
-    '''Return labels as a tensor: a tensor stays on its device, anything else becomes one on the CPU.'''
-    return target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
+    return None if target is None else as_labels(target).to(device)
 
 
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:

@@ -23,9 +23,10 @@ from ..errors import PruneError
 from ..tracing._calls import CallCounter, Frame, Site
 from ..tracing._recorded import FunctionCall
 from ..tracing._trace import Recording, Run
+from ..util._arguments import call_network
 from ..util._display import table
 from ..util._networks import map_tensors, tensors_in
-from ._attribute import attributing, call_network, differentiable, propagate
+from ._attribute import attributing, differentiable, propagate
 from ._canonize import GraphCanonizer, rules_of
 from ._functions import Equivalent
 from ._initial import Origin

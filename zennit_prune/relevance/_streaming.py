@@ -13,6 +13,7 @@ from ..util._distributed import gathered, in_step, rank_and_world
 from ..util._files import check_folder
 from ..util._fingerprint import fingerprint
 from ..util._loaders import Batch, batches
+from ..util._samples import sample_list
 from ._collect import Collector
 from ._initial import check_target
 from ._preflight import preflight
@@ -82,7 +83,7 @@ def _steps(collector: Collector, loader: Iterable[Any], target: Any, progress: b
            wait: bool) -> Generator[None, None, None]:
     '''Add the batches one by one, the first after a preflight; whatever ends it early leaves a checkpoint.'''
     def stream() -> Iterator[Batch]:
-        for batch in batches(loader, collector.criterion.name if progress else None):
+        for batch in batches(loader, collector.criterion.name if progress else None, collector.model):
             yield batch if target is None else batch.with_target(target)
 
     with collector:
@@ -117,7 +118,8 @@ def _check(collector: Collector, batch: Batch) -> None:
     samples = Selection(batch, collector.classes, True, 0)
     if samples.skipped or not len(samples.numbers):
         return
-    first = samples.batch.only(slice(CHECKED))
+    lists = sample_list(samples.batch.inputs) is not None  # which run as they were traced
+    first = samples.batch.only(slice(collector.graph._recording.example.batch if lists else CHECKED))
     try:
         found = preflight(collector.model, collector.composite, collector.graph._recording, first,
                           collector.origin(first))

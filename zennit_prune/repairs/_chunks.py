@@ -1,15 +1,18 @@
 '''The inputs of a repair: a bounded subset of what is given, in chunks that run at once, and in folds.'''
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import ceil, copysign
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 
 from ..errors import PruneError
 from ..util._networks import map_tensors, tensors_in
+from ..util._samples import map_samples
 from ._references import KEPT, References, joined
 from ._regression import FOLDS
 
@@ -32,10 +35,12 @@ class Inputs:
 
     Parameters
     ----------
-    data: torch.Tensor, dict or iterable
+    data: torch.Tensor, mapping or iterable
         Inputs, or a loader; labels are ignored.
     device: torch.device
         The device that chunks are copied to when they run.
+    network: torch.nn.Module, optional
+        The network that the inputs are for.
 
     Attributes
     ----------
@@ -48,8 +53,9 @@ class Inputs:
         If there is none, or one is not finite.
     '''
 
-    def __init__(self, data: Any, device: torch.device):
-        references = References([data] if isinstance(data, (dict, torch.Tensor)) else data, KEPT)
+    def __init__(self, data: Any, device: torch.device, network: nn.Module | None = None):
+        whole = isinstance(data, (Mapping, torch.Tensor, np.ndarray))
+        references = References([data] if whole else data, KEPT, network=network)
         for batch in references:
             batch.check_finite()
         self.device = device
@@ -71,10 +77,9 @@ class Inputs:
     def _keys(self) -> Iterator[tuple[int, ...]]:
         '''Yield a key for each input; equal inputs have equal keys, and must not be in different folds.'''
         for batch, (start, end) in zip(self._batches, pairwise(self._starts)):
-            rows = [tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
-                    for tensor in tensors_in(batch.inputs) if tensor.dim() and len(tensor) == end - start]
+            rows = _contents(batch.inputs, end - start)
             for number in range(end - start):
-                yield tuple(hash(row[number].tobytes()) for row in rows)
+                yield tuple(hash(bytes(row[number])) for row in rows)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -97,6 +102,24 @@ class Inputs:
                 if varied and all(tensor.dim() == 4 for tensor in tensors_in(part)):
                     for variant in (_mirrored, _moved):
                         yield Chunk(map_tensors(variant, part), folds, True)
+
+
+def _contents(inputs: Any, size: int) -> list[Any]:
+    '''Return, for every part of the inputs that holds samples, the bytes of each of them.'''
+    found: list[Any] = []
+    map_samples(inputs, size, lambda tensor: found.append(_rows(tensor)),
+                lambda items: found.append([b''.join(map(_content, tensors_in(item))) for item in items]))
+    return found
+
+
+def _rows(tensor: torch.Tensor) -> Any:
+    '''Return the bytes of every sample in a tensor, as the rows of an array.'''
+    return tensor.detach().cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8).numpy()
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    '''Return the shape and the values of a tensor that belongs to a single sample.'''
+    return str(tuple(tensor.shape)).encode() + bytes(_rows(tensor.reshape(1, -1)))
 
 
 def _mirrored(pictures: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..relevance._attribute import call_network
 from ..tracing._calls import CallCounter, Site
-from ..util._loaders import batch_size
+from ..util._arguments import call_network
 from ..util._networks import map_tensors, tensors_in
+from ..util._samples import batch_size
 from ._targets import LayerCall
 
 
@@ -62,7 +62,7 @@ class Lockstep(CallCounter):
     ----------
     network: torch.nn.Module
         The network; it runs without gradients.
-    inputs: torch.Tensor, tuple or dict
+    inputs: torch.Tensor, tuple, dict or list
         The inputs.
     stops: collection of Site
         The calls after which the run waits.

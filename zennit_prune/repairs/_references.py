@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ..errors import PruneError, warn
-from ..relevance._attribute import call_network
 from ..relevance._initial import checked_classes, of_classes
 from ..relevance._outputs import chosen_output
+from ..util._arguments import call_network
 from ..util._distributed import gathered, rank_and_world
 from ..util._loaders import BATCH, Batch, as_loader, batches
 from ..util._networks import device_of, tensors_in
+from ..util._samples import sample_list
 
 KEPT = 1024  # samples
 LEAST_CLASSES = 3  # outputs that tell classes apart; two may be anything
@@ -37,6 +38,8 @@ class References:
         The seed of the random subset.
     targets: bool
         Keep the targets as well.
+    network: torch.nn.Module, optional
+        The network that the inputs are for, see :meth:`zennit_prune.util._loaders.Batch.of`.
 
     Examples
     --------
@@ -49,15 +52,15 @@ class References:
     '''
 
     def __init__(self, loader: Iterable[Any], limit: int = KEPT, classes: Iterable[int] | None = None, seed: int = 0,
-                 targets: bool = False):
+                 targets: bool = False, network: nn.Module | None = None):
         self.loader, self.classes, self.seed = as_loader(loader), checked_classes(classes), seed
-        self.limit, self.targets = limit, targets
+        self.limit, self.targets, self.network = limit, targets, network
         self._chunks: list[tuple[torch.Tensor, Batch]] = []
 
     def __iter__(self) -> Iterator[Batch]:
         self._chunks = []
         generator = torch.Generator().manual_seed(self.seed)
-        for batch in batches(self.loader):
+        for batch in batches(self.loader, network=self.network):
             if self.limit and batch.size:
                 keys = torch.rand(batch.size, generator=generator, dtype=torch.float64, device='cpu')
                 keys = torch.where(self._eligible(batch), keys, -1)
@@ -139,6 +142,8 @@ def joined(chunks: Iterable[Batch], size: int = BATCH) -> Iterator[Batch]:
 
 def _shapes(batch: Batch) -> list[Any]:
     '''Return what must be equal where batches are concatenated: shapes, and tensors without samples.'''
+    if sample_list(batch.inputs) is not None:  # of any sizes
+        return [type(batch.inputs)]
     return [tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == batch.size
             else id(tensor) for tensor in tensors_in(batch.inputs)]
 

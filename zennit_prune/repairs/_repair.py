@@ -19,12 +19,13 @@ from zennit.types import BatchNorm
 
 from ..errors import PruneError, names_options, unknown, warn
 from ..planning._plan import Plan, checked_pair
-from ..relevance._attribute import call_network
 from ..surgery._replay import Deletion
 from ..surgery._verify import evaluating
 from ..tracing._parametrized import copy_values, parametrizations, plain
-from ..util._loaders import Batch, batch_size
+from ..util._arguments import call_network
+from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in
+from ..util._samples import batch_size
 from ._chunks import Chunk, Inputs, wide
 from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes
@@ -120,7 +121,7 @@ def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: st
         The pruned network; it is left as it is.
     plan: Plan
         The plan by which ``small`` was pruned.
-    data: torch.Tensor, dict or iterable
+    data: torch.Tensor, mapping or iterable
         Inputs, or a loader of batches; labels are ignored. At most 1,024 inputs are used, a uniform subset beyond that;
         duplicates are dropped. Images are also mirrored and shifted. The activations of one layer are held for all
         inputs, so that fewer inputs are used where these would take more than about 4 GiB.
@@ -194,7 +195,7 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         small = small if in_place else copied(small)
         if method == 'none':
             return small
-        inputs = Inputs(data, device)
+        inputs = Inputs(data, device, model)
         with evaluating(small):
             targets = find_targets(plan.graph._recording.runs['eval'], small)
             network = _fitted(_widened(model), _widened(small, in_place=True), targets, plan, inputs, method,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import PruneError
-from ..relevance._attribute import call_network
+from ..util._arguments import call_network
 from ..util._networks import map_tensors, output_tensors
 from ._chunks import Inputs
 from ._references import LEAST_CLASSES

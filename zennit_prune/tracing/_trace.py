@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import PruneError, shown, warn
+from ..util._arguments import advice, arguments_for, spread
 from ..util._isolation import isolated, states
 from ..util._networks import (
     map_tensors,
@@ -29,6 +30,7 @@ from ..util._networks import (
     tensors_in,
     unique_tensors,
 )
+from ..util._samples import batch_size, sample_list
 from ._attributes import Claim, mark_attributes, norm_claims
 from ._boundaries import Boundaries, Guard, Outputs, Place
 from ._calls import Site
@@ -92,17 +94,26 @@ class Example:
         return TRACED_BATCH if self.resize else self.given_batch
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return map_tensors(self._prepared, self.args), map_tensors(self._prepared, self.kwargs)
+        samples = sample_list(self.args)
+        if samples is None:
+            return map_tensors(self._resized, self.args), map_tensors(self._resized, self.kwargs)
+        if self.resize:
+            samples = [samples[number % len(samples)] for number in range(TRACED_BATCH)]
+        return (map_tensors(self._prepared, samples),), {}
+
+    def _resized(self, tensor: torch.Tensor) -> torch.Tensor:
+        '''Prepare a tensor that holds all samples.'''
+        if self.resize and tensor.dim() > 0 and tensor.shape[0] == self.given_batch:
+            if self.device == 'meta':
+                return torch.empty((TRACED_BATCH, *tensor.shape[1:]), dtype=tensor.dtype, device='meta')
+            tensor = tensor[torch.arange(TRACED_BATCH, device=tensor.device) % self.given_batch]
+        return self._prepared(tensor)
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
-        resize = self.resize and tensor.dim() > 0 and tensor.shape[0] == self.given_batch
-        if self.device != 'meta':
-            tensor = tensor.detach().clone()
-            return tensor[torch.arange(TRACED_BATCH, device=tensor.device) % self.given_batch] if resize else tensor
-        shape = list(tensor.shape)
-        if resize:
-            shape[0] = TRACED_BATCH
-        return torch.empty(shape, dtype=tensor.dtype, device='meta')
+        '''Return a copy, without data on ``'meta'``.'''
+        if self.device == 'meta':
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
+        return tensor.detach().clone()
 
 
 def _holds_packed(value: Any) -> bool:
@@ -113,7 +124,20 @@ def _holds_packed(value: Any) -> bool:
 
 
 def prepare_example(model: nn.Module, example: Any) -> Example:
-    '''Check an example: a tensor, a tuple of arguments or a dict of keyword arguments.
+    '''Check an example, and return the arguments that it stands for.
+
+    Parameters
+    ----------
+    model: torch.nn.Module
+        The network.
+    example: torch.Tensor, tuple, mapping, list or Example
+        An input, a tuple of arguments, keyword arguments or a list of samples, see
+        :func:`zennit_prune.util._arguments.arguments_for`.
+
+    Returns
+    -------
+    Example
+        The arguments.
 
     Raises
     ------
@@ -125,8 +149,8 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
     if _holds_packed(example):
         raise PruneError('the example holds a PackedSequence, whose sizes are values, so no other network could be '
                          'held against it: prune a module that takes padded tensors.')
-    kwargs = dict(example) if isinstance(example, Mapping) else {}
-    args = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    arguments = arguments_for(model, example)
+    args, kwargs = spread(arguments)
     tensors = tensors_in((args, kwargs))
     if not tensors:
         kinds = ', '.join(dict.fromkeys(type(value).__name__ for value in (*args, *kwargs.values())))
@@ -143,7 +167,7 @@ def prepare_example(model: nn.Module, example: Any) -> Example:
                              f'{", ".join(sorted(map(str, devices)))}: move one of them, e.g. '
                              'example.to(next(model.parameters()).device).')
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
-    return Example(args, kwargs, tensors[0].shape[0] if tensors[0].dim() else 1, dtype)
+    return Example(args, kwargs, batch_size(arguments), dtype)
 
 
 SUBCLASS_FAILURE = 'raw Tensor object is already associated'  # up to torch 2.4, of as_subclass in any dispatch mode
@@ -495,12 +519,14 @@ def _run_otherwise(model: nn.Module, example: Example, run: Callable[[nn.Module,
             return run(_marked_copy(model, example.device), False)
         except ForwardError as error:
             last = error
-    shapes = [tuple(tensor.shape) for tensor in tensors_in((example.args, example.kwargs))]
-    advice = ('What torch.jit.script compiles cannot be followed: call the function itself, or set PYTORCH_JIT=0 in '
+    arguments = example.kwargs or example.args
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(arguments)]
+    remedy = ('What torch.jit.script compiles cannot be followed: call the function itself, or set PYTORCH_JIT=0 in '
               'the environment before Python starts.' if TORCHSCRIPT in str(last) else 'Give an example that the '
-              'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.')
+              'network accepts: a tensor, a tuple of arguments, or a dict of keyword arguments.'
+              + advice(model, arguments, last))
     raise PruneError(f'the network does not run with the example given, tensors of shape {shapes}: module '
-                     f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {advice}') from last
+                     f'{last.module or type(model).__name__!r} raised {str(last).rstrip(".: ")}. {remedy}') from last
 
 
 def _run_on_values(model: nn.Module, example: Example, run: Callable[[nn.Module, bool], Run]) -> tuple[Run, Run]:

@@ -4,18 +4,21 @@ The file also makes loaders that can be read many times, and holds out a share o
 '''
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from ..errors import PruneError
+from ._arguments import Forward, arguments_for, plain
 from ._networks import map_tensors, tensors_in
+from ._samples import COLOURS, IMAGE, batch_size, by_samples, map_samples, only, selected
+from ._yielded import Found, as_target, parts_of
 
 BATCH = 32  # samples, where a tensor is cut into batches
 
@@ -34,50 +37,68 @@ class Batch(Pair):
 
     Parameters
     ----------
-    inputs: torch.Tensor, tuple, list or dict
-        The arguments of a network.
+    inputs: torch.Tensor, tuple, dict or list
+        The arguments of a network, as :func:`zennit_prune.util._arguments.arguments_for` returns them: a list is a
+        single argument, with an item for each sample.
     target: object, optional
         Labels, or anything else that :func:`zennit_prune.relevance.initial_relevance` takes.
     '''
 
+    _size: int | None = None
     _finite: torch.Tensor | None = None
     _rest_is_finite: bool = True
     _labels: Any = None
 
     @classmethod
-    def of(cls, value: Any) -> Batch:
-        '''Return the batch that a loader yielded: a pair of inputs and target, or inputs alone.
+    def of(cls, value: Any, network: nn.Module | None = None) -> Batch:
+        '''Return the batch that a loader yielded, see :func:`zennit_prune.util._yielded.parts_of`.
+
+        Parameters
+        ----------
+        value: object
+            Inputs with or without their target.
+        network: torch.nn.Module, optional
+            The network that the inputs are for: its parameters decide how the inputs are given to it, see
+            :func:`zennit_prune.util._arguments.arguments_for`.
 
         Raises
         ------
         PruneError
-            If it is something else.
+            If it is no batch, or one that the network cannot take.
         '''
         if isinstance(value, Batch):
             return value
-        if isinstance(value, (tuple, list)) and len(value) in (1, 2):
-            return cls(*value)
-        if isinstance(value, (torch.Tensor, dict)):
-            return cls(value)
-        raise PruneError('a batch is (inputs, labels), inputs alone, or a dict of inputs; a '
-                         f'{type(value).__name__} is not.')
+        forward = Forward.of(network)
+        found = parts_of(value, forward)
+        labels = _number_of_labels(found, forward)
+        batch = cls(arguments_for(network, found.inputs, labels), found.target)
+        batch._size = batch_size(batch.inputs, labels)
+        return batch
 
     @property
     def size(self) -> int:
         '''The number of samples.'''
-        return batch_size(self.inputs)
+        if self._size is None:
+            self._size = batch_size(self.inputs)
+        return self._size
 
     @property
     def finite(self) -> torch.Tensor:
         '''The mask of the samples that hold finite values only, shape (size,), bool, on the CPU.'''
         if self._finite is None:
             size = self.size
-            finite, self._rest_is_finite = torch.ones(size, dtype=torch.bool, device='cpu'), True
-            for tensor in filter(_may_be_infinite, tensors_in(self.inputs)):
-                if _goes_by_samples(tensor, size):
-                    finite &= torch.isfinite(tensor).reshape(size, -1).all(1).cpu()
-                else:
-                    self._rest_is_finite &= bool(torch.isfinite(tensor).all())
+            finite = torch.ones(size, dtype=torch.bool, device='cpu')
+
+            def mark_rows(tensor: torch.Tensor) -> None:
+                if _may_be_infinite(tensor):
+                    finite.logical_and_(torch.isfinite(tensor).reshape(size, -1).all(1).cpu())
+
+            def mark_items(items: list[Any]) -> None:
+                finite.logical_and_(torch.tensor([all(map(_are_finite, tensors_in(item))) for item in items],
+                                                 dtype=torch.bool, device='cpu'))
+
+            rest = tensors_in(map_samples(self.inputs, size, mark_rows, mark_items))  # the same for all samples
+            self._rest_is_finite = all(map(_are_finite, rest))
             self._finite = finite
         return self._finite
 
@@ -90,23 +111,24 @@ class Batch(Pair):
             With the shape of the first such input.
         '''
         if not (self.finite.all() and self._rest_is_finite):
-            tensor = next(tensor for tensor in tensors_in(self.inputs) if not torch.isfinite(tensor).all())
+            tensor = next(tensor for tensor in tensors_in(self.inputs) if not _are_finite(tensor))
             raise PruneError(f'an input of shape {tuple(tensor.shape)} holds values that are not finite (NaN or '
                              'infinite): check the data.')
 
     def only(self, samples: torch.Tensor | slice) -> Batch:
         '''Select some of the samples, by a slice, by their numbers or by a mask of shape (size,).'''
         size = self.size
-        inputs, target = only((self.inputs, _indexable(self.target, size)), size, samples)
+        inputs, target = only(self.inputs, size, samples), _only_targets(self.target, size, samples)
         at = samples.to('cpu') if isinstance(samples, torch.Tensor) else samples
-        return self._derived(inputs, target, None if self._finite is None else self._finite[at])
+        chosen = torch.ones(size, dtype=torch.bool, device='cpu') if self._finite is None else self._finite
+        return self._derived(inputs, target, None if self._finite is None else chosen[at], len(chosen[at]))
 
     def to(self, device: torch.device) -> Batch:
         '''Return the batch on a device; itself if it is there.'''
         if all(tensor.device == device for tensor in tensors_in(tuple(self))):
             return self
         inputs, target = map_tensors(lambda tensor: tensor.to(device), tuple(self))
-        return self._derived(inputs, target, self._finite)
+        return self._derived(inputs, target, self._finite, self._size)
 
     @property
     def labels(self) -> Any:
@@ -117,60 +139,73 @@ class Batch(Pair):
         '''Return the inputs with another target, or with None.'''
         if target is self.target:
             return self
-        batch = self._derived(self.inputs, target, self._finite)
+        batch = self._derived(self.inputs, target, self._finite, self._size)
         batch._labels = None if target is None else self.labels
         return batch
 
     def zeroed(self) -> Batch:
         '''Return the batch with zeros in place of the samples that are not finite, so that it can run.'''
-        broken, size = ~self.finite, self.size
+        broken = ~self.finite
 
         def zero(tensor: torch.Tensor) -> torch.Tensor:
-            if not _may_be_infinite(tensor) or not _goes_by_samples(tensor, size):
+            if not _may_be_infinite(tensor):
                 return tensor
             return tensor.masked_fill(broken.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
 
-        return self._derived(map_tensors(zero, self.inputs), self.target, torch.ones_like(broken))
+        def zero_items(items: list[Any]) -> list[Any]:
+            return [map_tensors(torch.zeros_like, item) if wrong else item
+                    for item, wrong in zip(items, broken.tolist())]
+
+        inputs = map_samples(self.inputs, self.size, zero, zero_items)
+        return self._derived(inputs, self.target, torch.ones_like(broken), self._size)
 
     def joined(self, others: Sequence[Batch]) -> Batch:
         '''Concatenate the inputs of several batches, without targets; tensors without samples are those of this one.
 
         Shapes must agree but for the number of samples.
         '''
-        size = self.size
+        inputs = map_samples(self.inputs, self.size, lambda *parts: torch.cat(parts),
+                             lambda *parts: [item for items in parts for item in items],
+                             *(other.inputs for other in others))
+        finite = torch.cat([batch.finite for batch in (self, *others)])
+        return self._derived(inputs, None, finite, len(finite))
 
-        def join(*parts: Any) -> Any:
-            by_samples = isinstance(parts[0], torch.Tensor) and parts[0].dim() and len(parts[0]) == size
-            return torch.cat(parts) if by_samples else parts[0]
-
-        inputs = tree_map(join, self.inputs, *(other.inputs for other in others))
-        return self._derived(inputs, None, torch.cat([batch.finite for batch in (self, *others)]))
-
-    def _derived(self, inputs: Any, target: Any, finite: torch.Tensor | None) -> Batch:
+    def _derived(self, inputs: Any, target: Any, finite: torch.Tensor | None, size: int | None) -> Batch:
         batch = Batch(inputs, target)
-        batch._finite, batch._rest_is_finite, batch._labels = finite, self._rest_is_finite, self._labels
+        batch._finite, batch._size, batch._rest_is_finite = finite, size, self._rest_is_finite
+        batch._labels = self._labels
         return batch
+
+
+def _only_targets(target: Any, size: int, samples: Any) -> Any:
+    '''Select the targets of some samples: items of a list with one for each, or entries of the tensors in it.'''
+    if isinstance(target, list) and len(target) == size and not all(by_samples(part, size) for part in target):
+        return selected(target, samples)
+    return only((target, None), size, samples)[0]
 
 
 def _may_be_infinite(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _goes_by_samples(tensor: torch.Tensor, size: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == size > 0
+def _are_finite(tensor: torch.Tensor) -> bool:
+    return not _may_be_infinite(tensor) or bool(torch.isfinite(tensor).all())
 
 
-def _indexable(target: Any, size: int) -> Any:
-    '''Return labels in a list or an array as a tensor, which can be indexed; any other target as it is.'''
-    if isinstance(target, (list, tuple, np.ndarray)) and len(target) == size:
-        try:
-            return torch.as_tensor(target, device='cpu')
-        except (TypeError, ValueError, RuntimeError):  # several tensors, say
-            return target
-    return target
+def _number_of_labels(found: Found, forward: Forward) -> int | None:
+    '''Return the number of labels of a batch; without any, the length that the tensors in a list of inputs share.'''
+    if isinstance(found.target, (list, torch.Tensor)):
+        return len(found.target) if isinstance(found.target, list) or found.target.dim() else None
+    parts = found.inputs if isinstance(found.inputs, list) else ()
+    if not forward.any_number and len(parts) > len(forward.inputs):
+        return None
+    if all(isinstance(part, torch.Tensor) and part.dim() == IMAGE and len(part) in COLOURS for part in parts):
+        return None
+    lengths = {len(part) if isinstance(part, torch.Tensor) and part.dim() else -1 for part in parts}
+    return lengths.pop() if len(lengths) == 1 and -1 not in lengths else None
 
 
-def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[Batch]:
+def batches(loader: Iterable[Any], progress: str | None = None, network: nn.Module | None = None) -> Iterator[Batch]:
     '''Yield batches from whatever yields them.
 
     Samples that a ``DistributedSampler`` repeats to give every process as many are left out.
@@ -178,9 +213,12 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[Batc
     Parameters
     ----------
     loader: iterable
-        Yields (inputs, target) pairs, or inputs alone; a pair of tensors is cut into batches of 32.
+        Yields batches of any form that :func:`zennit_prune.util._yielded.parts_of` takes; a pair of tensors or arrays
+        is cut into batches of 32.
     progress: str, optional
         The label of a progress bar on standard error; None shows none.
+    network: torch.nn.Module, optional
+        The network that the inputs are for, see :meth:`Batch.of`.
 
     Yields
     ------
@@ -194,7 +232,7 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[Batc
     except TypeError:  # a generator, or a DataLoader of an IterableDataset
         total = None
     for value in tqdm(loader, progress, total, disable=progress is None, leave=False):
-        batch = Batch.of(value)
+        batch = Batch.of(value, network)
         if left is not None:
             size = batch.size
             if size > left:
@@ -206,17 +244,30 @@ def batches(loader: Iterable[Any], progress: str | None = None) -> Iterator[Batc
 
 
 def as_loader(loader: Iterable[Any]) -> Iterable[Any]:
-    '''Cut a tensor, or a pair of tensors, into a list of batches of 32; pass on what yields batches.'''
-    if isinstance(loader, torch.Tensor):
-        return list(loader.split(BATCH))
-    if isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, torch.Tensor) for part in loader):
-        if len(loader[0]) != len(loader[1]):
-            raise PruneError(f'there are {len(loader[0])} inputs and {len(loader[1])} labels.')
-        return list(zip(loader[0].split(BATCH), loader[1].split(BATCH)))
-    if not isinstance(loader, Iterable) or isinstance(loader, (str, dict)):
-        advice = ' Wrap it in a torch.utils.data.DataLoader.' if isinstance(loader, Dataset) else ''
+    '''Cut a tensor or array, or a pair of them, into a list of batches of 32; pass on what yields batches.'''
+    tensors = _whole(loader) if not isinstance(loader, tuple) or len(loader) == 2 else None
+    if tensors is not None:
+        cut = [tensor.split(BATCH) for tensor in tensors]
+        return list(zip(*cut)) if len(cut) > 1 else list(cut[0])
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, Mapping)):
+        advice = ' Wrap it in a torch.utils.data.DataLoader.' if isinstance(loader, Dataset) else \
+            ' Put it into a list, if it is a batch.' if isinstance(loader, Mapping) else ''
         raise PruneError(f'a loader yields batches of (inputs, labels); a {type(loader).__name__} does not.{advice}')
     return loader
+
+
+def _whole(loader: Any) -> tuple[torch.Tensor, ...] | None:
+    '''Return the tensors of a whole data set: one, or a tuple of them (arrays, or labels in a list); else None.'''
+    if isinstance(loader, (torch.Tensor, np.ndarray)):
+        loader = (loader,)
+    if not isinstance(loader, tuple) or not loader or not isinstance(loader[0], (torch.Tensor, np.ndarray)):
+        return None
+    tensors = [plain(loader[0]), *map(as_target, loader[1:])]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.dim() for tensor in tensors):
+        return None
+    if len({len(tensor) for tensor in tensors}) > 1:
+        raise PruneError(f'there are {len(tensors[0])} inputs and {len(tensors[1])} labels.')
+    return tuple(tensors)
 
 
 def _own_samples(loader: Any) -> int | None:
@@ -231,27 +282,10 @@ def _own_samples(loader: Any) -> int | None:
     return None
 
 
-def batch_size(inputs: Any) -> int:
-    '''Return the number of samples in a batch: the length of its first tensor.'''
-    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
-
-
-def only(batch: Any, size: int, samples: Any) -> Any:
-    '''Select some samples of a batch of ``size`` samples by indexing every tensor of that length.'''
-    def index(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dim() or len(tensor) != size:
-            return tensor
-        return tensor[samples.to(tensor.device) if isinstance(samples, torch.Tensor) else samples]
-
-    return map_tensors(index, batch)
-
-
 def many_times(loader: Iterable[Any]) -> Iterable[Any]:
     '''Make a loader that can be read many times: tensors are shuffled each time, an iterator is held in memory.'''
-    tensors = (loader,) if isinstance(loader, torch.Tensor) else loader
-    if isinstance(tensors, tuple) and tensors and all(isinstance(part, torch.Tensor) for part in tensors):
-        if len({len(part) for part in tensors}) > 1:
-            raise PruneError(f'there are {len(tensors[0])} inputs and {len(tensors[1])} labels.')
+    tensors = _whole(loader)
+    if tensors is not None:
         return DataLoader(TensorDataset(*tensors), BATCH, shuffle=True)
     return list(loader) if isinstance(loader, Iterator) else loader
 
