@@ -106,8 +106,8 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
     'weights': (chain, (X, Y, torch.rand(6)), {}, 'loader = ((x, y) for x, y, _ in loader)'),
     'named parts': (chain, Sample(X, Y, torch.arange(6), ['x'] * 6), {},
                     'loader = ((batch.image, batch.label) for batch in loader)'),
-    'mixup': (chain, (X, torch.rand(6, 4).softmax(1)), {}, ''),
-    'mixup with pairs of labels': (chain, (X, (Y, Y.flip(0), 0.3)), {},
+    'mixup': (chain, (X, torch.rand(6, 4).softmax(1)), {'initial': 'weights'}, ''),
+    'mixup with pairs of labels': (chain, (X, (Y, Y.flip(0), 0.3)), {'initial': 'weights'},
                                    'loader = ((x, lam * one_hot(a, classes) + (1 - lam) * one_hot(b, classes)) '
                                    'for x, (a, b, lam) in loader)'),
     'NumPy': (chain, (X.numpy(), Y.numpy()), {}, ''),

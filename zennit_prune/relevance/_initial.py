@@ -462,7 +462,7 @@ def _tensor(target: Any, device: torch.device) -> torch.Tensor | None:
 
 def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | None:
     '''Return which samples have a label among ``classes``; None where only the output can tell, or all are wanted.'''
-    if classes is None or target is None or isinstance(target, (str, dict)) or callable(target):
+    if classes is None or target is None or isinstance(target, str) or callable(target):
         return None
     target = as_labels(target)
     if target.dim() != 1 or target.is_floating_point():
