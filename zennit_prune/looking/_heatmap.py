@@ -24,8 +24,10 @@ from ..relevance._attribute import (
 )
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
+from ..relevance._nonfinite import why_not_finite
 from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
+from ..util._isolation import exact_pass
 from ..util._loaders import batch_size, only
 from ..util._networks import tensors_in, unwrapped
 
@@ -126,7 +128,7 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, start: Callable
         pixels = first_floating(inputs)
         output = main_output(call_network(network, inputs))
         arrived, = propagate(output, start(output), [pixels])
-    return summed(torch.zeros_like(pixels) if arrived is None else arrived), output.detach()
+    return _finite(summed(_arrived(arrived)), model, x), output.detach()
 
 
 def first_floating(inputs: Any) -> torch.Tensor:
@@ -137,11 +139,24 @@ def first_floating(inputs: Any) -> torch.Tensor:
     raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
 
 
+def _arrived(relevance: torch.Tensor | None) -> torch.Tensor:
+    if relevance is None:
+        raise PruneError('no relevance arrives at the input: the output does not depend on it, or what reads it runs '
+                         'without gradients (torch.no_grad(), .detach()). Let that part run with gradients.')
+    return relevance
+
+
+def _finite(heatmaps: torch.Tensor, model: nn.Module, x: Any) -> torch.Tensor:
+    '''Return heatmaps, or raise with the reason where they are not finite.'''
+    if not torch.isfinite(heatmaps).all():
+        why = why_not_finite(model, x) or 'a rule divides by zero or overflows'
+        raise PruneError(f'the relevance at the input is not finite: {why}.')
+    return heatmaps
+
+
 def summed(relevance: torch.Tensor) -> torch.Tensor:
     '''Return relevance at the input, summed over its channels, on the CPU.'''
     relevance = relevance.detach().cpu()
-    if not torch.isfinite(relevance).all():
-        raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
     return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
@@ -158,7 +173,7 @@ def _through_channels(model: nn.Module, composite: Rules | None, x: Any, target:
     canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [site.place for site in sites]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
-        maps = _conditioned(attribution, sites, x, target, initial, channels, found)
+        maps = _finite(_conditioned(attribution, sites, x, target, initial, channels, found), model, x)
     return maps if _several(position) else maps[0]
 
 
@@ -272,10 +287,11 @@ def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: torch.Tens
     '''Propagate relevance given at activation sites to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
-        arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
+        with exact_pass():
+            arrived, = torch.autograd.grad(ends, [pixels], list(seeds.values()), retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise PruneError(f'relevance cannot be propagated from single channels of this network: {error}.') from error
-    return summed(torch.zeros_like(pixels) if arrived is None else arrived)
+    return summed(_arrived(arrived))
 
 
 def _kept(site: ActivationSite, relevance: torch.Tensor, channel: int, covered: Any) -> torch.Tensor:

@@ -6,9 +6,10 @@ network, its training flags, gradients and hooks are never touched.
 from __future__ import annotations
 
 import copy
+import re
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zennit.attribution import Attributor, identity
 from zennit.composites import COMPOSITES, LayerMapComposite, layer_map_base
-from zennit.core import BasicHook, Composite, RemovableHandleList
+from zennit.core import BasicHook, Composite, Hook, RemovableHandleList
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
@@ -27,9 +28,12 @@ from ..errors import PruneError, shown
 from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
+from ..util._isolation import exact_pass
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, output_tensors, tensors_in
-from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
+from ._canonize import GraphCanonizer, lends_its_rules, needs_gradient, rule_of, rules_of, unregister
+
+TYPES = re.compile(r'dtype|scalar type|same type|BFloat16|Half\b')  # in errors of torch about two types that meet
 
 
 def recommended_composite() -> Composite:
@@ -72,16 +76,20 @@ def checked_composite(given: Rules | None) -> Composite:
 
 @contextmanager
 def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
-                reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
+                reader: Callable[[nn.Module], Any] | None = None,
+                fed: Collection[tuple[str, int]] | None = None) -> Iterator[Attribution]:
     '''Attach the rules of ``composite`` to a canonized copy of ``model`` in evaluation mode.
 
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
-    composite itself may be in use elsewhere.
+    composite itself may be in use elsewhere. The copy runs without checkpointing, autocast and inference mode. What it
+    runs without gradients is a constant: no rule applies there. Relevance ends at the layers that read such constants;
+    ``fed``, by default what the canonizer found, are the calls that depend on the network's inputs.
     '''
     _refuse_patched_rules()
     network = plain(copied(model)).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    _run_exactly(network)
     reading = reader(network) if reader else None
     registered = copy.copy(composite)
     registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
@@ -91,6 +99,9 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         registered.register(network)
         if canonizer is not None:
             _rules_per_call(network, registered, canonizer)
+            fed = canonizer.fed if fed is None else fed
+        _only_with_gradients(network)
+        _Roots(network, fed or ())
         if reading is not None:
             reading.attach()
         yield Attribution(network, reading, registered)
@@ -113,6 +124,83 @@ class Attribution(NamedTuple):
     network: nn.Module
     reader: Any
     composite: Composite
+
+
+def _run_exactly(network: nn.Module) -> None:
+    '''Let a network run without checkpointing, autocast and inference mode from now on.'''
+    forward = network.forward
+
+    def exact_forward(*args: Any, **kwargs: Any) -> Any:
+        with exact_pass():
+            return forward(*args, **kwargs)
+
+    network.forward = exact_forward
+
+
+def _only_with_gradients(network: nn.Module) -> None:
+    '''Let every rule pass over calls that run without gradients, whose outputs are constants.'''
+    for module in network.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                rule = rule_of(hook)
+                if rule is not None:
+                    hooks[key] = _passing_over_constants(hook, rule)
+
+
+def _passing_over_constants(hook: Callable[..., Any], rule: Hook) -> Callable[..., Any]:
+    '''Return a hook of a module that does nothing where gradients are disabled or no positional input needs one.'''
+    def in_graph(module: nn.Module, inputs: Any, *rest: Any) -> Any:
+        return hook(module, inputs, *rest) if needs_gradient(inputs) or _has_keywords_only(inputs) else None
+
+    in_graph.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
+    return in_graph
+
+
+def _has_keywords_only(inputs: Any) -> bool:
+    '''Return whether the positional inputs of a call, which is all that rules may see, hold no tensor.'''
+    return torch.is_grad_enabled() and not tensors_in(inputs)
+
+
+class _Roots:
+    '''Let relevance end at layers that read constants which depend on the network's inputs.
+
+    Such constants come from parts without gradients or from whole numbers (tokens). While a layer reads them, its own
+    parameters need gradients, so that its output is part of the gradient graph, and relevance arrives at it.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The copy that will be attributed.
+    fed: collection of (str, int)
+        The calls of modules that read what depends on the network's inputs.
+    '''
+
+    def __init__(self, network: nn.Module, fed: Collection[tuple[str, int]]):
+        self._fed, self._calls = fed, Counter[str]()
+        names = {name for name, _ in fed}
+        network.register_forward_pre_hook(self._restart, prepend=True)
+        for name, module in network.named_modules():
+            if name in names and any(parameter is not None for parameter in module._parameters.values()):
+                opened: list[list[nn.Parameter]] = []
+                module.register_forward_pre_hook(partial(self._open, name, opened), with_kwargs=True)
+                module.register_forward_hook(partial(self._close, opened), always_call=True)
+
+    def _restart(self, network: nn.Module, inputs: Any) -> None:
+        self._calls.clear()
+
+    def _open(self, name: str, opened: list[list[nn.Parameter]], module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = name, self._calls[name]
+        self._calls[name] += 1
+        constant = torch.is_grad_enabled() and not needs_gradient((args, kwargs))
+        frozen = [parameter for parameter in module._parameters.values()
+                  if parameter is not None and parameter.is_floating_point() and not parameter.requires_grad]
+        opened.append(frozen if constant and call in self._fed else [])
+        for parameter in opened[-1]:
+            parameter.requires_grad_(True)
+
+    def _close(self, opened: list[list[nn.Parameter]], module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in opened.pop() if opened else ():
+            parameter.requires_grad_(False)
 
 
 def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
@@ -287,16 +375,38 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
     Raises
     ------
     PruneError
-        If a rule of the composite fails.
+        If the output has no gradient history, or a rule of the composite fails.
     '''
+    check_depends(output)
     try:
-        return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
+        with exact_pass():
+            return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
     except PruneError:
         raise
     except RuntimeError as error:
+        if TYPES.search(str(error)):
+            raise PruneError(f'the composite cannot propagate relevance through this network: {error}. The network '
+                             'converts values to another type by hand (.half(), .to(torch.bfloat16)), which a rule '
+                             'cannot follow: remove the conversion, or convert the network and its inputs to one type, '
+                             'e.g. with .float().') from error
         raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a '
                          'module that it does not fit, e.g. one with several inputs: map it to no rule, or to one that '
                          'fits.') from error
+
+
+def check_depends(output: torch.Tensor) -> None:
+    '''Refuse an output that no gradient, and so no relevance, can be traced back from.
+
+    Raises
+    ------
+    PruneError
+        With the usual reasons.
+    '''
+    if not output.requires_grad:
+        raise PruneError('no relevance can be traced back from the output, as it was computed without gradients: '
+                         'forward runs under torch.no_grad() or torch.inference_mode(), returns detached values '
+                         '(.detach(), .data) or whole numbers made float (argmax, comparisons). Return the values from '
+                         'before, or let that part run with gradients.')
 
 
 def call_network(network: nn.Module, inputs: Any) -> Any:
@@ -355,6 +465,8 @@ class Passes(nn.Module):
         '''Run the network and wait for relevance to come back.'''
         self.forget()
         output = main_output(call_network(self.network, inputs))
+        if torch.is_grad_enabled():
+            check_depends(output)
         for place, edge in self.reader.caught.items():
             edge.node.register_prehook(partial(self._add, place, edge.output_nr))
         if output.requires_grad:
@@ -394,7 +506,7 @@ def attributed(factory: AttributorFactory, passes: Passes, inputs: Any,
         raise PruneError('make the Attributor without composite and attr_output: the network it is given is under the '
                          'rules already, and relevance starts as initial= says.')
     try:
-        with fixed_randomness(seed, inputs.device):
+        with fixed_randomness(seed, inputs.device), exact_pass():
             attributor(inputs.detach(), start)
     except PruneError:
         raise

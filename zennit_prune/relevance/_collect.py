@@ -193,7 +193,7 @@ class Collector:
         places = [site.place for site in self.sites]
         reader = Keeper if self.criterion.activations else Reader
         return attributing(self.model, self.composite, self.canonizer if self.criterion.lrp else None,
-                           lambda network: reader(network, places))
+                           lambda network: reader(network, places), self.canonizer.fed)
 
     @property
     def samples(self) -> int:
@@ -337,7 +337,7 @@ class Collector:
             raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
                              'these channels, or a canonizer hides them. Start from an output that depends on them, or '
                              'trace with them in ignore.')
-        return samples.counted(totals, weight > 0)
+        return samples.counted(totals, weight > 0, self.model)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
         '''Yield, for each target, the quantity at every site in the tensor's shape, and the weight of each sample.'''
