@@ -6,7 +6,6 @@ network, its training flags, gradients and hooks are never touched.
 from __future__ import annotations
 
 import copy
-import re
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from zennit.attribution import Attributor, identity
 from zennit.composites import COMPOSITES, LayerMapComposite, layer_map_base
 from zennit.core import BasicHook, Composite, Hook, RemovableHandleList
@@ -28,12 +28,12 @@ from ..errors import PruneError, shown
 from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
-from ..util._isolation import exact_pass
+from ..util._isolation import TYPES, exact_pass, misses_autocast
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, output_tensors, tensors_in
 from ._canonize import GraphCanonizer, lends_its_rules, needs_gradient, rule_of, rules_of, unregister
 
-TYPES = re.compile(r'dtype|scalar type|same type|BFloat16|Half\b')  # in errors of torch about two types that meet
+OWN = ('zennit', 'torch.')  # where functions are defined that are part of rules, or of torch
 
 
 def recommended_composite() -> Composite:
@@ -132,7 +132,14 @@ def _run_exactly(network: nn.Module) -> None:
 
     def exact_forward(*args: Any, **kwargs: Any) -> Any:
         with exact_pass():
-            return forward(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except RuntimeError as error:
+                if misses_autocast(error):
+                    raise PruneError(f'the network does not run without autocast, which is switched off for relevance: '
+                                     f'{error}. Convert the network and its inputs to one type, e.g. with '
+                                     '.float().') from error
+                raise
 
     network.forward = exact_forward
 
@@ -384,14 +391,37 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
     except PruneError:
         raise
     except RuntimeError as error:
-        if TYPES.search(str(error)):
-            raise PruneError(f'the composite cannot propagate relevance through this network: {error}. The network '
-                             'converts values to another type by hand (.half(), .to(torch.bfloat16)), which a rule '
-                             'cannot follow: remove the conversion, or convert the network and its inputs to one type, '
-                             'e.g. with .float().') from error
-        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a '
-                         'module that it does not fit, e.g. one with several inputs: map it to no rule, or to one that '
-                         'fits.') from error
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. '
+                         f'{_remedy(error, output)}') from error
+
+
+def _remedy(error: RuntimeError, output: torch.Tensor) -> str:
+    '''Return what to do where relevance cannot be propagated from an output.'''
+    if TYPES.search(str(error)):
+        return ('The network converts values to another type by hand (.half(), .to(torch.bfloat16)), which a rule '
+                'cannot follow: remove the conversion, or convert the network and its inputs to one type, e.g. with '
+                '.float().')
+    own = ', '.join(dict.fromkeys(filter(None, map(custom_function, graph_of(output)))))
+    backward = f'The backward of {own} does not run where parameters are frozen: switch it off; or a' if own else 'A'
+    return (f'{backward} rule sits on a module that it does not fit, e.g. one with several inputs: map it to no rule, '
+            'or to one that fits.')
+
+
+def graph_of(output: torch.Tensor) -> list[Node]:
+    '''Return the nodes of the gradient graph of an output.'''
+    front, found = [output.grad_fn], dict[Node, None]()
+    while front:
+        node = front.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            front += [following for following, _ in node.next_functions]
+    return list(found)
+
+
+def custom_function(node: Node | None) -> str:
+    '''Return the name of the user's ``torch.autograd.Function`` that a node of a graph belongs to, or an empty text.'''
+    kind = getattr(type(node), '_forward_cls', None) if isinstance(node, BackwardCFunction) else None
+    return '' if kind is None or kind.__module__.startswith(OWN) else kind.__name__
 
 
 def check_depends(output: torch.Tensor) -> None:

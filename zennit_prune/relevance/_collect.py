@@ -30,6 +30,7 @@ from ._attribute import (
     attributed,
     attributing,
     call_network,
+    check_depends,
     checked_composite,
     differentiable,
     main_output,
@@ -369,6 +370,7 @@ class Collector:
         inputs = differentiable(batch, self._network)
         with torch.enable_grad():
             output = main_output(call_network(self._network, inputs))
+        check_depends(output)
         found = starts(output, batch.target, self.initial, self.classes)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)

@@ -193,21 +193,28 @@ class Softmax(Equivalent):
         return super().run(modules, finite, call)
 
 
+@dataclass(frozen=True)
 class Addition(Equivalent):
     '''An addition, whose operands are stacked and summed, as in Zennit's own canonizers.
 
-    Where only one operand needs a gradient, a constant is added to it, and relevance passes on in full.
+    Attributes
+    ----------
+    splits: bool
+        Whether an operand that needs no gradient gets its share, as a mask before a softmax does; otherwise it is a
+        constant, to which relevance does not flow.
     '''
+
+    splits: bool = False
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         live = [tensors[signal] for signal in self.signals if tensors[signal].requires_grad]
-        if len(live) < len(self.signals):
+        if len(live) < len(self.signals) and not self.splits:
             result = call({})
             return Carried.apply(live[0].expand_as(result), result)
         return self.add(modules, tensors, call)
 
     def add(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
-        '''Add operands that all need gradients.'''
+        '''Add operands, each of which gets its share.'''
         modules[0].function = partial(torch.sum, dim=-1)
         return modules[0](torch.stack(torch.broadcast_tensors(*tensors)).movedim(0, -1))  # in memory, the first: faster
 
@@ -388,7 +395,7 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shif
         return Broadcast((SCALING,), active[:1], in_place)
     if len(active) == 2 and name in ('add', 'sub', 'rsub'):
         plain = name == 'add' and not operation.scalars
-        return (Addition if plain else Difference)((Sum,), active, in_place)
+        return (Addition if plain else Difference)((Sum,), active, in_place, shifts)
     if name == 'add' or (name == 'sub' and operation.active[0]):
         if shifts and len(call.arguments) == 2:  # a mask or position bias absorbs its share; else scores of 0 would not
             return Shift((Sum,), active, in_place)

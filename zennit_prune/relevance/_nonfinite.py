@@ -138,4 +138,4 @@ def _described(where: str, largest: list[float], result: torch.Tensor) -> str:
         wider = 'float64 with .double()' if result.dtype in (torch.float32, torch.float64) else 'float32 with .float()'
         return (f'overflow in {where}: {came}, and what comes out is not finite in {kind}. Scale the weights, or '
                 f'convert the network and its inputs to {wider}')
-    return f'NaN in {where}: {came}, all finite, and NaN comes out: a division by zero or a root of a negative number'
+    return f'NaN in {where}: {came}, and what comes out is not finite, e.g. after a division of zero by zero'

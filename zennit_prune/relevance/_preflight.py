@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from zennit.core import Composite
 from zennit.layer import Sum
@@ -29,7 +28,16 @@ from ..tracing._recorded import FunctionCall
 from ..tracing._trace import Recording, Run
 from ..util._display import table
 from ..util._networks import map_tensors, tensors_in
-from ._attribute import attributing, call_network, check_depends, differentiable, main_output, propagate
+from ._attribute import (
+    attributing,
+    call_network,
+    check_depends,
+    custom_function,
+    differentiable,
+    graph_of,
+    main_output,
+    propagate,
+)
 from ._canonize import GraphCanonizer, needs_gradient, rules_of
 from ._functions import Equivalent
 from ._initial import initial_relevance
@@ -40,7 +48,7 @@ ROUNDING = 1e-3  # of the L1 norm, with which the tolerance grows: of large shar
 FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
 CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
-OWN = ('zennit', 'torch.')  # where functions are defined that are part of rules, or of torch
+BACKWARD = 'the backward of '  # a user's torch.autograd.Function
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
 
@@ -233,17 +241,7 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
 
 def _leaves(output: torch.Tensor) -> list[GradientEdge]:
     '''Return the ends of the gradient graph of an output: inputs, and parameters of layers that read constants.'''
-    front, seen = [output.grad_fn], set()
-    leaves = []
-    while front:
-        node = front.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, 'variable'):
-            leaves.append(GradientEdge(node, 0))
-        front += [following for following, _ in node.next_functions]
-    return leaves
+    return [GradientEdge(node, 0) for node in graph_of(output) if hasattr(node, 'variable')]
 
 
 class Bookkeeper(CallCounter):
@@ -278,13 +276,12 @@ class Bookkeeper(CallCounter):
         '''Open the accounts of the ``torch.autograd.Function`` that some tensors in a module come from.'''
         for tensor in tensors_in(tensors):
             node = tensor.grad_fn
-            if isinstance(node, BackwardCFunction) and node not in self._met:
-                self._met.add(node)
-                kind = type(node)._forward_cls  # type: ignore[attr-defined]
-                if not kind.__module__.startswith(OWN):
-                    self._accounts[node] = Account(kind.__name__, module)
-                    node.register_prehook(partial(self._count, node, 'received', None))
-                    node.register_hook(lambda passed, _, node=node: self._count(node, 'passed', node, passed))
+            if node is None or node in self._met or not custom_function(node):
+                continue
+            self._met.add(node)
+            self._accounts[node] = Account(f'{BACKWARD}{custom_function(node)}', module)
+            node.register_prehook(partial(self._count, node, 'received', None))
+            node.register_hook(lambda passed, _, node=node: self._count(node, 'passed', node, passed))
 
     def _count(self, key: Any, side: str, node: Node | None, grads: Sequence[torch.Tensor | None]) -> None:
         '''Add the relevance that a function received or passed on; parameters are told from signals by ``node``.'''
@@ -370,8 +367,8 @@ class Bookkeeper(CallCounter):
                 why = self._why_not_finite() or ('a rule there divides by zero or overflows. Use a rule with a larger '
                                                  'epsilon, or attribute in float32 or float64')
                 raise PruneError(f'relevance is not finite any more behind {account}: {why}.')
-        if not self._sums['input', 'received']:  # all that reads the input runs without gradients
-            self._accounts.pop('input', None)
+        if self._roots:  # what is behind them was detached, or may be
+            self._accounts = {key: account for key, account in self._accounts.items() if self._sums[key, 'received']}
         return self._accounts, (total / float(scale[0]), 1.0)
 
 
@@ -432,9 +429,11 @@ def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[
     if smallest.l1_norm < FADED:
         culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
         culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
+        own = 'by functions with a backward of their own, ' if any(
+            account.function.startswith(BACKWARD) for account in culprits[:3]) else ''
         yield (f'Relevance fades: {smallest.l1_norm:.2g} of the initial one arrives at {smallest.name!r}, so that '
-               'channels in front are ranked below those behind. Most is absorbed by biases, or where z-plus finds '
-               f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
+               f'channels in front are ranked below those behind. Most is absorbed by biases, {own}or where z-plus '
+               f'finds nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
 
 
 def _listed(accounts: Sequence[Account]) -> str:

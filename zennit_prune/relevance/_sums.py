@@ -107,10 +107,11 @@ class Selection:
     def _explain(self, wrong: torch.Tensor, name: str, model: nn.Module) -> None:
         '''Leave out samples whose relevance of a group is not finite, or raise, with the reason.'''
         broken = broken_tensor(model)
-        if broken and not self.skip:
-            raise PruneError(f'no relevance can be computed: {broken}.')
-        if broken:
-            self.skipped, self.reason = self.skipped + int(wrong.sum()), self.reason or f'{broken}.'
+        if broken:  # of no use to leave samples out
+            reason = f'relevance is not finite: {broken}.'
+            if not self.skip:
+                raise PruneError(reason)
+            self.skipped, self.reason = self.skipped + int(wrong.sum()), self.reason or reason
             return
         batch = self.batch.only(wrong) if len(wrong) == self.batch.size else self.batch
         self._note(wrong, overflow(model, batch.inputs) or

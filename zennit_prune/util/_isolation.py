@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -102,8 +103,9 @@ def _unrounded_by_layer() -> Iterator[None]:
             layer.fp32_precision = precision
 
 
+TYPES = re.compile(r'dtype|scalar type|same type|BFloat16|Half\b')  # in errors of torch where two types meet
 AUTOCAST = ('cpu', 'cuda')  # the devices for which autocast is switched off
-_passes = threading.local()  # ``depth``: the number of exact passes that this thread is in
+_passes = threading.local()  # ``depth``: the exact passes that this thread is in; ``autocast``: whether it was used
 
 
 @contextmanager
@@ -117,6 +119,7 @@ def exact_pass() -> Iterator[None]:
     enabled = [device for device in AUTOCAST if torch.is_autocast_enabled(device)]
     _switches.install()
     _passes.depth = getattr(_passes, 'depth', 0) + 1
+    _passes.autocast = bool(enabled) or (_passes.depth > 1 and _passes.autocast)
     try:
         for device in enabled:
             torch.set_autocast_enabled(device, False)
@@ -126,6 +129,11 @@ def exact_pass() -> Iterator[None]:
         _switches.remove()
         for device in enabled:
             torch.set_autocast_enabled(device, True)
+
+
+def misses_autocast(error: Exception) -> bool:
+    '''Return whether an error inside :func:`exact_pass` says that two types met, where autocast was switched off.'''
+    return bool(getattr(_passes, 'autocast', False) and TYPES.search(str(error)))
 
 
 def _run_at_once(usual: Callable[..., Any], kind: type, function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
@@ -140,6 +148,7 @@ def _keep_tensors(usual: Callable[..., Any], hook: Any, *error: Any) -> None:
 def _leave_types(usual: Callable[..., Any], autocast: Any) -> Any:
     '''Enter an autocast block that has no effect; its end restores what was there before.'''
     entered = usual()
+    _passes.autocast |= torch.is_autocast_enabled(autocast.device)
     torch.set_autocast_enabled(autocast.device, False)
     return entered
 
