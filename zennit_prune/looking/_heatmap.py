@@ -24,7 +24,7 @@ from ..relevance._attribute import (
 )
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, initial_relevance
-from ..relevance._nonfinite import why_not_finite
+from ..relevance._nonfinite import why_not_finite, without_nan
 from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
 from ..util._isolation import exact_pass
@@ -128,6 +128,8 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, start: Callable
         pixels = first_floating(inputs)
         output = main_output(call_network(network, inputs))
         arrived, = propagate(output, start(output), [pixels])
+    if not without_nan(output).all():
+        raise PruneError(f'the output is not finite: {why_not_finite(model, x) or "check the network"}.')
     return _finite(summed(_arrived(arrived)), model, x), output.detach()
 
 

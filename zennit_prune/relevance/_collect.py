@@ -40,6 +40,7 @@ from ._canonize import GraphCanonizer
 from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
 from ._initial import Initial, check_initial, checked_classes, of_classes, shares, starts
+from ._nonfinite import without_nan
 from ._relevance import Relevance
 from ._sites import ActivationSite
 from ._sums import Selection, Sums
@@ -188,6 +189,7 @@ class Collector:
         self.sums = Sums()
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
+        self._sound: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
@@ -338,7 +340,7 @@ class Collector:
             raise PruneError(f'no relevance arrives at {", ".join(map(repr, lost))}: the target does not depend on '
                              'these channels, or a canonizer hides them. Start from an output that depends on them, or '
                              'trace with them in ignore.')
-        return samples.counted(totals, weight > 0, self.model)
+        return samples.counted(totals, weight > 0, self._sound, self.model)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
         '''Yield, for each target, the quantity at every site in the tensor's shape, and the weight of each sample.'''
@@ -371,6 +373,7 @@ class Collector:
         with torch.enable_grad():
             output = main_output(call_network(self._network, inputs))
         check_depends(output)
+        self._sound = without_nan(output)
         found = starts(output, batch.target, self.initial, self.classes)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)

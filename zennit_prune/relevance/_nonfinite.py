@@ -14,12 +14,18 @@ from torch import nn
 
 from ..errors import PruneError
 from ..tracing._calls import CallCounter
-from ..util._isolation import isolated
+from ..util._isolation import exact_pass, isolated
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, modules_by_name, tensors_in
 from ._attribute import call_network
 
 FILLING = {'full', 'full_like', 'new_full', 'fill', 'masked_fill', 'where', 'scatter', 'index_fill', 'setitem'}
+
+
+def without_nan(output: torch.Tensor) -> torch.Tensor:
+    '''Return which samples of an output hold neither NaN nor infinity; minus infinity is usual for excluded classes.'''
+    wrong = output.detach().isnan() | output.detach().isposinf()
+    return ~(wrong.flatten(1).any(1) if output.dim() > 1 else wrong.reshape(-1))
 
 
 def why_not_finite(model: nn.Module, inputs: Any) -> str:
@@ -71,7 +77,7 @@ def overflow(model: nn.Module, inputs: Any) -> str:
     inputs = inputs.inputs if isinstance(inputs, Batch) else inputs
     inputs = map_tensors(lambda tensor: tensor.detach().to(device, copy=True), inputs)
     finder = _Finder(network)
-    with torch.no_grad(), isolated(network), finder, suppress(PruneError):  # it may branch on values
+    with torch.no_grad(), exact_pass(), isolated(network), finder, suppress(PruneError):  # it may branch on values
         call_network(network, inputs)
     return finder.found or finder.infinite
 

@@ -41,7 +41,7 @@ from ._attribute import (
 from ._canonize import GraphCanonizer, needs_gradient, rules_of
 from ._functions import Equivalent
 from ._initial import initial_relevance
-from ._nonfinite import why_not_finite
+from ._nonfinite import why_not_finite, without_nan
 
 TOLERANCE = 0.05  # of the initial relevance, created or lost between layers
 ROUNDING = 1e-3  # of the L1 norm, with which the tolerance grows: of large shares that cancel, little is left
@@ -233,6 +233,8 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, target: Any, initi
     with torch.enable_grad():
         output = main_output(call_network(network, inputs))
         check_depends(output)
+        if not without_nan(output).all():
+            raise PruneError(f'the output is not finite: {bookkeeper.why_not_finite() or "check the network"}.')
         bookkeeper.meet([output], '')
         start = initial_relevance(output, target, initial)
         propagate(output, start, _leaves(output))
@@ -250,7 +252,7 @@ class Bookkeeper(CallCounter):
     def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], equivalents: Mapping[Site, Equivalent],
                  why_not_finite: Callable[[], str]):
         super().__init__(network)
-        self._network, self._equivalents, self._why_not_finite = network, equivalents, why_not_finite
+        self._network, self._equivalents, self.why_not_finite = network, equivalents, why_not_finite
         self._met: set[Node] = set()
         self._roots: set[Any] = set()
         self._called = {call.site: call for call in calls}
@@ -352,7 +354,7 @@ class Bookkeeper(CallCounter):
         total, norm = float(start.double().sum()), float(start.double().abs().sum())
         if not isfinite(norm):
             raise PruneError('the initial relevance is not finite: '
-                             f'{self._why_not_finite() or "check where it starts"}.')
+                             f'{self.why_not_finite() or "check where it starts"}.')
         if not norm:
             raise PruneError(f'the initial relevance has an L1 norm of {norm:.3g}: start from an output that the '
                              'network decides, e.g. the predicted class.')
@@ -364,7 +366,7 @@ class Bookkeeper(CallCounter):
                 setattr(self._accounts[key], name, amount)
         for account in reversed(self._accounts.values()):
             if not account.passed_l1 < torch.inf:
-                why = self._why_not_finite() or ('a rule there divides by zero or overflows. Use a rule with a larger '
+                why = self.why_not_finite() or ('a rule there divides by zero or overflows. Use a rule with a larger '
                                                  'epsilon, or attribute in float32 or float64')
                 raise PruneError(f'relevance is not finite any more behind {account}: {why}.')
         if self._roots:  # what is behind them was detached, or may be

@@ -1,8 +1,8 @@
 '''Run copies of a network so that random states, caches and compilation do not matter and nothing stays behind.
 
 Random states are set from a seed for a block and restored after it. Tensors that ``forward`` or a hook keeps in
-classes, globals and caches during the block are removed at its end. Activation checkpointing, autocast and inference
-mode inside ``forward`` have no effect in the thread that runs a pass of the library.
+classes, globals and caches during the block are removed at its end. In an exact pass, activation checkpointing,
+autocast and inference mode inside ``forward`` have no effect.
 '''
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ _around = threading.local()
 
 @contextmanager
 def isolated(network: nn.Module) -> Iterator[None]:
-    '''Let a network and its copies run exactly and without compilation; restore random states and caches afterwards.
+    '''Let a network and its copies run without compilation, and restore random states and caches afterwards.
 
     Such blocks may be nested: each run within one starts from the same random numbers, and with the same caches.
     '''
@@ -230,7 +230,7 @@ def isolated(network: nn.Module) -> Iterator[None]:
         finally:
             caches.restore()
         return
-    with exact_pass(), uncompiled(), seeded(0, device_of(network)):
+    with uncompiled(), seeded(0, device_of(network)):
         _around.caches = caches = Caches(network)
         try:
             yield
