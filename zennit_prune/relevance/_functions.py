@@ -22,7 +22,8 @@ masks and biases before it     ``Sum``           absorb a share by what they add
 =============================  ================  ====================================================================
 
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
-pools; where it does not, the preflight says so.
+pools; where it does not, the preflight says so. What needs no gradient when the network runs (detached, computed under
+``torch.no_grad``) is a constant.
 
 The modules of this file have one of these types and compute the function that they are given.
 '''

@@ -280,16 +280,17 @@ class Bookkeeper(CallCounter):
             node = tensor.grad_fn
             if node is None or node in self._met or not custom_function(node):
                 continue
+            key = BACKWARD, len(self._met)
             self._met.add(node)
-            self._accounts[node] = Account(f'{BACKWARD}{custom_function(node)}', module)
-            node.register_prehook(partial(self._count, node, 'received', None))
-            node.register_hook(lambda passed, _, node=node: self._count(node, 'passed', node, passed))
+            self._accounts[key] = Account(f'{BACKWARD}{custom_function(node)}', module)
+            signals = [number for number, (following, _) in enumerate(node.next_functions)
+                       if not hasattr(following, 'variable')]  # not parameters, but where there is nothing else
+            node.register_prehook(partial(self._count, key, 'received', ()))
+            node.register_hook(lambda passed, _, key=key, signals=signals: self._count(key, 'passed', signals, passed))
 
-    def _count(self, key: Any, side: str, node: Node | None, grads: Sequence[torch.Tensor | None]) -> None:
-        '''Add the relevance that a function received or passed on; parameters are told from signals by ``node``.'''
-        kept = [number for number in range(len(grads)) if node is None
-                or not hasattr(node.next_functions[number][0], 'variable')] or range(len(grads))
-        for number in kept:
+    def _count(self, key: Any, side: str, signals: Sequence[int], grads: Sequence[torch.Tensor | None]) -> None:
+        '''Add the relevance that a function received or passed on to its signals, all by default.'''
+        for number in signals or range(len(grads)):
             self._add(key, side, grads[number])
 
     def _add(self, key: Any, side: str, grad: torch.Tensor | None) -> None:
@@ -369,6 +370,7 @@ class Bookkeeper(CallCounter):
                 why = self.why_not_finite() or ('a rule there divides by zero or overflows. Use a rule with a larger '
                                                  'epsilon, or attribute in float32 or float64')
                 raise PruneError(f'relevance is not finite any more behind {account}: {why}.')
+        self._met.clear()  # nodes and hooks hold each other
         if self._roots:  # what is behind them was detached, or may be
             self._accounts = {key: account for key, account in self._accounts.items() if self._sums[key, 'received']}
         return self._accounts, (total / float(scale[0]), 1.0)
