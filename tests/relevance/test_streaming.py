@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from small import apart, chain, composite, images, labels, seeded
 from torch import nn
 from zennit.attribution import SmoothGrad
-from zennit.composites import EpsilonPlus
+from zennit.composites import EpsilonPlus, LayerMapComposite
 from zennit.rules import Epsilon
 
 import zennit_prune as zp
@@ -335,10 +335,22 @@ def fragile() -> tuple[zp.Pruner, list[tuple[torch.Tensor, torch.Tensor]]]:
     return pruner(Fragile().eval()), batches
 
 
-def test_relevance_that_is_not_finite_names_sample_and_group() -> None:
+def test_relevance_that_is_not_finite_names_sample_and_overflow() -> None:
     tool, batches = fragile()
-    with pytest.raises(zp.PruneError, match=r"sample 4 of the stream \(number 1 .*group 'inner\.\d+'.*finite"):
+    with pytest.raises(zp.PruneError, match=r'sample 4 of the stream \(number 1 .*overflow in mul .*up to 100 '):
         tool.collect(batches, progress=False)
+
+
+def test_relevance_that_is_not_finite_names_sample_and_group() -> None:
+    class Broken(Epsilon):
+        '''A rule that overflows in the backward pass only.'''
+
+        def backward(self, module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+            return tuple(None if grad is None else grad * torch.inf for grad in grad_input)
+
+    tool = pruner(rules=LayerMapComposite([(nn.Conv2d, Broken())]))
+    with pytest.raises(zp.PruneError, match=r"sample 0 of the stream \(number 0 .*group '\d+'.*finite.*a rule divides"):
+        tool.collect(loader(1), progress=False)
 
 
 @pytest.mark.parametrize('kind', ['input', 'relevance'])

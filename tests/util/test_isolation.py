@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import apart, chain, images, seeded
+from small import Injected, apart, chain, images, seeded
 from torch import nn
 from torch.nn import functional as F
 
 import zennit_prune as zp
+from zennit_prune.util import _isolation as isolation
 
 
 class Helped(nn.Module):
@@ -250,3 +252,64 @@ def test_hooks_that_use_values_are_named() -> None:
     model[2].register_forward_hook(log_mean)
     with pytest.raises(zp.PruneError, match=r"the hook 'log_mean' of a Conv2d uses a value .* Remove the hook while"):
         zp.trace(model, images())
+
+
+# --- exact passes
+def methods() -> list[Any]:
+    return [owner.__dict__.get(name) for owner, name, *_ in isolation._Switches.METHODS]
+
+
+def test_an_exact_pass_leaves_no_trace() -> None:
+    before = methods()
+    with isolation.exact_pass():
+        assert all(one is not other for one, other in zip(before, methods()))
+        with isolation.exact_pass():
+            pass
+        with pytest.raises(Injected), isolation.exact_pass():
+            raise Injected
+        assert all(one is not other for one, other in zip(before, methods()))
+    assert all(one is other for one, other in zip(before, methods()))
+
+
+def test_an_exact_pass_keeps_what_others_installed_meanwhile() -> None:
+    usual = torch.autocast.__dict__['__enter__']
+    with isolation.exact_pass():
+        ours = torch.autocast.__dict__['__enter__']
+        torch.autocast.__enter__ = lambda self: ours(self)
+        theirs = torch.autocast.__dict__['__enter__']
+    try:
+        assert torch.autocast.__dict__['__enter__'] is theirs
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.is_autocast_enabled('cpu')
+    finally:
+        torch.autocast.__enter__ = usual
+
+
+def test_an_exact_pass_in_one_thread_only() -> None:
+    seen = []
+
+    def elsewhere() -> None:
+        with torch.autocast('cpu', torch.bfloat16), torch.inference_mode():
+            seen.extend([torch.is_autocast_enabled('cpu'), torch.is_inference_mode_enabled()])
+
+    with isolation.exact_pass():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        with torch.autocast('cpu', torch.bfloat16), torch.inference_mode():
+            assert not torch.is_autocast_enabled('cpu')
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
+    assert seen == [True, True]
+
+
+def test_autocast_around_an_exact_pass_comes_back() -> None:
+    with torch.autocast('cpu', torch.bfloat16):
+        with isolation.exact_pass():
+            assert not torch.is_autocast_enabled('cpu')
+            with torch.autocast('cpu', torch.float16):
+                assert not torch.is_autocast_enabled('cpu')
+        assert torch.is_autocast_enabled('cpu')
+        assert torch.get_autocast_dtype('cpu') == torch.bfloat16
+    assert not torch.is_autocast_enabled('cpu')

@@ -22,10 +22,12 @@ from ..relevance._attribute import (
 )
 from ..relevance._canonize import GraphCanonizer
 from ..relevance._initial import Initial, Origin
+from ..relevance._nonfinite import why_not_finite, without_nan
 from ..relevance._outputs import Output, check_output
 from ..relevance._sites import ActivationSite, find_sites
 from ..tracing._boundaries import Place
 from ..util._arguments import call_network
+from ..util._isolation import exact_pass
 from ..util._loaders import Batch
 from ..util._networks import tensors_in, unwrapped
 from ..util._samples import sample_list
@@ -132,7 +134,9 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin,
         pixels = Pixels.of(inputs)
         output = origin.chosen(call_network(network, inputs))
         arrived = propagate(output, origin.relevance(output), pixels.tensors)
-    return pixels.summed(arrived), output.detach()
+    if not without_nan(output).all():
+        raise PruneError(f'the output is not finite: {why_not_finite(model, x) or "check the network"}.')
+    return _finite(pixels.summed(arrived), model, x), output.detach()
 
 
 class Pixels(NamedTuple):
@@ -153,11 +157,12 @@ class Pixels(NamedTuple):
 
     def summed(self, arrived: Sequence[torch.Tensor | None]) -> torch.Tensor:
         '''Return the relevance that arrived, summed over the channels of the input, on the CPU.'''
+        if all(relevance is None for relevance in arrived):
+            raise PruneError('no relevance arrives at the input: the output does not depend on it, or what reads it '
+                             'runs without gradients (torch.no_grad(), .detach()). Let that part run with gradients.')
         found = [torch.zeros_like(tensor) if relevance is None else relevance.detach()
                  for tensor, relevance in zip(self.tensors, arrived)]
         relevance = (torch.stack(found) if self.one_each else found[0]).cpu()
-        if not torch.isfinite(relevance).all():
-            raise PruneError('the relevance at the input is not finite: a rule divides by zero or overflows.')
         return relevance.sum(1) if relevance.dim() > 2 else relevance
 
 
@@ -167,6 +172,14 @@ def _first_floating(inputs: Any) -> torch.Tensor:
         if tensor.requires_grad:
             return tensor
     raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
+
+
+def _finite(heatmaps: torch.Tensor, model: nn.Module, x: Any) -> torch.Tensor:
+    '''Return heatmaps, or raise with the reason where they are not finite.'''
+    if not torch.isfinite(heatmaps).all():
+        why = why_not_finite(model, x) or 'a rule divides by zero or overflows'
+        raise PruneError(f'the relevance at the input is not finite: {why}.')
+    return heatmaps
 
 
 def _through_channels(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, channel: Any,
@@ -182,7 +195,7 @@ def _through_channels(model: nn.Module, composite: Rules | None, x: Any, origin:
     canonizer = GraphCanonizer.from_recording(graph._recording)
     places = [site.place for site in sites]
     with attributing(model, composite, canonizer, lambda network: Taps(network, places)) as attribution:
-        maps = _conditioned(attribution, sites, x, origin, channels, found)
+        maps = _finite(_conditioned(attribution, sites, x, origin, channels, found), model, x)
     return maps if _several(position) else maps[0]
 
 
@@ -297,7 +310,9 @@ def _from_sites(taps: Taps, seeds: dict[Place, torch.Tensor], pixels: Pixels) ->
     '''Propagate relevance given at activation sites to the input.'''
     ends = [taps.ends[place] for place in seeds]
     try:
-        arrived = torch.autograd.grad(ends, pixels.tensors, list(seeds.values()), retain_graph=True, allow_unused=True)
+        with exact_pass():
+            arrived = torch.autograd.grad(ends, pixels.tensors, list(seeds.values()), retain_graph=True,
+                                          allow_unused=True)
     except RuntimeError as error:
         raise PruneError(f'relevance cannot be propagated from single channels of this network: {error}.') from error
     return pixels.summed(arrived)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from zennit.attribution import Attributor, identity
 from zennit.composites import COMPOSITES, LayerMapComposite, layer_map_base
-from zennit.core import BasicHook, Composite, RemovableHandleList
+from zennit.core import BasicHook, Composite, Hook, RemovableHandleList
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
@@ -28,9 +29,12 @@ from ..tracing._boundaries import Place
 from ..tracing._calls import CallCounter
 from ..tracing._parametrized import plain
 from ..util._arguments import call_network
+from ..util._isolation import TYPES, exact_pass, misses_autocast
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, tensors_in
-from ._canonize import GraphCanonizer, lends_its_rules, rules_of, unregister
+from ._canonize import GraphCanonizer, lends_its_rules, needs_gradient, rule_of, rules_of, unregister
+
+OWN = ('zennit', 'torch.')  # where functions are defined that are part of rules, or of torch
 
 
 def recommended_composite() -> Composite:
@@ -73,16 +77,20 @@ def checked_composite(given: Rules | None) -> Composite:
 
 @contextmanager
 def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonizer | None,
-                reader: Callable[[nn.Module], Any] | None = None) -> Iterator[Attribution]:
+                reader: Callable[[nn.Module], Any] | None = None,
+                fed: Collection[tuple[str, int]] | None = None) -> Iterator[Attribution]:
     '''Attach the rules of ``composite`` to a canonized copy of ``model`` in evaluation mode.
 
     The graph's canonizer is applied after the composite's own. A copy of the composite is registered, so that the
-    composite itself may be in use elsewhere.
+    composite itself may be in use elsewhere. The copy runs without checkpointing, autocast and inference mode. What it
+    runs without gradients is a constant: no rule applies there. Relevance ends at the layers that read such constants;
+    ``fed``, by default what the canonizer found, are the calls that depend on the network's inputs.
     '''
     _refuse_patched_rules()
     network = plain(copied(model)).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    _run_exactly(network)
     reading = reader(network) if reader else None
     registered = copy.copy(composite)
     registered.handles, registered.hook_refs = RemovableHandleList(), weakref.WeakSet()
@@ -92,6 +100,9 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
         registered.register(network)
         if canonizer is not None:
             _rules_per_call(network, registered, canonizer)
+            fed = canonizer.fed if fed is None else fed
+        _only_with_gradients(network)
+        _Roots(network, fed or ())
         if reading is not None:
             reading.attach()
         yield Attribution(network, reading, registered)
@@ -114,6 +125,90 @@ class Attribution(NamedTuple):
     network: nn.Module
     reader: Any
     composite: Composite
+
+
+def _run_exactly(network: nn.Module) -> None:
+    '''Let a network run without checkpointing, autocast and inference mode from now on.'''
+    forward = network.forward
+
+    def exact_forward(*args: Any, **kwargs: Any) -> Any:
+        with exact_pass():
+            try:
+                return forward(*args, **kwargs)
+            except RuntimeError as error:
+                if misses_autocast(error):
+                    raise PruneError(f'the network does not run without autocast, which is switched off for relevance: '
+                                     f'{error}. Convert the network and its inputs to one type, e.g. with '
+                                     '.float().') from error
+                raise
+
+    network.forward = exact_forward
+
+
+def _only_with_gradients(network: nn.Module) -> None:
+    '''Let every rule pass over calls that run without gradients, whose outputs are constants.'''
+    for module in network.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                rule = rule_of(hook)
+                if rule is not None:
+                    hooks[key] = _passing_over_constants(hook, rule)
+
+
+def _passing_over_constants(hook: Callable[..., Any], rule: Hook) -> Callable[..., Any]:
+    '''Return a hook of a module that does nothing where gradients are disabled or no positional input needs one.'''
+    def in_graph(module: nn.Module, inputs: Any, *rest: Any) -> Any:
+        return hook(module, inputs, *rest) if needs_gradient(inputs) or _has_keywords_only(inputs) else None
+
+    in_graph.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
+    return in_graph
+
+
+def _has_keywords_only(inputs: Any) -> bool:
+    '''Return whether the positional inputs of a call, which is all that rules may see, hold no tensor.'''
+    return torch.is_grad_enabled() and not tensors_in(inputs)
+
+
+class _Roots:
+    '''Let relevance end at layers that read constants which depend on the network's inputs.
+
+    Such constants come from parts without gradients or from whole numbers (tokens). While a layer reads them, its own
+    parameters need gradients, so that its output is part of the gradient graph, and relevance arrives at it.
+
+    Parameters
+    ----------
+    network: torch.nn.Module
+        The copy that will be attributed.
+    fed: collection of (str, int)
+        The calls of modules that read what depends on the network's inputs.
+    '''
+
+    def __init__(self, network: nn.Module, fed: Collection[tuple[str, int]]):
+        self._fed, self._calls = fed, Counter[str]()
+        names = {name for name, _ in fed}
+        network.register_forward_pre_hook(self._restart, prepend=True)
+        for name, module in network.named_modules():
+            if name in names and any(parameter is not None for parameter in module._parameters.values()):
+                opened: list[list[nn.Parameter]] = []
+                module.register_forward_pre_hook(partial(self._open, name, opened), with_kwargs=True)
+                module.register_forward_hook(partial(self._close, opened), always_call=True)
+
+    def _restart(self, network: nn.Module, inputs: Any) -> None:
+        self._calls.clear()
+
+    def _open(self, name: str, opened: list[list[nn.Parameter]], module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = name, self._calls[name]
+        self._calls[name] += 1
+        constant = torch.is_grad_enabled() and not needs_gradient((args, kwargs))
+        frozen = [parameter for parameter in module._parameters.values()
+                  if parameter is not None and parameter.is_floating_point() and not parameter.requires_grad]
+        opened.append(frozen if constant and call in self._fed else [])
+        for parameter in opened[-1]:
+            parameter.requires_grad_(True)
+
+    def _close(self, opened: list[list[nn.Parameter]], module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in opened.pop() if opened else ():
+            parameter.requires_grad_(False)
 
 
 def _rules_per_call(network: nn.Module, composite: Composite, canonizer: GraphCanonizer) -> None:
@@ -289,20 +384,61 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
     Raises
     ------
     PruneError
-        If a rule of the composite fails.
+        If the output has no gradient history, or a rule of the composite fails.
     '''
-    if not output.requires_grad:
-        raise PruneError('the output that relevance starts from is computed without gradients (under torch.no_grad, or '
-                         'detached), so that no relevance leaves it. Name another output with output=, or let forward '
-                         'compute this one with gradients.')
+    check_depends(output)
     try:
-        return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
+        with exact_pass():
+            return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
     except PruneError:
         raise
     except RuntimeError as error:
-        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. A rule sits on a '
-                         'module that it does not fit, e.g. one with several inputs: map it to no rule, or to one that '
-                         'fits.') from error
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. '
+                         f'{_remedy(error, output)}') from error
+
+
+def _remedy(error: RuntimeError, output: torch.Tensor) -> str:
+    '''Return what to do where relevance cannot be propagated from an output.'''
+    if TYPES.search(str(error)):
+        return ('The network converts values to another type by hand (.half(), .to(torch.bfloat16)), which a rule '
+                'cannot follow: remove the conversion, or convert the network and its inputs to one type, e.g. with '
+                '.float().')
+    own = ', '.join(dict.fromkeys(filter(None, map(custom_function, graph_of(output)))))
+    backward = f'The backward of {own} does not run where parameters are frozen: switch it off; or a' if own else 'A'
+    return (f'{backward} rule sits on a module that it does not fit, e.g. one with several inputs: map it to no rule, '
+            'or to one that fits.')
+
+
+def graph_of(output: torch.Tensor) -> list[Node]:
+    '''Return the nodes of the gradient graph of an output.'''
+    front, found = [output.grad_fn], dict[Node, None]()
+    while front:
+        node = front.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            front += [following for following, _ in node.next_functions]
+    return list(found)
+
+
+def custom_function(node: Node | None) -> str:
+    '''Return the name of the user's ``torch.autograd.Function`` that a node of a graph belongs to, or an empty text.'''
+    kind = getattr(type(node), '_forward_cls', None) if isinstance(node, BackwardCFunction) else None
+    return '' if kind is None or kind.__module__.startswith(OWN) else kind.__name__
+
+
+def check_depends(output: torch.Tensor) -> None:
+    '''Refuse an output that no gradient, and so no relevance, can be traced back from.
+
+    Raises
+    ------
+    PruneError
+        With the usual reasons.
+    '''
+    if not output.requires_grad:
+        raise PruneError('no relevance can be traced back from the output, as it was computed without gradients: '
+                         'forward runs under torch.no_grad() or torch.inference_mode(), returns detached values '
+                         '(.detach(), .data) or whole numbers made float (argmax, comparisons). Return the values from '
+                         'before, or let that part run with gradients; or name another output with output=.')
 
 
 
@@ -336,6 +472,8 @@ class Passes(nn.Module):
         '''Run the network and wait for relevance to come back.'''
         self.forget()
         output = self.choose(call_network(self.network, inputs))
+        if torch.is_grad_enabled():
+            check_depends(output)
         for place, edge in self.reader.caught.items():
             edge.node.register_prehook(partial(self._add, place, edge.output_nr))
         if output.requires_grad:
@@ -375,7 +513,7 @@ def attributed(factory: AttributorFactory, passes: Passes, inputs: Any,
         raise PruneError('make the Attributor without composite and attr_output: the network it is given is under the '
                          'rules already, and relevance starts as initial= says.')
     try:
-        with fixed_randomness(seed, inputs.device):
+        with fixed_randomness(seed, inputs.device), exact_pass():
             attributor(inputs.detach(), start)
     except PruneError:
         raise

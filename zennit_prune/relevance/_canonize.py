@@ -23,7 +23,7 @@ from ..errors import names_options
 from ..tracing._calls import CallCounter, Site
 from ..tracing._recorded import Operation
 from ..tracing._trace import Recording, record
-from ..util._networks import unwrapped
+from ..util._networks import tensors_in, unwrapped
 from ._functions import Equivalent, Layer, equivalents
 
 PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
@@ -162,6 +162,8 @@ class GraphCanonizer(Canonizer):
         The number of calls of each module.
     reached: set of int
         The values of the trace that relevance arrives at; gates are held constant, so that none arrives there.
+    fed: set of (str, int)
+        The calls of modules, by name and number, that read what depends on the network's inputs.
 
     Raises
     ------
@@ -231,6 +233,8 @@ class GraphCanonizer(Canonizer):
         self.calls: dict[str, int] = {}
         for module, call in run.outputs:
             self.calls[module] = max(self.calls.get(module, 0), call + 1)
+        self.fed = {(operation.site.module, operation.site.call) for operation in run.operations
+                    if any(operation.active)}
         self.batch_norms: list[Pair] = pairs(run.operations, self.calls)
         found = equivalents(run.functions, run.operations[-1].reads)
         self.functions: dict[Site, Equivalent] = {call.site: equivalent for call, equivalent in found}
@@ -283,10 +287,16 @@ def _takes_several(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
+def rule_of(hook: Any) -> Hook | None:
+    '''Return the rule that a hook of a module belongs to.'''
+    rule = getattr(hook, 'rule', getattr(hook, '__self__', None))
+    return rule if isinstance(rule, Hook) else None
+
+
 def rules_of(module: nn.Module) -> list[Hook]:
     '''Return the rules that a composite registered with a module.'''
-    hooks = (getattr(hook, 'rule', getattr(hook, '__self__', None)) for hook in module._forward_hooks.values())
-    return list({id(hook): hook for hook in hooks if isinstance(hook, Hook)}.values())
+    rules = map(rule_of, module._forward_hooks.values())
+    return list({id(rule): rule for rule in rules if rule is not None}.values())
 
 
 def lends_its_rules(module: nn.Module | None) -> bool:
@@ -294,11 +304,16 @@ def lends_its_rules(module: nn.Module | None) -> bool:
     return isinstance(module, Linear) and not computes_plainly(module)
 
 
+def needs_gradient(arguments: Any) -> bool:
+    '''Return whether a call takes part in the gradient graph: gradients are enabled, and an argument needs one.'''
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(arguments))
+
+
 def unregister(module: nn.Module, rules: list[Hook]) -> None:
     '''Remove rules from a module before it runs.'''
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if any(getattr(hook, 'rule', getattr(hook, '__self__', None)) is rule for rule in rules):
+            if any(rule_of(hook) is rule for rule in rules):
                 del hooks[key]
 
 
@@ -397,7 +412,11 @@ def _host(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
 
 
 class _Diversion(CallCounter):
-    '''Send the calls of functions to their modules, except inside a module that has a rule of its own.'''
+    '''Send the calls of functions to their modules, except where no rule applies.
+
+    That is inside a module that has a rule of its own, where gradients are disabled (under ``torch.no_grad``, inside
+    the forward of a ``torch.autograd.Function``), and where no argument needs a gradient.
+    '''
 
     def __init__(self, root: nn.Module, functions: Mapping[Site, tuple[Equivalent, list[Any]]]):
         super().__init__(root)
@@ -406,7 +425,8 @@ class _Diversion(CallCounter):
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         found = self._functions.get(self.site)
-        if found is None or kwargs.get('out') is not None or any(frame.module in self._owners for frame in self._stack):
+        if (found is None or kwargs.get('out') is not None or not needs_gradient((args, kwargs))
+                or any(frame.module in self._owners for frame in self._stack)):
             return func(*args, **kwargs)
         equivalent, modules = found
         return equivalent(modules, func, args, kwargs)

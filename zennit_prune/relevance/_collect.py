@@ -31,6 +31,7 @@ from ._attribute import (
     Rules,
     attributed,
     attributing,
+    check_depends,
     checked_composite,
     differentiable,
     propagate,
@@ -40,6 +41,7 @@ from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
 from ._initial import Initial, Origin, check_initial, checked_classes, of_classes, shares
 from ._list_calls import ListCalls
+from ._nonfinite import without_nan
 from ._outputs import Output, check_output
 from ._relevance import Relevance
 from ._sites import ActivationSite
@@ -196,13 +198,14 @@ class Collector:
         self._targets: torch.Tensor | None = None
         self._reached: set[str] = set()
         self._lists = ListCalls(model, graph._recording, [site.place for site in self.sites])
+        self._sound: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
 
     def _attributing(self) -> AbstractContextManager[Attribution]:
         places = [site.place for site in self.sites]
         reader = Keeper if self.criterion.activations else Reader
         return attributing(self.model, self.composite, self.canonizer if self.criterion.lrp else None,
-                           lambda network: reader(network, places))
+                           lambda network: reader(network, places), self.canonizer.fed)
 
     @property
     def samples(self) -> int:
@@ -348,7 +351,7 @@ class Collector:
             raise PruneError('no relevance arrives at any channel: the output that relevance starts from does not '
                              'depend on them, is computed without gradients, or a canonizer hides them. Name another '
                              'output with output=.')
-        return samples.counted(totals, weight > 0)
+        return samples.counted(totals, weight > 0, self._sound, self.model)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
         '''Yield, for each target, the quantity at every site in the tensor's shape, and the weight of each sample.'''
@@ -382,6 +385,8 @@ class Collector:
         origin = self.origin(batch)
         with torch.enable_grad():
             output = origin.chosen(call_network(self._network, inputs, self.graph._recording.example))
+        check_depends(output)
+        self._sound = without_nan(output)
         found = origin.starts(output)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)

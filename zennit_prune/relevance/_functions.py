@@ -22,14 +22,15 @@ masks and biases before it     ``Sum``           absorb a share by what they add
 =============================  ================  ====================================================================
 
 Anything else passes relevance on by its gradient alone: that conserves it for views, concatenations, paddings and max
-pools; where it does not, the preflight says so.
+pools; where it does not, the preflight says so. What needs no gradient when the network runs (detached, computed under
+``torch.no_grad``) is a constant.
 
 The modules of this file have one of these types and compute the function that they are given.
 '''
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count
 from math import prod
@@ -141,8 +142,14 @@ class Equivalent:
             return func(*new_args, **new_kwargs)
 
         tensors = tensors_in((args, kwargs))
+        if not any(tensors[signal].requires_grad for signal in self.signals):
+            return self.without_signal(modules, func, args, kwargs)
         result = self.run(modules, tensors, exchange)
         return result if self.in_place is None else tensors[self.in_place].copy_(result)
+
+    def without_signal(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
+        '''Compute the function where all signals are constants, e.g. detached, though another argument is none.'''
+        return func(*args, **kwargs)
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         '''Let each module compute the function of one signal; those that are no constants share relevance equally.
@@ -171,6 +178,11 @@ class Broadcast(Equivalent):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
         return super().run(modules, [tensor.expand(shape) for tensor in tensors], call)
 
+    def without_signal(self, modules: Sequence[Any], func: Function, args: Any, kwargs: Any) -> torch.Tensor:
+        '''Pass relevance on to the argument that is no constant, as where a signal is multiplied by a number.'''
+        live = next(number for number, tensor in enumerate(tensors_in((args, kwargs))) if tensor.requires_grad)
+        return replace(self, kinds=self.kinds[:1], signals=(live,))(modules[:1], func, args, kwargs)
+
 
 class Softmax(Equivalent):
     '''A softmax of scores, whose masks of minus infinity are made finite, as infinity times zero is not a number.'''
@@ -182,10 +194,28 @@ class Softmax(Equivalent):
         return super().run(modules, finite, call)
 
 
+@dataclass(frozen=True)
 class Addition(Equivalent):
-    '''An addition, whose operands are stacked and summed, as in Zennit's own canonizers.'''
+    '''An addition, whose operands are stacked and summed, as in Zennit's own canonizers.
+
+    Attributes
+    ----------
+    splits: bool
+        Whether an operand that needs no gradient gets its share, as a mask before a softmax does; otherwise it is a
+        constant, to which relevance does not flow.
+    '''
+
+    splits: bool = False
 
     def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
+        live = [tensors[signal] for signal in self.signals if tensors[signal].requires_grad]
+        if len(live) < len(self.signals) and not self.splits:
+            result = call({})
+            return Carried.apply(live[0].expand_as(result), result)
+        return self.add(modules, tensors, call)
+
+    def add(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
+        '''Add operands, each of which gets its share.'''
         modules[0].function = partial(torch.sum, dim=-1)
         return modules[0](torch.stack(torch.broadcast_tensors(*tensors)).movedim(0, -1))  # in memory, the first: faster
 
@@ -199,12 +229,12 @@ class Shift(Addition):
 class Difference(Addition):
     '''An addition of operands with signs and factors, which are applied before.'''
 
-    def run(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
+    def add(self, modules: Sequence[Any], tensors: list[torch.Tensor], call: Exchange) -> torch.Tensor:
         operands = dict(zip(self.signals, torch.broadcast_tensors(*(tensors[signal] for signal in self.signals))))
         nothing = {signal: torch.zeros_like(operand) for signal, operand in operands.items()}
         contributions = [Carried.apply(operand, call({**nothing, signal: operand}))
                          for signal, operand in operands.items()]
-        return super().run(modules, contributions, call)
+        return super().add(modules, contributions, call)
 
 
 class Carried(torch.autograd.Function):
@@ -366,7 +396,7 @@ def _arithmetic(call: FunctionCall, operation: Operation, origins: Origins, shif
         return Broadcast((SCALING,), active[:1], in_place)
     if len(active) == 2 and name in ('add', 'sub', 'rsub'):
         plain = name == 'add' and not operation.scalars
-        return (Addition if plain else Difference)((Sum,), active, in_place)
+        return (Addition if plain else Difference)((Sum,), active, in_place, shifts)
     if name == 'add' or (name == 'sub' and operation.active[0]):
         if shifts and len(call.arguments) == 2:  # a mask or position bias absorbs its share; else scores of 0 would not
             return Shift((Sum,), active, in_place)

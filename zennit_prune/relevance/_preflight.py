@@ -9,12 +9,15 @@ conservation error at the operations between them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, Node
 from zennit.core import Composite
 from zennit.layer import Sum
 from zennit.types import Activation, AvgPool, BatchNorm, MaxPool
@@ -26,16 +29,18 @@ from ..tracing._trace import Recording, Run
 from ..util._arguments import call_network
 from ..util._display import table
 from ..util._networks import map_tensors, tensors_in
-from ._attribute import attributing, differentiable, propagate
-from ._canonize import GraphCanonizer, rules_of
+from ._attribute import attributing, check_depends, custom_function, differentiable, graph_of, propagate
+from ._canonize import GraphCanonizer, needs_gradient, rules_of
 from ._functions import Equivalent
 from ._initial import Origin
+from ._nonfinite import why_not_finite, without_nan
 
 TOLERANCE = 0.05  # of the initial relevance, created or lost between layers
 ROUNDING = 1e-3  # of the L1 norm, with which the tolerance grows: of large shares that cancel, little is left
 FADED = 0.01  # of the initial relevance, in absolute values
 EXPLODED = 1e4  # times the initial relevance, in absolute values
 CHOOSING = {'cat', 'stack', 'where', 'maximum', 'minimum', 'masked_fill'}  # each element is one of the input's
+BACKWARD = 'the backward of '  # a user's torch.autograd.Function
 NEW_STAGE = {'convolution', 'addmm', 'mm', 'bmm', 'add', 'cat'}
 
 
@@ -183,10 +188,9 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
     '''
     run = recording.runs['eval']
     canonizer = GraphCanonizer.from_recording(recording)
-    with attributing(model, composite, canonizer,
-                     lambda network: Bookkeeper(network, run.functions, canonizer.functions)) as attribution:
-        book, started = _book(attribution.network, attribution.reader, x,
-                              origin or Origin('predicted', inputs=x))
+    with attributing(model, composite, canonizer, lambda network: Bookkeeper(
+            network, run.functions, canonizer.functions, lambda: why_not_finite(model, x))) as attribution:
+        book, started = _book(attribution.network, attribution.reader, x, origin or Origin('predicted', inputs=x))
     positions = {key: position for position, key in enumerate(book)}
     stages = [Stage('output', *started, 0.0, 0.0)]
     for name, keys in _bottlenecks(run):
@@ -220,17 +224,29 @@ def _book(network: nn.Module, bookkeeper: Bookkeeper, x: Any, origin: Origin
         bookkeeper.open('input', Account('', 'input'), leaves)
     with torch.enable_grad():
         output = origin.chosen(call_network(network, inputs))
+        check_depends(output)
+        if not without_nan(output).all():
+            raise PruneError(f'the output is not finite: {bookkeeper.why_not_finite() or "check the network"}.')
+        bookkeeper.meet([output], '')
         start = origin.relevance(output)
-        propagate(output, start, leaves or [value for value in network.parameters() if value.requires_grad])
+        propagate(output, start, _leaves(output))
     return bookkeeper.close(start)
+
+
+def _leaves(output: torch.Tensor) -> list[GradientEdge]:
+    '''Return the ends of the gradient graph of an output: inputs, and parameters of layers that read constants.'''
+    return [GradientEdge(node, 0) for node in graph_of(output) if hasattr(node, 'variable')]
 
 
 class Bookkeeper(CallCounter):
     '''While a network runs, hook what enters and leaves its functions and the modules that have rules.'''
 
-    def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], equivalents: Mapping[Site, Equivalent]):
+    def __init__(self, network: nn.Module, calls: Sequence[FunctionCall], equivalents: Mapping[Site, Equivalent],
+                 why_not_finite: Callable[[], str]):
         super().__init__(network)
-        self._network, self._equivalents = network, equivalents
+        self._network, self._equivalents, self.why_not_finite = network, equivalents, why_not_finite
+        self._met: set[Node] = set()
+        self._roots: set[Any] = set()
         self._called = {call.site: call for call in calls}
         self._accounts: dict[Any, Account] = {}
         self._sums: defaultdict[tuple[Any, str], list[torch.Tensor]] = defaultdict(list)
@@ -244,21 +260,38 @@ class Bookkeeper(CallCounter):
         return super().__enter__()
 
     def open(self, key: Any, account: Account, outputs: Sequence[torch.Tensor]) -> None:
-        '''Open the account of the call that returned some tensors.'''
-        self._accounts[key] = account
-        for tensor in outputs:
-            self._watch(key, 'received', tensor)
+        '''Open the account of the call that returned some tensors, unless all of them are constants.'''
+        if any(tensor.requires_grad for tensor in outputs):
+            self._accounts[key] = account
+            for tensor in outputs:
+                self._watch(key, 'received', tensor)
+
+    def meet(self, tensors: Any, module: str) -> None:
+        '''Open the accounts of the ``torch.autograd.Function`` that some tensors in a module come from.'''
+        for tensor in tensors_in(tensors):
+            node = tensor.grad_fn
+            if node is None or node in self._met or not custom_function(node):
+                continue
+            key = BACKWARD, len(self._met)
+            self._met.add(node)
+            self._accounts[key] = Account(f'{BACKWARD}{custom_function(node)}', module)
+            signals = [number for number, (following, _) in enumerate(node.next_functions)
+                       if not hasattr(following, 'variable')]  # not parameters, but where there is nothing else
+            node.register_prehook(partial(self._count, key, 'received', ()))
+            node.register_hook(lambda passed, _, key=key, signals=signals: self._count(key, 'passed', signals, passed))
+
+    def _count(self, key: Any, side: str, signals: Sequence[int], grads: Sequence[torch.Tensor | None]) -> None:
+        '''Add the relevance that a function received or passed on to its signals, all by default.'''
+        for number in signals or range(len(grads)):
+            self._add(key, side, grads[number])
+
+    def _add(self, key: Any, side: str, grad: torch.Tensor | None) -> None:
+        if grad is not None:  # of a function that passes something on
+            self._sums[key, side].append(torch.stack([grad.real.sum(), grad.abs().sum()]).double().cpu())
 
     def _watch(self, key: Any, side: str, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
-            sums = self._sums[key, side]
-
-            def add(grad: torch.Tensor | None) -> None:
-                if grad is None:  # of a function that passes nothing on
-                    return
-                sums.append(torch.stack([grad.real.sum(), grad.abs().sum()]).double().cpu())
-
-            tensor.register_hook(add)
+            tensor.register_hook(partial(self._add, key, side))
 
     def _aliased(self, key: Any, tensors: Any, active: Sequence[int] | None = None, in_place: int | None = None) -> Any:
         '''Return a view of each tensor, through which the relevance of a single reader flows back.'''
@@ -278,6 +311,9 @@ class Bookkeeper(CallCounter):
     def intercept(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         key = self.site
         call = self._called.get(key)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        self.meet((args, kwargs), key.module)
         if call is None or any(frame.module in self._owners for frame in self._stack):
             return func(*args, **kwargs)
         absorbs = _may_absorb(call, self._equivalents.get(key), tensors_in((args, kwargs)))
@@ -291,17 +327,28 @@ class Bookkeeper(CallCounter):
             other.module in self._owners for other in self._stack if other is not frame)
 
     def entered(self, frame: Frame, inputs: Any) -> Any:
-        return self._aliased((frame.module, frame.call), inputs) if self._is_outermost_owner(frame) else None
+        self.meet(inputs, self._stack[-2].module)
+        if not self._is_outermost_owner(frame):
+            return None
+        key = frame.module, frame.call
+        if not needs_gradient(inputs):
+            self._roots.add(key)
+        return self._aliased(key, inputs)
 
     def left(self, frame: Frame, output: Any) -> None:
+        self.meet(output, frame.module)
         if self._is_outermost_owner(frame):
+            key = frame.module, frame.call
             between = isinstance(self._owners[frame.module], (Activation, AvgPool, BatchNorm, MaxPool, Sum))
-            self.open((frame.module, frame.call), Account('', frame.module, not between), tensors_in(output))
+            self.open(key, Account('', frame.module, not between or key in self._roots), tensors_in(output))
 
     def close(self, start: torch.Tensor) -> tuple[dict[Any, Account], tuple[float, float]]:
         '''Return the accounts relative to the initial relevance, and its sum and L1 norm.'''
         total, norm = float(start.double().sum()), float(start.double().abs().sum())
-        if not 0 < norm < torch.inf:
+        if not isfinite(norm):
+            raise PruneError('the initial relevance is not finite: '
+                             f'{self.why_not_finite() or "check where it starts"}.')
+        if not norm:
             raise PruneError(f'the initial relevance has an L1 norm of {norm:.3g}: start from an output that the '
                              'network decides, e.g. the predicted class.')
         cancels = abs(total) < 1e-3 * norm  # contrastive, say: there is no sum to speak of
@@ -312,8 +359,12 @@ class Bookkeeper(CallCounter):
                 setattr(self._accounts[key], name, amount)
         for account in reversed(self._accounts.values()):
             if not account.passed_l1 < torch.inf:
-                raise PruneError(f'relevance is not finite any more behind {account}: a rule there divides by zero or '
-                                 'overflows. Use a rule with a larger epsilon, or attribute in float32 or float64.')
+                why = self.why_not_finite() or ('a rule there divides by zero or overflows. Use a rule with a larger '
+                                                 'epsilon, or attribute in float32 or float64')
+                raise PruneError(f'relevance is not finite any more behind {account}: {why}.')
+        self._met.clear()  # nodes and hooks hold each other
+        if self._roots:  # what is behind them was detached, or may be
+            self._accounts = {key: account for key, account in self._accounts.items() if self._sums[key, 'received']}
         return self._accounts, (total / float(scale[0]), 1.0)
 
 
@@ -374,9 +425,11 @@ def _problems(stages: Sequence[Stage], accounts: Sequence[Account]) -> Iterator[
     if smallest.l1_norm < FADED:
         culprits = [account for account in accounts if abs(account.passed) < 0.99 * abs(account.received)]
         culprits.sort(key=lambda account: abs(account.passed) / max(abs(account.received), 1e-9))
+        own = 'by functions with a backward of their own, ' if any(
+            account.function.startswith(BACKWARD) for account in culprits[:3]) else ''
         yield (f'Relevance fades: {smallest.l1_norm:.2g} of the initial one arrives at {smallest.name!r}, so that '
-               'channels in front are ranked below those behind. Most is absorbed by biases, or where z-plus finds '
-               f'nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
+               f'channels in front are ranked below those behind. Most is absorbed by biases, {own}or where z-plus '
+               f'finds nothing positive to give to, in {_listed(culprits[:3])}. Consider the epsilon rule.')
 
 
 def _listed(accounts: Sequence[Account]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import PruneError
 from ..util._files import read_tensors, write_tensors
@@ -19,6 +20,7 @@ from ..util._fingerprint import fingerprint
 from ..util._loaders import Batch
 from ._exemplars import Best
 from ._initial import of_classes
+from ._nonfinite import broken_tensor, overflow
 
 
 class Selection:
@@ -70,7 +72,8 @@ class Selection:
             batch = batch.zeroed()
         self.batch = batch
 
-    def counted(self, scores: Mapping[str, torch.Tensor], given: torch.Tensor) -> dict[str, torch.Tensor]:
+    def counted(self, scores: Mapping[str, torch.Tensor], given: torch.Tensor,
+                sound: torch.Tensor | None, model: nn.Module) -> dict[str, torch.Tensor]:
         '''Return the scores of the samples that have a target and are finite.
 
         Parameters
@@ -79,6 +82,10 @@ class Selection:
             By group, shape (samples, channels).
         given: torch.Tensor
             Shape (samples,), bool: which samples have a target.
+        sound: torch.Tensor, optional
+            Shape (samples,), bool: which samples have an output without NaN.
+        model: torch.nn.Module
+            The network, which is asked for the reason where something is not finite.
 
         Returns
         -------
@@ -89,17 +96,32 @@ class Selection:
         if len(given) != len(self.numbers):  # the network makes other samples of its inputs
             self.numbers = torch.arange(len(given), device='cpu')
             self._broken = torch.zeros_like(given)
-        finite = torch.stack([torch.isfinite(values).all(1) for values in scores.values()]).cpu()
-        wrong = given & ~finite.all(0) & ~self._broken
+        finite = {name: torch.isfinite(values).all(1).cpu() for name, values in scores.items()}
+        if sound is not None and len(sound) == len(given):
+            finite[OUTPUT] = sound.cpu()
+        wrong = given & ~torch.stack(list(finite.values())).all(0) & ~self._broken
         if wrong.any():
-            name = list(scores)[int((~finite[:, wrong][:, 0]).nonzero()[0])]
-            self._note(wrong, f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. '
-                              'Use a rule with a larger epsilon, or attribute in float32 or float64')
+            self._explain(wrong, next(name for name, rows in finite.items() if not rows[wrong][0]), model)
         counted = given & ~wrong & ~self._broken
         self.rows = counted.nonzero().flatten()
         if counted.all():
             return dict(scores)
         return {name: values[counted.to(values.device)] for name, values in scores.items()}
+
+    def _explain(self, wrong: torch.Tensor, name: str, model: nn.Module) -> None:
+        '''Leave out samples whose output, or relevance of a group, is not finite, or raise, with the reason.'''
+        broken = broken_tensor(model)
+        if broken:  # of no use to leave samples out
+            reason = f'relevance is not finite: {broken}.'
+            if not self.skip:
+                raise PruneError(reason)
+            self.skipped, self.reason = self.skipped + int(wrong.sum()), self.reason or reason
+            return
+        batch = self.batch.only(wrong) if len(wrong) == self.batch.size else self.batch
+        what = 'the output is not finite' if name == OUTPUT else (
+            f'the relevance of group {name!r} is not finite: a rule divides by zero or overflows. Use a rule with a '
+            'larger epsilon, or attribute in float32 or float64')
+        self._note(wrong, overflow(model, batch.inputs) or what)
 
     def _note(self, wrong: torch.Tensor, what: str) -> None:
         number = int(self.numbers[wrong][0])
@@ -111,6 +133,7 @@ class Selection:
 
 
 FORMAT = 'zennit_prune collection'
+OUTPUT = ' output'  # among the names of groups, which have no space
 BEST = 'best/'  # before the names of their tensors; those of groups have no slash after a plain word
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..tracing._calls import CallCounter, Site
 from ..util._arguments import call_network
+from ..util._isolation import exact_pass
 from ..util._networks import map_tensors, tensors_in
 from ..util._samples import batch_size
 from ._targets import LayerCall
@@ -86,7 +87,7 @@ class Lockstep(CallCounter):
     def _run(self, network: nn.Module, inputs: Any) -> None:
         try:
             with ExitStack() as stack:
-                for context in (*self._around, torch.no_grad(), self):
+                for context in (*self._around, torch.no_grad(), exact_pass(), self):
                     stack.enter_context(context)
                 call_network(network, map_tensors(torch.clone, inputs))  # it may write into them
         except Left:

@@ -19,10 +19,12 @@ from zennit.types import BatchNorm
 
 from ..errors import PruneError, names_options, unknown, warn
 from ..planning._plan import Plan, checked_pair
+from ..relevance._nonfinite import why_not_finite
 from ..surgery._replay import Deletion
 from ..surgery._verify import evaluating
 from ..tracing._parametrized import copy_values, parametrizations, plain
 from ..util._arguments import call_network
+from ..util._isolation import exact_pass
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in
 from ..util._samples import batch_size
@@ -31,7 +33,7 @@ from ._lockstep import Lockstep
 from ._references import warn_of_missing_classes
 from ._regression import FIRST_RIDGE, RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
-from ._trial import holdout_check
+from ._trial import holdout_check, outputs
 
 MEMORY = 4 * 2 ** 30  # bytes for activations: fewer inputs are used where these would take more
 METHODS = ('refit', 'bias', 'batchnorm', 'none')
@@ -140,8 +142,8 @@ def repair(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: st
     Raises
     ------
     PruneError
-        If the networks do not fit the plan or the inputs, are given in the other order, or there is no input; for an
-        unknown method.
+        If the networks do not fit the plan or the inputs, are given in the other order, or return values that are not
+        finite; if there is no input; for an unknown method.
 
     Warns
     -----
@@ -191,7 +193,7 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         raise PruneError(f'the pruned network is not what the plan makes of the original: {misfit}. Give what '
                          'plan.apply(model) returned.')
     device = device_of(small)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), exact_pass():
         small = small if in_place else copied(small)
         if method == 'none':
             return small
@@ -232,12 +234,24 @@ def _fitted(original: nn.Module, before: nn.Module, targets: Sequence[Target], p
             warn(f'{lacking}its BatchNorm is estimated anew.')
     problem = holdout_check(original, before, network, inputs, lambda chosen: fitted_to(chosen)[0])
     if problem:
+        _refuse_broken((original, before), inputs)
         warn(f'the repair is left out: {problem}. More inputs may help.')
         return None
     if fitted and method == 'refit' and classes_matter:
         chunks = inputs.chunks(inputs.order)
         warn_of_missing_classes(original, (Batch(chunk.inputs) for chunk in chunks))
     return network
+
+
+def _refuse_broken(networks: Sequence[nn.Module], inputs: Inputs) -> None:
+    '''Raise where the original or the pruned network returns values that are not finite, with the reason.'''
+    chunk = inputs.chunks(inputs.order)[0].inputs
+    for name, network in zip(('original', 'pruned'), networks):
+        returned, = outputs(network, [chunk])
+        if not all(torch.isfinite(output).all() for output in returned):
+            why = why_not_finite(network, chunk) or 'check its weights'
+            raise PruneError(f'nothing can be repaired, as the {name} network returns values that are not finite: '
+                             f'{why}.')
 
 
 def _widened(network: nn.Module, in_place: bool = False) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import PruneError, VerificationError
 from ..tracing._trace import Example, prepare_example
 from ..util._display import advance
-from ..util._isolation import isolated, unrounded
+from ..util._isolation import exact_pass, isolated, unrounded
 from ..util._networks import device_of, map_tensors, output_tensors
 from ._masking import masked_copy
 from ._replay import Deletion
@@ -68,7 +68,8 @@ def compare(graph: RemovableChannels, model: nn.Module, small: nn.Module, remove
     given = prepare_example(model, example)
     args, kwargs = noise(given, seed)
     masked = masked_copy(graph, model, removed)
-    with torch.no_grad(), unrounded(device_of(small)), isolated(small), evaluating(masked), evaluating(small):
+    with (torch.no_grad(), exact_pass(), unrounded(device_of(small)), isolated(small), evaluating(masked),
+          evaluating(small)):
         expected, outputs = _values(masked, args, kwargs), _values(small, args, kwargs)
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
         raise VerificationError(f'the pruned network returns tensors of shape {[tuple(t.shape) for t in outputs]} '
@@ -85,7 +86,7 @@ def compare(graph: RemovableChannels, model: nn.Module, small: nn.Module, remove
     dtype = expected[0].dtype
     allowed = TOLERANCE.get(dtype, 1e-4)
     if not error <= allowed:
-        with torch.no_grad(), unrounded(device_of(small)), evaluating(masked):
+        with torch.no_grad(), exact_pass(), unrounded(device_of(small)), evaluating(masked):
             again = _values(masked, args, kwargs)
         if _difference(expected, again) > 0:
             raise VerificationError('the network returns other values at each call (it draws random numbers in '
@@ -154,7 +155,7 @@ def _module_outputs(network: nn.Module, args: Any, kwargs: Any) -> dict[tuple[st
 
     handles = [module.register_forward_hook(keep) for module in names]
     try:
-        with torch.no_grad(), unrounded(device_of(network)), evaluating(network):
+        with torch.no_grad(), exact_pass(), unrounded(device_of(network)), evaluating(network):
             network(*args, **kwargs)
     finally:
         for handle in handles:

@@ -1,15 +1,17 @@
 '''Run copies of a network so that random states, caches and compilation do not matter and nothing stays behind.
 
 Random states are set from a seed for a block and restored after it. Tensors that ``forward`` or a hook keeps in
-classes, globals and caches during the block are removed at its end.
+classes, globals and caches during the block are removed at its end. In an exact pass, activation checkpointing,
+autocast and inference mode inside ``forward`` have no effect.
 '''
 from __future__ import annotations
 
 import operator
 import random
+import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import _lru_cache_wrapper
 from types import FunctionType, ModuleType
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from ..errors import PruneError, shown
 from ._networks import ATOMIC, device_of, modules_by_name, tensors_in
@@ -100,6 +103,116 @@ def _unrounded_by_layer() -> Iterator[None]:
             layer.fp32_precision = precision
 
 
+TYPES = re.compile(r'dtype|scalar type|same type|BFloat16|Half\b')  # in errors of torch where two types meet
+AUTOCAST = ('cpu', 'cuda')  # the devices for which autocast is switched off
+_passes = threading.local()  # ``depth``: the exact passes that this thread is in; ``autocast``: whether it was used
+
+
+@contextmanager
+def exact_pass() -> Iterator[None]:
+    '''Let networks run in this thread without activation checkpointing, autocast and inference mode.
+
+    Checkpointed parts run once and keep their gradient history. ``torch.autocast`` changes no type, neither inside
+    ``forward`` nor around the block, and ``torch.inference_mode`` inside ``forward`` is ``torch.no_grad``. Other
+    threads are not affected, nor is anything that runs after the block.
+    '''
+    enabled = [device for device in AUTOCAST if torch.is_autocast_enabled(device)]
+    _switches.install()
+    _passes.depth = getattr(_passes, 'depth', 0) + 1
+    _passes.autocast = bool(enabled) or (_passes.depth > 1 and _passes.autocast)
+    try:
+        for device in enabled:
+            torch.set_autocast_enabled(device, False)
+        yield
+    finally:
+        _passes.depth -= 1
+        _switches.remove()
+        for device in enabled:
+            torch.set_autocast_enabled(device, True)
+
+
+def misses_autocast(error: Exception) -> bool:
+    '''Return whether an error inside :func:`exact_pass` says that two types met, where autocast was switched off.'''
+    return bool(getattr(_passes, 'autocast', False) and TYPES.search(str(error)))
+
+
+def _run_at_once(usual: Callable[..., Any], kind: type, function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
+    '''Run a checkpointed part (``use_reentrant=True``) like any other.'''
+    return function(*args)
+
+
+def _keep_tensors(usual: Callable[..., Any], hook: Any, *error: Any) -> None:
+    '''Enter or leave a checkpointed part (``use_reentrant=False``) without replacing what the gradient graph keeps.'''
+
+
+def _leave_types(usual: Callable[..., Any], autocast: Any) -> Any:
+    '''Enter an autocast block that has no effect; its end restores what was there before.'''
+    entered = usual()
+    _passes.autocast |= torch.is_autocast_enabled(autocast.device)
+    torch.set_autocast_enabled(autocast.device, False)
+    return entered
+
+
+def _without_gradients(usual: Callable[..., Any], mode: Any) -> None:
+    '''Enter inference mode as ``torch.no_grad``, whose tensors can be used together with others.'''
+    mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
+
+
+class _Switches:
+    '''Methods of torch's classes that act differently in threads inside :func:`exact_pass`, while there are any.'''
+
+    METHODS: tuple[tuple[type, str, bool, Callable[..., Any]], ...] = (
+        (checkpoint.CheckpointFunction, 'apply', True, _run_at_once),
+        (checkpoint._checkpoint_hook, '__enter__', False, _keep_tensors),
+        (checkpoint._checkpoint_hook, '__exit__', False, _keep_tensors),
+        (torch.autocast, '__enter__', False, _leave_types),
+        (torch.inference_mode, '__enter__', False, _without_gradients),
+    )
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._installed: list[tuple[type, str, Any, Any]] = []
+
+    def install(self) -> None:
+        '''Install the methods, unless another pass did.'''
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                for owner, name, of_class, instead in self.METHODS:
+                    before = owner.__dict__.get(name)
+                    method = _switched(owner, name, before, instead)
+                    new = classmethod(method) if of_class else method
+                    self._installed.append((owner, name, before, new))
+                    setattr(owner, name, new)
+
+    def remove(self) -> None:
+        '''Restore torch's own methods after the last pass; what others installed meanwhile stays.'''
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            while self._installed:
+                owner, name, before, new = self._installed.pop()
+                if owner.__dict__.get(name) is not new:
+                    continue
+                if before is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+
+def _switched(owner: type, name: str, before: Any, instead: Callable[..., Any]) -> Callable[..., Any]:
+    '''Return a method that calls ``instead`` in threads inside an exact pass, and elsewhere what was there before.'''
+    def method(this: Any, *args: Any) -> Any:
+        of_class = isinstance(this, type)
+        usual = (getattr(super(owner, this), name) if before is None
+                 else before.__get__(None, this) if of_class else before.__get__(this))
+        return instead(usual, this, *args) if getattr(_passes, 'depth', 0) else usual(*args)
+
+    return method
+
+
+_switches = _Switches()
 _around = threading.local()
 
 
