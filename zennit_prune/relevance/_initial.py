@@ -199,7 +199,7 @@ class Origin:
         if self.initial == 'weights':
             return [_weights(output, target)]
         if output.shape[1] == 1:
-            return [_signs(output, target, self.classes)]
+            return [_signs(output, target, self.classes, tuple(output.shape if dim else output.squeeze(1).shape))]
         return _one_hot_rows(output, target, self.initial, self.classes)
 
     def _start(self, rows: Rows, dim: int | None) -> Start:
@@ -344,7 +344,7 @@ def _weights(output: torch.Tensor, target: Any) -> Rows:
     return Rows(values, (values != 0).any(1, keepdim=True))
 
 
-def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None) -> Rows:
+def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None, shape: tuple[int, ...]) -> Rows:
     '''Return a target of an output of a single column: 1 at class 1, -1 at class 0, 0 where there is none.'''
     if isinstance(target, str):
         values = torch.where(output < 0, -1.0, 1.0)
@@ -356,7 +356,7 @@ def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None) -> 
         found = target[known]
         if not _binary(found):
             other = found[(found != 0) & (found != 1)][0].item()
-            raise PruneError(f'the output has a single column, shape {tuple(output.shape)}, and there is a label '
+            raise PruneError(f'the output has a single column, shape {shape}, and there is a label '
                              f"{other:.6g}. For a regression, start relevance at the output's value, initial='value'; "
                              'for two classes, give labels that are all 0 or 1; or give a function of the output as '
                              'initial=.')
