@@ -109,12 +109,12 @@ class Collector:
     criterion: str or Criterion
         ``'relevance'``, ``'gradient'``, ``'taylor'``, ``'taylor-weights'``, ``'activation'`` or ``'wanda'``; or a
         :class:`zennit_prune.relevance.Criterion` of your own.
-    classes: iterable of int, optional
-        Count only samples with one of these labels; predictions and rivals are chosen among these classes.
     output: int, str or callable, optional
         The output that relevance starts from, where the network returns several tensors: an index, a key or attribute
         (``'logits'``), or a function of what it returns, whose result has its classes in dimension 1. By default, the
         one that is called ``'logits'`` or ``'out'``, or the only one.
+    classes: iterable of int, optional
+        Count only samples with one of these labels; predictions and rivals are chosen among these classes.
     attributor: callable, optional
         One of Zennit's Attributor classes, or a function from a model to an Attributor, in place of the gradient:
         relevance is the mean over its passes.
