@@ -441,8 +441,6 @@ def check_depends(output: torch.Tensor) -> None:
                          'before, or let that part run with gradients; or name another output with output=.')
 
 
-
-
 AttributorFactory = Callable[[nn.Module], Attributor]
 
 
