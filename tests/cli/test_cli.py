@@ -181,6 +181,15 @@ def test_without_classes(here: Path) -> None:
     assert json.loads(result.stdout)['classes'] is None
 
 
+def test_a_single_logit_tells_two_folders_apart(here: Path) -> None:
+    (here / 'photos' / 'green').rename(here / 'other')
+    result = typed('run', '--flops', '0.6', '--per-class', '2', '--json', network='nets.py:redder')
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts['accuracy']['before'] == 1 and facts['accuracy']['repaired'] == 1
+    assert 'classes: blue = output 0, red = output 1' in result.stderr
+
+
 def test_folders_of_the_wrong_class_are_noticed(here: Path) -> None:
     arguments = ['inspect', '--flops', '0.5', '--per-class', '2', '--json']
     assert not [text for text in json.loads(typed(*arguments, '--out', 'a').stdout)['warnings'] if 'folders' in text]

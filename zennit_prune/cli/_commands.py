@@ -17,7 +17,7 @@ from ..pipeline._step import costs_left
 from ..planning._cost import Budget
 from ..planning._plan import Plan
 from ..planning._storage import save
-from ..relevance._outputs import chosen_output
+from ..relevance._initial import Origin
 from ..relevance._relevance import Relevance
 from ..repairs._references import References
 from ..repairs._repair import repair
@@ -137,10 +137,16 @@ def _score(job: Job, network: nn.Module, chosen: Sequence[int]) -> Score:
     predicted = [torch.zeros(0, dtype=torch.long, device='cpu')]
     with torch.no_grad():
         for batch in job.images(chosen, labelled=False).loader(job.options.batch):
-            predicted.append(chosen_output(network(batch.to(job.device))).argmax(1).cpu())
+            predicted.append(_predicted(network, batch.to(job.device)).cpu())
     found, truth = torch.cat(predicted), job.images(chosen).targets
     right = found == torch.tensor(truth, device='cpu') if truth else None
     return Score(found, None if right is None else float(right.float().mean()))
+
+
+def _predicted(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    '''Return the class that a network predicts for each image.'''
+    origin = Origin('predicted')
+    return origin.predicted(origin.chosen(network(inputs)))
 
 
 def _doubt(job: Job, score: Score) -> None:
@@ -192,7 +198,7 @@ def _draw(job: Job, path: Path, network: nn.Module, name: str) -> None:
     inputs, target, names = _shown(job, SHOWN)
     if isinstance(target, str):  # of the original: both rows explain the same output
         with torch.no_grad():
-            target = chosen_output(job.network(inputs)).argmax(1)
+            target = _predicted(job.network, inputs)
     rows = {'before': job.pruner.heatmap(inputs, target), name: heatmap(network, job.pruner.composite, inputs, target)}
     captions = [(Path(name).parent.name or Path(name).name)[-20:] for name in names]
     heatmap_image(job.prepare.shown(inputs), rows, path, captions)

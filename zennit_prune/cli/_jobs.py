@@ -195,10 +195,11 @@ class Job:
                 raise PruneError(f'the network does not run with an image of shape {tuple(example.shape)}: '
                                  f'{type(error).__name__}: {error}') from error
         output = chosen_output(returned)
-        if output.dim() != 2:
+        if output.dim() > 2:
             raise PruneError(f'the network returns shape {tuple(output.shape)} for one image: the command line is for '
                              'classifiers, (N, classes); use the Python interface for others.')
-        outputs, names, rule = output.shape[1], self.found.names, self.options.classes
+        outputs = output.shape[1] if output[0].numel() > 1 else 2  # one column tells two classes apart by its sign
+        names, rule = self.found.names, self.options.classes
         known = categories(self.options.model, outputs)
         self.mapping: dict[str, int] | None = None
         if names and rule != 'none':
