@@ -49,6 +49,7 @@ benchmark: $(VENV)/benchmark.installed
 	$(RUN) benchmarks/structure.py
 	$(RUN) benchmarks/coverage.py
 	$(RUN) benchmarks/selection.py
+	$(RUN) benchmarks/starts.py
 
 # All of notebooks/, in place; those on pretrained networks where ZENNIT_PRUNE_DATA names a folder that has them.
 notebooks: $(VENV)/notebooks.installed
