@@ -108,7 +108,7 @@ class _Detections:
 
     def _positions(self, numbers: int) -> torch.Tensor:
         '''Return the positions of the class scores among the numbers of a box.'''
-        found = torch.arange(numbers, device='cpu')[self.scores] if (self.scores.step or 1) > 0 else torch.empty(0)
+        found = torch.tensor(range(numbers)[self.scores], dtype=torch.int64, device='cpu')
         objectness = self.objectness
         if not len(found) or (objectness is not None and not -numbers <= objectness < numbers):
             what = f'scores={self.scores}' if not len(found) else f'objectness={objectness}'
