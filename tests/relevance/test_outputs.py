@@ -66,15 +66,16 @@ def test_the_output_that_is_chosen(case: str) -> None:
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     'several': ((BOXES, SCORES), None, r'several outputs.*0 \(shape \(4, 3\)\), 1 \(shape \(4, 5\)\).*output=0'),
-    'several keys': ({'boxes': BOXES, 'scores': SCORES}, None, r"'boxes' \(shape \(4, 3\)\).*output='boxes'"),
+    'several keys': ({'boxes': BOXES, 'scores': SCORES}, None, r"'boxes' \(shape \(4, 3\)\).*output='scores'"),
     'unknown key': ({'boxes': BOXES, 'scores': SCORES}, 'score', "output='score' is none.*did you mean 'scores'"),
     'index out of range': ((BOXES,), 1, r'output=1 is none of the outputs.*0 \(shape'),
     'index of a tensor': (SCORES, 0, r'output=0.*a tensor of shape \(4, 5\)'),
     'whole numbers': ((SCORES.long(),), None, 'real numbers'),
     'a loss alone': (torch.ones(()), None, r'a tensor of shape \(\).*a row for each sample'),
-    'nothing': (None, None, 'cannot start from None'),
+    'nothing': (None, None, 'None is no output to start from'),
+    'a function of several': ((BOXES, SCORES), lambda returned: returned, 'returns several tensors.*torch.cat'),
     'a function that fails': ((BOXES,), lambda returned: returned[3], 'function given as output= fails.*IndexError'),
-    'a function of none': ((BOXES,), lambda returned: 'scores', 'cannot start from'),
+    'a function of none': ((BOXES,), lambda returned: 'scores', 'is no output to start from'),
 }
 
 
@@ -182,9 +183,11 @@ DIMENSIONS: dict[str, tuple[Any, int | None]] = {
     'predicted per token': ((OUTPUT, 'predicted', torch.zeros(2, 5, 4)), 2),
     'predicted per position': ((OUTPUT, 'predicted', torch.zeros(2, 4, 7)), 1),
     'predicted, told by labels': ((OUTPUT, 'predicted', torch.zeros(2, 3, 8, 8), torch.zeros(2, 5).long()), 2),
-    'predicted, from a function': ((OUTPUT, 'predicted', torch.zeros(2, 3, 8, 8), None, True), 1),
+    'labels of both, from a function': ((torch.zeros(2, 5, 5), torch.zeros(2, 5).long(), None, None, True), 1),
+    'predicted per token number, words second': ((OUTPUT, 'predicted', torch.zeros(2, 7).long()), 1),
+    'masks with a dimension of channels': ((torch.zeros(2, 3, 4, 5), torch.zeros(2, 1, 4, 5).long()), 1),
     'as many tokens as words, told by inputs': ((torch.zeros(2, 5, 5), torch.zeros(2, 5).long(),
-                                                 torch.zeros(2, 5).long()), 2),
+                                                 torch.zeros(2, 5, 4)), 2),
     'as high as classes': ((torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4).long()), 1),
 }
 
@@ -195,17 +198,22 @@ def test_the_dimension_of_the_classes(case: str) -> None:
     assert class_dimension(*arguments) == dim
 
 
+@pytest.mark.parametrize('given', [False, True])
 @pytest.mark.parametrize('shape,inputs', [
     ((2, 85, 8400), (2, 3, 64, 64)), ((2, 25200, 85), (2, 3, 64, 64)), ((2, 24, 8, 8), (2, 3, 64, 64)),
     ((2, 100, 92), (2, 3, 32, 32)), ((2, 5, 5), (2, 7))])
-def test_numbers_of_boxes_are_no_classes(shape: tuple[int, ...], inputs: tuple[int, ...]) -> None:
-    with pytest.raises(zp.PruneError, match=r'cannot be told: give labels.*movedim\(\d, 1\).*detections\(\.\.\.\)'):
-        class_dimension(torch.zeros(shape), 'predicted', torch.zeros(inputs))
+def test_numbers_of_boxes_are_no_classes(shape: tuple[int, ...], inputs: tuple[int, ...], given: bool) -> None:
+    with pytest.raises(zp.PruneError, match=r'cannot be told: give labels.*detections\(\.\.\.\).*initial=') as error:
+        class_dimension(torch.zeros(shape), 'predicted', torch.zeros(inputs), None, given)
+    output = torch.randn(2, 3, 4)
+    start = eval(str(error.value).split('initial=')[-1].removesuffix('.'), {'torch': torch})(output)
+    assert torch.equal(start, F.one_hot(output.argmax(1), 3).movedim(-1, 1).float())
 
 
 def test_as_many_tokens_as_words_are_refused_without_inputs_that_tell() -> None:
-    with pytest.raises(zp.PruneError, match='cannot be told'):
-        class_dimension(torch.zeros(2, 5, 5), torch.zeros(2, 5).long(), torch.zeros(2, 3, 8, 8))
+    for inputs in (torch.zeros(2, 3, 8, 8), torch.zeros(2, 5).long(), None):
+        with pytest.raises(zp.PruneError, match=r'labels fit several.*out if they are there.*movedim\(2, 1\)'):
+            class_dimension(torch.zeros(2, 5, 5), torch.zeros(2, 5).long(), inputs)
 
 
 @pytest.mark.parametrize('dim', [None, 1, 2, 3])
@@ -238,8 +246,7 @@ def test_words_last_equal_words_second(initial: str, target: str) -> None:
     given: dict[str, tuple[Any, Any]] = {'labels': (words, words), 'rows': (rows, rows.mT),
                                          'predicted': ('predicted', 'predicted')}
     found = last.collect([(tokens, given[target][0])], initial=initial)
-    choose = {'output': lambda returned: returned} if target == 'predicted' else {}
-    expected = second.collect([(tokens, given[target][1])], initial=initial, **choose)
+    expected = second.collect([(tokens, given[target][1])], initial=initial)
     assert apart(found['conv'], expected['conv']) <= 1e-10
     if target == 'predicted':  # in place of labels, which tell where the words are
         assert apart(found['conv'], last.collect([(tokens, words)], initial=initial, target='predicted')['conv']) == 0
@@ -255,3 +262,19 @@ def test_finetune_learns_tokens_and_single_columns() -> None:
                     callback=lambda epoch: losses.append(epoch['loss']))
         assert losses[-1] < losses[0]
         losses.clear()
+
+
+@pytest.mark.parametrize('end', [nn.Sigmoid, lambda: nn.Sequential(nn.Sigmoid(), nn.Flatten(0)),
+                                 lambda: nn.Sequential(nn.Identity(), nn.Sigmoid(), nn.Dropout())])
+@pytest.mark.parametrize('rules', [composite, lambda: None])
+def test_half_parts_the_classes_of_a_sigmoid(end: Callable[[], nn.Module], rules: Callable[[], Any]) -> None:
+    layers = [nn.Conv2d(3, 6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(6, 1)]
+    model, x = seeded(nn.Sequential(*layers, end())).eval(), images(6)
+    logits = model[:4](x)
+    with torch.no_grad():
+        model[3].bias -= logits.median()
+    found = zp.agreement(model, model, rules(), x, labels(6) % 2)
+    assert 0 < found.predicted[0].sum() < 6
+    assert torch.equal(found.predicted[0].reshape(-1), (model(x) >= 0.5).long().reshape(-1))
+    if model(x).dim() == 2:
+        assert torch.equal(zp.heatmap(model, rules(), x), zp.heatmap(model, rules(), x, found.predicted[0]))

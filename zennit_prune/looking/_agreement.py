@@ -157,8 +157,7 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
                          'first.')
     check_output(output)
     origin = Origin(target, initial, output, inputs=x)
-    before, scores = explained(model, composite, x, origin)
-    started = origin.relevance(scores)
+    before, started, predicted_before = explained(model, composite, x, origin)
 
     def again(after: torch.Tensor) -> torch.Tensor:
         if after.shape != started.shape:
@@ -166,10 +165,11 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
                              f'and {tuple(after.shape)}. Give the original and a pruned or masked version of it.')
         return started.to(after)
 
-    after, scores_after = explained(small, composite, x, Origin(again, output=output, inputs=x))
+    labels = target if isinstance(target, torch.Tensor) else None
+    after, _, predicted_after = explained(small, composite, x, Origin(again, output=output, inputs=x, labels=labels))
     if before.dim() < 2:
         raise PruneError(f'the heatmaps have shape {tuple(before.shape)}: give a batch of inputs, the samples first.')
-    predicted = origin.predicted(scores).cpu(), origin.predicted(scores_after).cpu()
+    predicted = predicted_before.cpu(), predicted_after.cpu()
     same = (predicted[0] == predicted[1]).reshape(len(before), -1).all(1)
     difference = after - before
     left, right = before.double().flatten(1), after.double().flatten(1)

@@ -120,12 +120,20 @@ def heatmap(model: nn.Module, composite: Rules | None, x: Any, target: Any = 'pr
     origin = Origin(target, initial, output, inputs=x)
     if channel is not None:
         return _through_channels(model, composite, x, origin, channel, graph)
-    return explained(model, composite, x, origin, graph)[0]
+    return explained(model, composite, x, origin, graph).maps
+
+
+class Explained(NamedTuple):
+    '''Heatmaps, the relevance at the output that they start from, and what the network predicts there.'''
+
+    maps: torch.Tensor
+    start: torch.Tensor
+    predicted: torch.Tensor
 
 
 def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, graph: ChannelGraph | None = None
-              ) -> tuple[torch.Tensor, torch.Tensor]:
-    '''Return the heatmaps, and the output that their relevance starts from.'''
+              ) -> Explained:
+    '''Return the heatmaps of a network, with their start and the predictions.'''
     model = unwrapped(model)
     composite = checked_composite(composite)
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
@@ -133,10 +141,11 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin,
         inputs = differentiable(x, network)
         pixels = Pixels.of(inputs)
         output = origin.chosen(call_network(network, inputs))
-        arrived = propagate(output, origin.relevance(output), pixels.tensors)
+        start = origin.relevance(output)
+        arrived = propagate(output, start, pixels.tensors)
     if not without_nan(output).all():
         raise PruneError(f'the output is not finite: {why_not_finite(model, x) or "check the network"}.')
-    return _finite(pixels.summed(arrived), model, x), output.detach()
+    return Explained(_finite(pixels.summed(arrived), model, x), start, origin.predicted(output))
 
 
 class Pixels(NamedTuple):
@@ -171,7 +180,8 @@ def _first_floating(inputs: Any) -> torch.Tensor:
     for tensor in tensors_in(inputs):
         if tensor.requires_grad:
             return tensor
-    raise PruneError('a heatmap needs a floating-point input, e.g. an image.')
+    raise PruneError('a heatmap needs a floating-point input, e.g. an image; these are whole numbers, of tokens say. '
+                     'To collect, plan and prune, no heatmap is needed.')
 
 
 def _finite(heatmaps: torch.Tensor, model: nn.Module, x: Any) -> torch.Tensor:

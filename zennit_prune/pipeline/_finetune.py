@@ -17,7 +17,7 @@ from ..relevance._outputs import Output, check_output, chosen_output, class_dime
 from ..util._arguments import call_network
 from ..util._isolation import seeded
 from ..util._loaders import Batch, batches, held_out, many_times
-from ..util._networks import copied, unique_tensors, unwrapped
+from ..util._networks import copied, map_tensors, unique_tensors, unwrapped
 from ..util._yielded import as_labels
 from ._options import takes_options
 
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, floa
     'sgd': (torch.optim.SGD, {'lr': 1e-2, 'momentum': 0.9, 'weight_decay': 1e-4}),
     'adamw': (torch.optim.AdamW, {'lr': 1e-3, 'weight_decay': 1e-2}),
 }
-Loss = Callable[[torch.Tensor, Any], torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 @takes_options()
@@ -62,7 +62,8 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
         The number that outputs are divided by before they are compared with the teacher's.
     loss: callable, optional
         From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy, which is the
-        binary one for an output of a single column and labels 0 and 1.
+        binary one for an output of a single column and labels 0 and 1. Without ``output``, it is called with all that
+        the network returns.
     output: int, str or callable, optional
         The output that is trained, where the network returns several tensors: an index, a key or attribute, or a
         function of what it returns. By default, the one that is called ``'logits'`` or ``'out'``, or the only one.
@@ -161,14 +162,14 @@ class _Objective:
     def __call__(self, batch: Batch) -> torch.Tensor:
         inputs, labels = batch.to(self.device)
         with self.mixed:
-            output = chosen_output(call_network(self.network, inputs), self.output)
+            output = self._chosen(call_network(self.network, inputs))
             if self.teacher is not None:
                 with torch.no_grad():
-                    labels = chosen_output(call_network(self.teacher, inputs), self.output)
+                    labels = self._chosen(call_network(self.teacher, inputs))
         if labels is None:
             raise PruneError('there are no labels to learn: give (inputs, labels) batches, or teacher=, the unpruned '
                              'network.')
-        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        output = map_tensors(_in_single, output)
         if self.loss is not None:
             return self.loss(output, labels)
         if self.teacher is None:
@@ -178,6 +179,12 @@ class _Objective:
         soft, wanted = ((values / self.temperature).log_softmax(1) for values in (output, labels.to(output.dtype)))
         divergence = F.kl_div(soft, wanted, reduction='none', log_target=True).sum(1).mean()
         return divergence * self.temperature ** 2  # so that gradients do not depend on the temperature
+
+    def _chosen(self, returned: Any) -> Any:
+        '''Return the output that counts; all that the network returns, for a loss of the user's without ``output``.'''
+        if self.loss is not None and self.output is None:
+            return returned
+        return chosen_output(returned, self.output)
 
     def epoch(self, loader: Iterable[Any], optimizer: torch.optim.Optimizer,
               schedule: torch.optim.lr_scheduler.LRScheduler, clip: float) -> float:
@@ -224,6 +231,10 @@ class _Objective:
             raise PruneError('there is nothing to train or to validate on: the loader is empty. Every epoch reads it '
                              'anew.')
         return total / samples
+
+
+def _in_single(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _cross_entropy(output: torch.Tensor, labels: Any, inputs: Any, given: bool) -> torch.Tensor:

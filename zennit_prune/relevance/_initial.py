@@ -10,7 +10,7 @@ import torch
 
 from ..errors import PruneError, nearest, unknown
 from ..util._yielded import as_labels
-from ._outputs import Output, chosen_output, class_dimension, classes_back, classes_second
+from ._outputs import Output, chosen_output, class_dimension, classes_back, classes_second, ends_in_sigmoid
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy', 'binary-cross-entropy', 'value', 'weights')
@@ -49,7 +49,8 @@ def initial_relevance(output: torch.Tensor, target: Any, initial: Initial) -> to
         - rows of 0 and 1 of the output's shape, real or whole numbers;
         - for outputs with further dimensions, a mask of class indices, shape (batch, ...). No relevance starts where it
           is negative, or 255 if that is no class;
-        - for an output of a single column, 0 and 1, real or whole numbers, of shape (batch,), (batch, 1), or a mask;
+        - for an output of a single column, 0 and 1, real or whole numbers, of shape (batch,), (batch, 1), or a mask,
+          in which pixels may be unknown as above;
         - a function of the output that returns the relevance, as Zennit's ``attr_output``.
     initial: str or callable
         The relevance at the output:
@@ -141,7 +142,7 @@ class Origin:
 
     def starts(self, output: torch.Tensor) -> list[Start]:
         '''Return one start for each of a sample's targets.'''
-        output = output.detach()
+        middle, output = (0.5 if ends_in_sigmoid(output) else 0.0), output.detach()
         if not output.dim():
             raise PruneError('the output is a single number for the whole batch, a loss perhaps: relevance starts from '
                              'an output with a row for each sample. Name another with output=.')
@@ -160,20 +161,23 @@ class Origin:
                              "give labels that are all 0 or 1; for a regression, start at the output's value, "
                              "initial='value'; or give a function of the output as initial=.")
         dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
-        return [self._start(rows, dim) for rows in self._rows(classes_second(output, dim), target, dim)]
+        found = self._rows(classes_second(output, dim), target, dim, tuple(output.shape), middle)
+        return [self._start(rows, dim) for rows in found]
 
     def predicted(self, output: torch.Tensor) -> torch.Tensor:
-        '''Return the class of the largest output, by its sign where there is a single column, for each position.
+        '''Return the class of the largest output, for each position.
 
-        Where the dimension of the classes cannot be told, it is dimension 1.
+        For a single column, it is 1 from 0 on, or from 0.5 on where the column is a sigmoid. Where the dimension of the
+        classes cannot be told, it is dimension 1.
         '''
+        middle, output = (0.5 if ends_in_sigmoid(output) else 0.0), output.detach()
         target = self.target if isinstance(self.target, torch.Tensor) else 'predicted'
         try:
             dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
         except PruneError:
             dim = 1
         output = classes_second(output, dim)
-        return (output[:, 0] >= 0).long() if output.shape[1] == 1 else output.argmax(1)
+        return (output[:, 0] >= middle).long() if output.shape[1] == 1 else output.argmax(1)
 
     def _function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         '''Return the function from the output to all of the initial relevance, if there is one.'''
@@ -183,11 +187,13 @@ class Origin:
             return self.initial
         return (lambda output: output) if self.initial == 'value' else None
 
-    def _rows(self, output: torch.Tensor, target: Any, dim: int | None) -> list[Rows]:
-        '''Return the targets of an output whose classes are in dimension 1.'''
+    def _rows(self, output: torch.Tensor, target: Any, dim: int | None, shape: tuple[int, ...],
+              middle: float) -> list[Rows]:
+        '''Return the targets of an output whose classes are in dimension 1; ``shape`` is that of the output itself.'''
         if target is None:
             raise PruneError("there are no labels: give a loader of (inputs, labels) pairs, target='predicted', or a "
-                             "function of the output as initial=; for a regression, initial='value'.")
+                             "function of the output as initial= (for boxes, zennit_prune.relevance.detections makes "
+                             "one); for a regression, initial='value'.")
         number = 2 if output.shape[1] == 1 else output.shape[1]
         if self.classes is not None and max(self.classes) >= number:
             raise PruneError(f'class {max(self.classes)} in classes={tuple(self.classes)} is unknown: the network has '
@@ -199,8 +205,8 @@ class Origin:
         if self.initial == 'weights':
             return [_weights(output, target)]
         if output.shape[1] == 1:
-            return [_signs(output, target, self.classes, tuple(output.shape if dim else output.squeeze(1).shape))]
-        return _one_hot_rows(output, target, self.initial, self.classes)
+            return [_signs(output, target, self.classes, shape, middle)]
+        return _one_hot_rows(output, target, self.initial, self.classes, shape)
 
     def _start(self, rows: Rows, dim: int | None) -> Start:
         values, given = rows.values, rows.given
@@ -330,9 +336,9 @@ def _binary(target: torch.Tensor) -> bool:
     return bool(((target == 0) | (target == 1)).all())
 
 
-def _do_not_fit(target: torch.Tensor, output: torch.Tensor, advice: str) -> PruneError:
+def _do_not_fit(target: torch.Tensor, shape: tuple[int, ...], advice: str) -> PruneError:
     return PruneError(f'targets of shape {tuple(target.shape)} and type {target.dtype} do not fit an output of shape '
-                      f'{tuple(output.shape)}: {advice}')
+                      f'{shape}: {advice}')
 
 
 def _weights(output: torch.Tensor, target: Any) -> Rows:
@@ -344,16 +350,20 @@ def _weights(output: torch.Tensor, target: Any) -> Rows:
     return Rows(values, (values != 0).any(1, keepdim=True))
 
 
-def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None, shape: tuple[int, ...]) -> Rows:
+def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None, shape: tuple[int, ...],
+           middle: float) -> Rows:
     '''Return a target of an output of a single column: 1 at class 1, -1 at class 0, 0 where there is none.'''
     if isinstance(target, str):
-        values = torch.where(output < 0, -1.0, 1.0)
+        values = torch.where(output < middle, -1.0, 1.0)
     else:
-        target = _column(output, target)
+        target = _column(output, target, shape)
         known = torch.ones_like(target, dtype=torch.bool)
         if output.dim() > 2 and not target.is_floating_point() and target.dtype != torch.bool:
             known = (target >= 0) & (target != UNKNOWN)
         found = target[known]
+        if bool((target == UNKNOWN).any()) and not bool((found == 1).any()):
+            raise PruneError('the labels hold 255 and no 1, and 255 means unknown: for masks of 0 and 255, give y > 0, '
+                             'e.g. loader = ((x, y > 0) for x, y in loader); mark pixels that are unknown by -1.')
         if not _binary(found):
             other = found[(found != 0) & (found != 1)][0].item()
             raise PruneError(f'the output has a single column, shape {shape}, and there is a label '
@@ -368,21 +378,24 @@ def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None, sha
     return Rows(values, values != 0)
 
 
-def _column(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _column(output: torch.Tensor, target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     '''Return labels in the shape of an output of a single column.'''
-    shape = output.shape
-    if target.shape in (shape, shape[:1] + shape[2:]):
-        return target.reshape(shape)
-    raise _do_not_fit(target, output, f'give labels of shape {tuple(shape[:1] + shape[2:])}, 0 or 1, or of the '
-                                      "output's shape; for a regression, initial='value'.")
+    without = output.shape[:1] + output.shape[2:]
+    if target.shape in (output.shape, without):
+        return target.reshape(output.shape)
+    raise _do_not_fit(target, shape, f"give labels of shape {tuple(without)}, 0 or 1, or of the output's shape; for a "
+                                     "regression, initial='value'.")
 
 
-def _one_hot_rows(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None) -> list[Rows]:
+def _one_hot_rows(output: torch.Tensor, target: Any, initial: Initial, classes: Sequence[int] | None,
+                  shape: tuple[int, ...]) -> list[Rows]:
     '''Return rows of 0 and 1 for any target of an output of several classes; one for each target of a sample.'''
     if isinstance(target, str):
         target = _among(output, classes).argmax(1)
     as_rows = target.shape == output.shape
-    rows = [_checked_rows(output, target, initial)] if as_rows else _one_hot(target, output)
+    if not as_rows and target.shape == output[:, :1].shape and output.dim() > 2:  # a mask with a dimension of channels
+        target = target.squeeze(1)
+    rows = [_checked_rows(output, target, initial)] if as_rows else _one_hot(target, output, shape)
     if classes is not None:
         wanted = torch.zeros(output.shape[1], dtype=output.dtype, device=output.device)
         wanted[list(classes)] = 1
@@ -405,17 +418,22 @@ def _checked_rows(output: torch.Tensor, target: torch.Tensor, initial: Initial) 
         return rows
     raise PruneError(f'the targets of shape {tuple(target.shape)} are shaped as the output and hold other values than '
                      "0 and 1. For a regression, start relevance at the output's value, initial='value'; to start it "
-                     "with these weights, say initial='weights'; for class indices, give their number per sample, "
-                     'filled up with -1, another number than that of the classes.')
+                     "with these weights, say initial='weights'; mark classes that are unknown by 0. Class indices of "
+                     'shape (N, T), filled up with -1, are read as such where T is not the number of classes.')
 
 
-def _one_hot(target: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
+def _one_hot(target: torch.Tensor, output: torch.Tensor, shape: tuple[int, ...]) -> list[torch.Tensor]:
     '''Return rows for class indices, for several of them per sample, or for a mask of them.'''
     expected = (output.shape[0], *output.shape[2:])
     several = output.dim() == 2 and target.dim() == 2 and len(target) == len(output) and target.dtype != torch.bool
     if (target.shape != expected and not several) or target.is_floating_point():
-        raise _do_not_fit(target, output, f'give class indices of shape {tuple(expected)}, or rows of 0 and 1 shaped '
-                                          'as the output; another output, or a part of it, is named by output=.')
+        fitting = str(expected)
+        if len(shape) > 2:
+            others = shape[:1] + shape[2:]
+            fitting = f'{shape[:-1]} if its last dimension holds the classes, {others} if its second does'
+        raise _do_not_fit(target, shape, f'give class indices, whole numbers (y.long()) of shape {fitting}; or rows of '
+                                         '0 and 1 shaped as the output. Another output, or a part of it, is named by '
+                                         'output=.')
     classes, target = output.shape[1], target.long()
     none = torch.zeros_like(target, dtype=torch.bool)
     if target.dim() > 1:

@@ -10,6 +10,7 @@ from ..errors import PruneError, nearest, shown
 from ..util._networks import output_tensors, tensors_in
 
 Output = int | str | Callable[[Any], Any] | None
+SCORES = ('logit', 'cls', 'class', 'score', 'pred')  # in names of outputs that are likely to be meant
 NAMED = ('logits', 'out')  # where Hugging Face's networks and torchvision's segmentation networks return scores
 
 
@@ -47,11 +48,13 @@ def chosen_output(returned: Any, output: Output = None) -> torch.Tensor:
     if len(chosen) == 1 and _can_start(chosen[0]):
         return chosen[0]
     if len(chosen) > 1:
-        raise PruneError(f'relevance may start from several outputs of the network: {_listed(part)}. Name one with '
+        if callable(output):
+            raise PruneError(f'the function given as output= returns several tensors: {_listed(part)}. Let it return '
+                             'one, e.g. join them with torch.cat.')
+        raise PruneError(f'the network returns several outputs: {_listed(part)}. Name the one that counts with '
                          f'output=, e.g. output={_example(part)}, or give a function of what the network returns.')
-    raise PruneError(f'relevance cannot start from {_listed(part) or shown(part)}: it takes an output of real numbers '
-                     'with a row for each sample. Name another with output=, or give a function of what the network '
-                     'returns.')
+    raise PruneError(f'{_listed(part) or shown(part)} is no output to start from: it takes real numbers with a row for '
+                     'each sample. Name another with output=, or give a function of what the network returns.')
 
 
 def _can_start(tensor: torch.Tensor) -> bool:
@@ -111,9 +114,9 @@ def _listed(part: Any) -> str:
 
 def _example(part: Any) -> str:
     '''Return a value of ``output=`` that names one of several tensors.'''
-    for name, value in _entries(part):
-        if isinstance(value, torch.Tensor) and _can_start(value):
-            return name
+    found = [name for name, value in _entries(part) if isinstance(value, torch.Tensor) and _can_start(value)]
+    if found:
+        return next((name for name in found if any(word in name.lower() for word in SCORES)), found[0])
     return next((name for name, value in _entries(part) if output_tensors(value)), 'lambda returned: returned[0]')
 
 
@@ -127,13 +130,13 @@ def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, label
     output: torch.Tensor
         Shape (batch, ...).
     target: object
-        Labels, whose shape tells; or ``'predicted'``.
+        Labels, whose shape tells; or ``'predicted'``, which is never taken along a dimension that nothing tells.
     inputs: object, optional
         Inputs of the network: an output with a row for each of their positions has classes in the other dimension.
     labels: torch.Tensor, optional
         Labels that tell in place of ``'predicted'``.
     given: bool
-        A function of the user returned the output; where nothing else tells, classes are in dimension 1.
+        A function of the user returned the output; where labels fit several dimensions, classes are in dimension 1.
 
     Raises
     ------
@@ -150,24 +153,30 @@ def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, label
         found = _of_rows(told, by_inputs)
     elif told is not None and told.shape[1:] == (1, *shape[1:]):
         return None
+    elif told is not None and told.shape[1:] == (1, *shape[2:]):
+        return 1
     elif told is not None:
         found = [dim for dim in range(1, output.dim()) if told.shape[1:] == shape[1:dim] + shape[dim + 1:]]
         if not found:  # said where labels are read
             return 1
     elif target != 'predicted':
         return 1
-    if not found:
-        found = list(by_inputs) or [1] * given
+    found = found or list(by_inputs)
     if len(found) > 1 and (given or output.dim() > 3) and 1 in found:
         return 1
     both = [dim for dim in found if dim in by_inputs]
     if len(found) == 1 or len(both) == 1:
         return found[0] if len(found) == 1 else both[0]
+    if told is not None:
+        raise PruneError(
+            f'the output has shape {tuple(output.shape)}, and the labels fit several of its dimensions: let output= '
+            'return a tensor with the classes in dimension 1, e.g. output=lambda out: out if they are there already, or '
+            f'output=lambda out: out.movedim({output.dim() - 1}, 1) if they are in the last one.')
     raise PruneError(
-        f'the output has shape {tuple(output.shape)}, and which of its dimensions holds the classes cannot be told: '
-        'give labels, or let output= return a tensor with the classes in dimension 1, e.g. '
-        f'output=lambda out: out.movedim({output.dim() - 1}, 1). Where its rows are boxes or other sets, say where '
-        'relevance starts with initial=, a function of the output, e.g. zennit_prune.relevance.detections(...).')
+        f'the output has shape {tuple(output.shape)}, and which of its dimensions holds scores of classes, if any '
+        'does, cannot be told: give labels, or say where relevance starts with initial=, a function of the output. For '
+        'boxes, zennit_prune.relevance.detections(...) makes one; for the largest of the scores in dimension 1, it is '
+        'initial=lambda out: torch.zeros_like(out).scatter_(1, out.argmax(1, keepdim=True), 1).')
 
 
 def _of_rows(rows: torch.Tensor, by_inputs: list[int | None]) -> list[int | None]:
@@ -185,8 +194,8 @@ def _by_positions(output: torch.Tensor, inputs: Any) -> list[int | None]:
     shape, last = output.shape, output.dim() - 1
     for tensor in tensors_in(inputs):
         if not tensor.is_floating_point():
-            if output.dim() == 3 and tensor.shape == shape[:2]:
-                return [last]
+            if output.dim() == 3 and tensor.dim() == 2 and tensor.shape in (shape[:2], shape[::2]):
+                return [dim for dim in (1, last) if tensor.shape == shape[:dim] + shape[dim + 1:]]
             continue
         if tensor.dim() == output.dim() + 1 and tensor.shape[2:] == shape[1:]:
             return [None]
@@ -194,6 +203,18 @@ def _by_positions(output: torch.Tensor, inputs: Any) -> list[int | None]:
             found: list[int | None] = [1] if tensor.shape[2:] == shape[2:] else []
             return found + ([last] if tensor.shape[1:-1] == shape[1:-1] else [])
     return []
+
+
+MOVES = ('View', 'Unsafe', 'Reshape', 'Squeeze', 'Unsqueeze', 'Select', 'Slice', 'Clone', 'Alias', 'Transpose',
+         'Permute', 'Expand', 'Identity', 'ToCopy', 'Carried', 'TBackward', 'AsStrided')  # nodes of gradient graphs
+
+
+def ends_in_sigmoid(output: torch.Tensor) -> bool:
+    '''Return whether an output with gradient history is that of a sigmoid: 0.5, and not 0, parts its two classes.'''
+    node = output.grad_fn
+    while node is not None and type(node).__name__.startswith(MOVES):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return type(node).__name__.startswith('Sigmoid')
 
 
 def classes_second(output: torch.Tensor, dim: int | None) -> torch.Tensor:
