@@ -285,3 +285,43 @@ def test_it_serves_the_loop() -> None:
     result = zp.Pruner(network(), None, images(1)).iterate(data, zp.Budget(flops=0.4), 0.3, repair='none',
                                                            finetune=train, evaluate=check, progress=False)  # fmt: skip
     assert result.history[-1].evaluation == accuracy(result.model) > 0.9
+
+
+@pytest.mark.parametrize('kind', ['sigmoid', 'several labels', 'several labels, whole numbers', 'masks with 255',
+                                  'all outputs'])
+def test_losses_that_fit_the_output(kind: str) -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    several = (x[:, :3] > 0).float()
+    networks: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
+        'sigmoid': (nn.Sequential(nn.Linear(6, 1), nn.Sigmoid()), several[:, 0], {}),
+        'several labels': (nn.Linear(6, 3), several, {}),
+        'several labels, whole numbers': (nn.Linear(6, 3), several.long(), {}),
+        'masks with 255': (nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 2, 1)),
+                           torch.where(x[:, 1] > 2, 255, several[:, 0].long())[:, None, None], {}),
+        'all outputs': (Both(), several[:, :1], {'loss': lambda outputs, y: F.mse_loss(outputs['a'], y)
+                                                 + F.mse_loss(outputs['b'], 1 - y)})}
+    model, target, options = networks[kind]
+    trained = zp.finetune(seeded(model), [(x, target)], 200, lr=0.3, progress=False, **options)
+    with torch.no_grad():
+        found = trained(x)
+    if kind == 'all outputs':
+        assert float((found['a'] - target).square().mean()) < 0.2 > float((found['b'] + target - 1).square().mean())
+        return
+    middle = 0.5 if kind == 'sigmoid' else 0
+    right = found.argmax(1) == target if kind == 'masks with 255' else (found > middle) == target.reshape(found.shape)
+    known = target != 255 if kind == 'masks with 255' else torch.ones_like(right)
+    assert right[known].float().mean() > 0.95
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 1), nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {'a': self.a(x), 'b': self.b(x)}
+
+
+def test_values_of_a_regression_are_no_probabilities() -> None:
+    with pytest.raises(zp.PruneError, match=r'neither 0 and 1 nor probabilities.*loss='):
+        zp.finetune(nn.Linear(6, 3), [(torch.randn(8, 6), torch.randn(8, 3))], 1, progress=False)

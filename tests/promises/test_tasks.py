@@ -279,3 +279,29 @@ def test_norms_over_other_channels_for_each_task_are_not_masked() -> None:
     plan = zp.Plan(zp.trace(model, x, layernorm='surviving', examples=[(x, True)]), {'first': [0], 'other': [1]})
     with pytest.raises(zp.PruneError, match='LayerNorm in the network itself runs over other channels'):
         plan.masked(model)
+
+
+def test_a_repair_fits_the_first_task_and_says_so() -> None:
+    model, _ = tasks()
+    x, other = torch.randn(40, 3, 8, 8, dtype=D), torch.randn(24, 3, 8, 8, dtype=D)
+    pruner = zp.Pruner(model, None, (x[:2], 'age'), examples=[(x[:2], 'sex'), (x[:2], 'deep')], progress=False)
+    plan = zp.Plan(pruner.graph, {'conv1': [0, 3], 'conv2': [1]})
+    small = plan.apply(model)
+    with pytest.warns(zp.PruneWarning, match=r"first example.*; 24 inputs .* left out.*'heads.sex', 'heads.deep'"):
+        both = zp.repair(model, small, plan, [((x, 'age'), None), ((other, 'sex'), None)], progress=False)
+    with pytest.warns(zp.PruneWarning, match=r"first example of the trace runs\. What only .*'heads.sex'"):
+        alone = zp.repair(model, small, plan, [((x, 'age'), None)], progress=False)
+    assert all(map(torch.equal, both.parameters(), alone.parameters()))
+    assert torch.equal(both.heads['sex'].weight, small.heads['sex'].weight)
+    with pytest.raises(zp.PruneError, match='the data are empty, but for those of other examples'):
+        zp.repair(model, small, plan, [((other, 'sex'), None)], progress=False)
+
+
+def test_groups_of_other_tasks_are_kept_and_the_reason_is_true() -> None:
+    model, x = tasks()
+    pruner = zp.Pruner(model, None, (x, 'age'), examples=[(x, 'deep')], progress=False)
+    with pytest.warns(zp.PruneWarning, match=r'heads.deep.0 \(only a further example of the trace runs it\)'):
+        relevance = pruner.collect([((x, 'age'), None), ((x, 'deep'), None)], initial='value')
+    alone = zp.Pruner(model, None, (x, 'age'), progress=False).collect([((x, 'age'), None)], initial='value')
+    assert not torch.equal(relevance['conv1'], alone['conv1'])  # both tasks count
+    assert 'heads.deep.0' not in pruner.plan(relevance, zp.Budget(channels=0.6)).removed

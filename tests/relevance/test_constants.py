@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from small import apart, images, labels, same, seeded, snapshot
+from small import apart, composite, images, labels, same, seeded, snapshot
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -345,7 +346,7 @@ def test_a_backward_that_fails_is_named() -> None:
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             raise RuntimeError('it does not require grad')
 
-    with pytest.raises(zp.PruneError, match='backward of Stubborn does not run where parameters are frozen'):
+    with pytest.raises(zp.PruneError, match='backward of Stubborn does not run, perhaps because parameters are frozen'):
         collected(Custom(Stubborn))
 
 
@@ -460,3 +461,53 @@ def test_the_model_survives() -> None:
         before = snapshot(model)
         zp.Pruner(model, None, images(), progress=False).preflight(images())
         assert same(before, snapshot(model))
+
+
+class Nothing(torch.autograd.Function):
+    '''Passes nothing on to its input.'''
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+class Ending(nn.Module):
+    def __init__(self, beside: bool):
+        super().__init__()
+        self.a, self.b, self.fc, self.beside = nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 4), beside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        return self.fc(self.b(Nothing.apply(x) + (x if self.beside else 0)).relu())
+
+
+@pytest.mark.parametrize('rules', [composite, lambda: None])
+def test_functions_that_pass_nothing_on(rules: Callable[[], Any]) -> None:
+    x, target = torch.randn(8, 6), torch.arange(8) % 4
+    pruner = zp.Pruner(seeded(Ending(False)), rules(), x[:2], progress=False)
+    with pytest.warns(zp.PruneWarning, match='no relevance arrives at a: '):
+        relevance = pruner.collect([(x, target)])
+    assert set(relevance) == {'b'} and relevance['b'].any()
+    beside = zp.Pruner(seeded(Ending(True)), rules(), x[:2], progress=False).collect([(x, target)])
+    assert beside['a'].any()
+
+
+class Probe(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Ending(True), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+
+def test_a_head_behind_a_frozen_body_says_why_nothing_is_scored() -> None:
+    x = torch.randn(8, 6)
+    with pytest.raises(zp.PruneError, match=r'no relevance arrives at any channel.*without gradients'):
+        zp.Pruner(seeded(Probe()), None, x[:2], progress=False).collect([(x, torch.arange(8) % 3)])

@@ -254,6 +254,28 @@ def test_the_class_of_a_column_is_predicted_by_its_sign() -> None:
         initial_relevance(output[:, 0], 'predicted', 'one-hot')
 
 
+@pytest.mark.parametrize('outputs', [1, 2])
+@pytest.mark.parametrize('unknown,known', [(255, 0), (-1, 1)])
+def test_masks_in_which_a_class_has_the_number_of_unknown_pixels(outputs: int, unknown: int, known: int) -> None:
+    output = torch.randn(3, outputs, 4, 5)
+    masks = torch.where(torch.rand(3, 4, 5) < 0.5, unknown, known)
+    with pytest.raises(zp.PruneError, match=f'hold {unknown} and no {1 - known}.*give 0 and 1, e.g. y > 0'):
+        initial_relevance(output, masks, 'one-hot')
+    assert initial_relevance(output, (masks > 0).long(), 'one-hot').abs().sum() == 60
+
+
+def test_the_loss_of_a_sigmoid_is_that_of_a_probability() -> None:
+    logits = torch.randn(4, 1, requires_grad=True)
+    output, labels = logits.sigmoid(), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    expected, = torch.autograd.grad(F.binary_cross_entropy(output[:, 0], labels, reduction='sum'), output,
+                                    retain_graph=True)
+    assert apart(initial_relevance(output, labels, 'cross-entropy'), expected) <= 1e-5
+    assert initial_relevance(output, labels, 'softmax').flatten().tolist() == [-1, 1, 1, -1]
+    soft = torch.rand(4, 1)
+    expected, = torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, soft, reduction='sum'), logits)
+    assert apart(initial_relevance(logits, soft, 'binary-cross-entropy'), expected) <= 1e-5
+
+
 def test_pixels_of_a_column_that_are_unknown_start_no_relevance() -> None:
     output, labels = column((6, 1, 4, 5))
     labels[0, 0, :2], labels[1, 0, 0], labels[2] = -1, 255, -100

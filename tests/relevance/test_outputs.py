@@ -45,6 +45,7 @@ FOUND: dict[str, tuple[Any, Any]] = {
     'negative index': ([BOXES, SCORES], -1),
     'key': ({'boxes': BOXES, 'scores': SCORES}, 'scores'),
     'attribute': (SimpleNamespace(boxes=BOXES, scores=SCORES), 'scores'),
+    'key that is a number': ({0: BOXES, 1: SCORES}, 1),
     'field of a tuple': (Pair(BOXES, SCORES), 'scores'),
     'function': (([BOXES], {'a': SCORES}), lambda returned: returned[1]['a']),
     'logits': ({'loss': torch.ones(()), 'boxes': BOXES, 'logits': SCORES}, None),
@@ -68,6 +69,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     'several': ((BOXES, SCORES), None, r'several outputs.*0 \(shape \(4, 3\)\), 1 \(shape \(4, 5\)\).*output=0'),
     'several keys': ({'boxes': BOXES, 'scores': SCORES}, None, r"'boxes' \(shape \(4, 3\)\).*output='scores'"),
     'unknown key': ({'boxes': BOXES, 'scores': SCORES}, 'score', "output='score' is none.*did you mean 'scores'"),
+    'no key': ({0: BOXES, 1: SCORES}, 2, 'output=2 is none'),
     'index out of range': ((BOXES,), 1, r'output=1 is none of the outputs.*0 \(shape'),
     'index of a tensor': (SCORES, 0, r'output=0.*a tensor of shape \(4, 5\)'),
     'whole numbers': ((SCORES.long(),), None, 'real numbers'),
@@ -180,8 +182,11 @@ DIMENSIONS: dict[str, tuple[Any, int | None]] = {
     'masks without a dimension': ((torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.zeros(2, 3, 4, 4)), None),
     'predicted per pixel': ((torch.zeros(2, 9, 4, 5), 'predicted', torch.zeros(2, 3, 4, 5)), 1),
     'predicted per token number': ((OUTPUT, 'predicted', torch.zeros(2, 5).long()), 2),
-    'predicted per token': ((OUTPUT, 'predicted', torch.zeros(2, 5, 4)), 2),
-    'predicted per position': ((OUTPUT, 'predicted', torch.zeros(2, 4, 7)), 1),
+    'predicted per pixel, channels last': ((torch.zeros(2, 4, 5, 9), 'predicted', torch.zeros(2, 4, 5, 3)), 3),
+    'as large as classes, channels last': ((torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4).long(),
+                                            torch.zeros(2, 4, 4, 3)), 3),
+    'rows of one token': ((torch.zeros(2, 1, 7), F.one_hot(torch.zeros(2, 1).long(), 7), torch.zeros(2, 1).long()), 2),
+    'rows of a line': ((torch.zeros(2, 4, 5, 1), F.one_hot(torch.zeros(2, 5, 1).long(), 4).movedim(-1, 1)), 1),
     'predicted, told by labels': ((OUTPUT, 'predicted', torch.zeros(2, 3, 8, 8), torch.zeros(2, 5).long()), 2),
     'labels of both, from a function': ((torch.zeros(2, 5, 5), torch.zeros(2, 5).long(), None, None, True), 1),
     'predicted per token number, words second': ((OUTPUT, 'predicted', torch.zeros(2, 7).long()), 1),
@@ -201,7 +206,7 @@ def test_the_dimension_of_the_classes(case: str) -> None:
 @pytest.mark.parametrize('given', [False, True])
 @pytest.mark.parametrize('shape,inputs', [
     ((2, 85, 8400), (2, 3, 64, 64)), ((2, 25200, 85), (2, 3, 64, 64)), ((2, 24, 8, 8), (2, 3, 64, 64)),
-    ((2, 100, 92), (2, 3, 32, 32)), ((2, 5, 5), (2, 7))])
+    ((2, 100, 92), (2, 3, 32, 32)), ((2, 5, 5), (2, 7)), ((2, 24, 8, 8), (2, 16, 8, 8)), ((2, 6, 7), (2, 6, 5))])
 def test_numbers_of_boxes_are_no_classes(shape: tuple[int, ...], inputs: tuple[int, ...], given: bool) -> None:
     with pytest.raises(zp.PruneError, match=r'cannot be told: give labels.*detections\(\.\.\.\).*initial=') as error:
         class_dimension(torch.zeros(shape), 'predicted', torch.zeros(inputs), None, given)

@@ -12,8 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._initial import check_labels
-from ..relevance._outputs import Output, check_output, chosen_output, class_dimension, classes_second
+from ..relevance._initial import UNKNOWN, check_labels
+from ..relevance._outputs import (
+    Output,
+    check_output,
+    chosen_output,
+    class_dimension,
+    classes_second,
+    ends_in_sigmoid,
+)
 from ..util._arguments import call_network
 from ..util._isolation import seeded
 from ..util._loaders import Batch, batches, held_out, many_times
@@ -62,8 +69,8 @@ def finetune(model: nn.Module, loader: Iterable[Any], epochs: int, *, optimizer:
         The number that outputs are divided by before they are compared with the teacher's.
     loss: callable, optional
         From outputs and labels (or the teacher's outputs) to a number, in place of the cross-entropy, which is the
-        binary one for an output of a single column and labels 0 and 1. Without ``output``, it is called with all that
-        the network returns.
+        binary one for an output of a single column and for rows with several labels. Without ``output``, it is called
+        with all that the network returns.
     output: int, str or callable, optional
         The output that is trained, where the network returns several tensors: an index, a key or attribute, or a
         function of what it returns. By default, the one that is called ``'logits'`` or ``'out'``, or the only one.
@@ -238,19 +245,43 @@ def _in_single(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cross_entropy(output: torch.Tensor, labels: Any, inputs: Any, given: bool) -> torch.Tensor:
-    '''Return the cross-entropy for labels that are among the classes of the output; the binary one for one column.'''
+    '''Return the cross-entropy for class indices or rows; the binary one for an output of one column.'''
     labels = as_labels(labels).to(output.device)
     scores = classes_second(output, class_dimension(output, labels, inputs, given=given))
     if scores.shape[1] == 1:
-        if labels.numel() != scores.numel() or not ((labels == 0) | (labels == 1)).all():
-            raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
-                             'outputs and labels, or labels that are all 0 or 1.')
-        return F.binary_cross_entropy_with_logits(scores, labels.reshape(scores.shape).to(scores.dtype))
-    if labels.shape == (len(scores), 1) and scores.dim() == 2 and not labels.is_floating_point():
-        labels = labels.squeeze(1)
+        return _of_column(output, scores, labels)
+    if labels.shape == scores.shape:
+        return _of_rows(scores, labels)
+    if labels.shape in (scores[:, :1].shape, (*scores[:, :1].shape, 1)) and not labels.is_floating_point():
+        labels = labels.reshape(len(scores), *scores.shape[2:])
     if not labels.is_floating_point():
+        labels = labels.long()
+        if labels.dim() > 1:
+            unknown = (labels < 0) | ((labels == UNKNOWN) & (scores.shape[1] <= UNKNOWN))
+            labels = labels.masked_fill(unknown, IGNORED)
         check_labels(labels[labels != IGNORED], scores.shape[1])
     return F.cross_entropy(scores, labels)
+
+
+def _of_column(output: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    '''Return the binary cross-entropy of a single column, of logits or of the probabilities of a sigmoid.'''
+    if labels.numel() != scores.numel() or not ((labels == 0) | (labels == 1)).all():
+        raise PruneError(f'the output has shape {tuple(output.shape)}, without classes: give loss=, a function of '
+                         'outputs and labels, or labels that are all 0 or 1.')
+    loss = F.binary_cross_entropy if ends_in_sigmoid(output) else F.binary_cross_entropy_with_logits
+    return loss(scores, labels.reshape(scores.shape).to(scores.dtype))
+
+
+def _of_rows(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    '''Return the loss of rows: the cross-entropy of one class or of probabilities, the binary one of several labels.'''
+    rows = rows.to(scores.dtype)
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-2).all()):
+        return F.cross_entropy(scores, rows)
+    if bool(((rows == 0) | (rows == 1)).all()):
+        return F.binary_cross_entropy_with_logits(scores, rows)
+    raise PruneError(f'the labels of shape {tuple(rows.shape)} are shaped as the output and are neither 0 and 1 nor '
+                     'probabilities: for a regression, say, give loss=, a function of outputs and labels, e.g. '
+                     'torch.nn.functional.mse_loss.')
 
 
 class _Cosine:

@@ -385,7 +385,8 @@ class Plan:
             return ''
         return (f'no example of the trace runs these parts, whose weights stay as they are: '
                 f'{some(map(repr, parts), 5)}. Whatever else calls them (another task, say) may fail, or read other '
-                'channels. Trace with examples=, one for every task; parts that nothing calls do no harm')
+                'channels. Trace with examples=, a further example for every other task; parts that nothing calls do '
+                'no harm')
 
     def _proven(self, model: nn.Module) -> nn.Module:
         '''Return the narrowed network, after the proof of its structure.'''

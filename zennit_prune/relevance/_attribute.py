@@ -102,6 +102,7 @@ def attributing(model: nn.Module, composite: Composite, canonizer: GraphCanonize
             _rules_per_call(network, registered, canonizer)
             fed = canonizer.fed if fed is None else fed
         _only_with_gradients(network)
+        _passing_on_none(registered)
         _Roots(network, fed or ())
         if reading is not None:
             reading.attach()
@@ -162,6 +163,16 @@ def _passing_over_constants(hook: Callable[..., Any], rule: Hook) -> Callable[..
 
     in_graph.rule = rule  # type: ignore[attr-defined]  # as on a module, where hooks are bound methods
     return in_graph
+
+
+def _passing_on_none(composite: Composite) -> None:
+    '''Let rules pass on that no relevance arrives: functions of users may return None for an input.'''
+    for rule in list(composite.hook_refs):
+        rule.backward = partial(_unless_none, rule.backward)
+
+
+def _unless_none(backward: Callable[..., Any], module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+    return None if grad_output[0] is None else backward(module, grad_input, grad_output)
 
 
 def _has_keywords_only(inputs: Any) -> bool:
@@ -277,6 +288,7 @@ class Reader(CallCounter):
         self._counts: list[dict[str, int]] = []
         self._wanted = {place for place in places if place.side == 'function'}
         self._sites = {place.site for place in self._wanted}
+        self.met = False  # any of the tensors
         self._at_modules: defaultdict[str, list[Place]] = defaultdict(list)
         for place in places:
             if place.side != 'function':
@@ -305,7 +317,7 @@ class Reader(CallCounter):
         return catch
 
     def _catch(self, place: Place, value: Any) -> None:
-        tensors = tensors_in(value)
+        tensors, self.met = tensors_in(value), True
         if place.position < len(tensors) and tensors[place.position].requires_grad:
             self.caught[place] = get_gradient_edge(tensors[place.position])
 
@@ -392,19 +404,19 @@ def propagate(output: torch.Tensor, start: torch.Tensor, inputs: Sequence[Any],
             return torch.autograd.grad([output], inputs, [start], retain_graph=again, allow_unused=True)
     except PruneError:
         raise
-    except RuntimeError as error:
-        raise PruneError(f'the composite cannot propagate relevance through this network: {error}. '
+    except Exception as error:  # of a rule, or the backward of a function of the user's
+        raise PruneError(f'the composite cannot propagate relevance through this network: {error or repr(error)}. '
                          f'{_remedy(error, output)}') from error
 
 
-def _remedy(error: RuntimeError, output: torch.Tensor) -> str:
+def _remedy(error: Exception, output: torch.Tensor) -> str:
     '''Return what to do where relevance cannot be propagated from an output.'''
     if TYPES.search(str(error)):
         return ('The network converts values to another type by hand (.half(), .to(torch.bfloat16)), which a rule '
                 'cannot follow: remove the conversion, or convert the network and its inputs to one type, e.g. with '
                 '.float().')
     own = ', '.join(dict.fromkeys(filter(None, map(custom_function, graph_of(output)))))
-    backward = f'The backward of {own} does not run where parameters are frozen: switch it off; or a' if own else 'A'
+    backward = f'The backward of {own} does not run, perhaps because parameters are frozen; or a' if own else 'A'
     return (f'{backward} rule sits on a module that it does not fit, e.g. one with several inputs: map it to no rule, '
             'or to one that fits.')
 
@@ -436,7 +448,8 @@ def check_depends(output: torch.Tensor) -> None:
     '''
     if not output.requires_grad:
         raise PruneError('no relevance can be traced back from the output, as it was computed without gradients: '
-                         'forward runs under torch.no_grad() or torch.inference_mode(), returns detached values '
+                         'forward, or the code around this call, runs under torch.no_grad() or '
+                         'torch.inference_mode(), or forward returns detached values '
                          '(.detach(), .data) or whole numbers made float (argmax, comparisons). Return the values from '
                          'before, or let that part run with gradients; or name another output with output=.')
 

@@ -71,7 +71,8 @@ def aggregated(how: str, site: ActivationSite, relevance: torch.Tensor, batch: i
     '''Sum relevance at a site over space, for every sample and channel, shape (batch, size of the group).'''
     if relevance.shape[0] % batch:
         raise PruneError(f'relevance at {site.place.module!r} has shape {tuple(relevance.shape)} for a batch of '
-                         f'{batch}: its first dimension does not hold the samples.')
+                         f'{batch}: its first dimension does not hold the samples. Let forward stack samples, and run '
+                         'its layers once for all.')
     if how == 'sumabs':
         return site.per_sample(relevance.abs(), batch)
     values = site.per_sample(relevance, batch)
@@ -348,9 +349,7 @@ class Collector:
         if not weight.any():
             return {}
         if not totals:
-            raise PruneError('no relevance arrives at any channel: the output that relevance starts from does not '
-                             'depend on them, is computed without gradients, or a canonizer hides them. Name another '
-                             'output with output=.')
+            raise _nothing_arrives()
         return samples.counted(totals, weight > 0, self._sound, self.model)
 
     def _measured(self, batch: Batch) -> Iterator[tuple[dict[Place, torch.Tensor], torch.Tensor]]:
@@ -391,8 +390,9 @@ class Collector:
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
         if not caught:
-            raise PruneError('none of the tensors that carry channels was met: a canonizer replaces the forward of the '
-                             'modules that hold them.')
+            raise _nothing_arrives() if self._reader.met else PruneError(
+                'none of the tensors that carry channels was met: a canonizer replaces the forward of the modules that '
+                'hold them.')
         for number, (start, share) in enumerate(zip(found, shares(found)), 1):
             if self.attributor is None:
                 arrived = propagate(output, start.relevance(output), list(caught.values()), number < len(found))
@@ -670,6 +670,12 @@ class Collector:
 
 def _named_output(output: Output) -> int | str:
     return output if isinstance(output, int) else named(output)
+
+
+def _nothing_arrives() -> PruneError:
+    return PruneError('no relevance arrives at any channel: the output that relevance starts from does not depend on '
+                      'them, or what is between them and the output is computed without gradients (torch.no_grad, '
+                      '.detach()). Let that part run with gradients, or name another output with output=.')
 
 
 def _no_relevance_at(names: Iterable[str]) -> str:

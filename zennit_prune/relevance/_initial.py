@@ -14,6 +14,7 @@ from ._outputs import Output, chosen_output, class_dimension, classes_back, clas
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy', 'binary-cross-entropy', 'value', 'weights')
+LOSSES = ('cross-entropy', 'binary-cross-entropy')
 UNKNOWN = 255  # the value of segmentation masks where the class is unknown
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
 
@@ -162,7 +163,7 @@ class Origin:
                              "initial='value'; or give a function of the output as initial=.")
         dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
         found = self._rows(classes_second(output, dim), target, dim, tuple(output.shape), middle)
-        return [self._start(rows, dim) for rows in found]
+        return [self._start(rows, dim, middle > 0) for rows in found]
 
     def predicted(self, output: torch.Tensor) -> torch.Tensor:
         '''Return the class of the largest output, for each position.
@@ -205,10 +206,10 @@ class Origin:
         if self.initial == 'weights':
             return [_weights(output, target)]
         if output.shape[1] == 1:
-            return [_signs(output, target, self.classes, shape, middle)]
+            return [_signs(output, target, self, shape, middle)]
         return _one_hot_rows(output, target, self.initial, self.classes, shape)
 
-    def _start(self, rows: Rows, dim: int | None) -> Start:
+    def _start(self, rows: Rows, dim: int | None, sigmoid: bool) -> Start:
         values, given = rows.values, rows.given
         one = None
         if values.dim() == 2:
@@ -217,8 +218,12 @@ class Origin:
 
         def relevance(seen: torch.Tensor) -> torch.Tensor:
             output = classes_second(seen.detach(), dim)
-            make = _of_column if output.shape[1] == 1 else _of_classes
-            found = values if self.initial == 'weights' else make(values, given, output, self.initial, self.classes)
+            if self.initial == 'weights':
+                found = values
+            elif output.shape[1] == 1:
+                found = _of_column(values, given, output, self.initial, sigmoid)
+            else:
+                found = _of_classes(values, given, output, self.initial, self.classes)
             return classes_back(found, dim)
 
         return Start(relevance, given.flatten(1).any(1), one)
@@ -289,15 +294,18 @@ def _of_classes(rows: torch.Tensor, given: torch.Tensor, output: torch.Tensor, i
 
 
 def _of_column(signs: torch.Tensor, given: torch.Tensor, output: torch.Tensor, initial: Initial,
-               classes: Sequence[int] | None) -> torch.Tensor:
+               sigmoid: bool) -> torch.Tensor:
     '''Return the relevance at an output of a single column, for 1 at class 1 and -1 at class 0.'''
     if initial == 'logit':
         return signs * output
     probability = output.sigmoid()
     if initial == 'softmax':
-        return signs * probability * (1 - probability)
-    if initial in ('cross-entropy', 'binary-cross-entropy'):
-        return (probability - (signs > 0).to(output.dtype)) * given / _number(given)
+        return signs if sigmoid else signs * probability * (1 - probability)
+    if initial in LOSSES:
+        labels = (signs + 1) / 2
+        if sigmoid:  # the loss of a probability
+            return (output - labels) / (output * (1 - output)).clamp(min=1e-6) * given / _number(given)
+        return (probability - labels) * given / _number(given)
     return signs
 
 
@@ -350,38 +358,48 @@ def _weights(output: torch.Tensor, target: Any) -> Rows:
     return Rows(values, (values != 0).any(1, keepdim=True))
 
 
-def _signs(output: torch.Tensor, target: Any, classes: Sequence[int] | None, shape: tuple[int, ...],
-           middle: float) -> Rows:
-    '''Return a target of an output of a single column: 1 at class 1, -1 at class 0, 0 where there is none.'''
+def _signs(output: torch.Tensor, target: Any, origin: Origin, shape: tuple[int, ...], middle: float) -> Rows:
+    '''Return a target of an output of a single column: 1 at class 1, -1 at class 0, 0 where there is none.
+
+    For the binary cross-entropy, probabilities of class 1 lie in between.
+    '''
+    known = torch.ones_like(output, dtype=torch.bool)
     if isinstance(target, str):
         values = torch.where(output < middle, -1.0, 1.0)
     else:
         target = _column(output, target, shape)
-        known = torch.ones_like(target, dtype=torch.bool)
         if output.dim() > 2 and not target.is_floating_point() and target.dtype != torch.bool:
             known = (target >= 0) & (target != UNKNOWN)
         found = target[known]
-        if bool((target == UNKNOWN).any()) and not bool((found == 1).any()):
-            raise PruneError('the labels hold 255 and no 1, and 255 means unknown: for masks of 0 and 255, give y > 0, '
-                             'e.g. loader = ((x, y > 0) for x, y in loader); mark pixels that are unknown by -1.')
-        if not _binary(found):
+        _check_unknown(target, found)
+        soft = origin.initial == 'binary-cross-entropy' and bool(((found >= 0) & (found <= 1)).all())
+        if not _binary(found) and not soft:
             other = found[(found != 0) & (found != 1)][0].item()
             raise PruneError(f'the output has a single column, shape {shape}, and there is a label '
                              f"{other:.6g}. For a regression, start relevance at the output's value, initial='value'; "
                              'for two classes, give labels that are all 0 or 1; or give a function of the output as '
                              'initial=.')
-        values = torch.where(target.bool(), 1.0, -1.0) * known
+        values = (2 * target.to(output.dtype) - 1) * known
     for number, sign in ((0, -1), (1, 1)):
-        if classes is not None and number not in classes:
-            values = values.masked_fill(values == sign, 0)
-    values = values.to(output.dtype)
-    return Rows(values, values != 0)
+        if origin.classes is not None and number not in origin.classes:
+            known = known & (values.sign() != sign)
+    return Rows(values.to(output.dtype) * known, known)
+
+
+def _check_unknown(target: torch.Tensor, known: torch.Tensor) -> None:
+    '''Refuse masks of two classes in which one class has the number that means unknown.'''
+    for unknown_as, other, remedy in ((UNKNOWN, 1, 'y > 0, and mark what is unknown by -1'),
+                                      (-1, 0, 'y > 0, and mark what is unknown by 255')):
+        if bool((target == unknown_as).any()) and not bool((known == other).any()) and known.numel() < target.numel():
+            raise PruneError(f'the labels hold {unknown_as} and no {other}, and {unknown_as} means unknown: for masks '
+                             f'of two classes give 0 and 1, e.g. {remedy}.')
 
 
 def _column(output: torch.Tensor, target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     '''Return labels in the shape of an output of a single column.'''
     without = output.shape[:1] + output.shape[2:]
-    if target.shape in (output.shape, without):
+    alone = output.numel() == len(output) and target.shape in (output.shape[:1], output.shape[:2])  # (N, 1, 1, 1)
+    if target.shape in (output.shape, without) or alone:
         return target.reshape(output.shape)
     raise _do_not_fit(target, shape, f"give labels of shape {tuple(without)}, 0 or 1, or of the output's shape; for a "
                                      "regression, initial='value'.")
@@ -439,6 +457,8 @@ def _one_hot(target: torch.Tensor, output: torch.Tensor, shape: tuple[int, ...])
     if target.dim() > 1:
         none = (target < 0) | ((target == UNKNOWN) & (classes <= UNKNOWN) & (not several))
     check_labels(target[~none], classes)
+    if classes == 2 and not several:
+        _check_unknown(target, target[~none])
     if several:
         ordered = target.sort(1).values
         twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]
@@ -485,4 +505,5 @@ def of_classes(target: Any, classes: Sequence[int] | None) -> torch.Tensor | Non
     target = as_labels(target)
     if target.dim() != 1 or target.is_floating_point():
         return None
+    target = target.long()
     return torch.isin(target, torch.tensor(classes, device=target.device))

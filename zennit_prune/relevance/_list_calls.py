@@ -74,7 +74,7 @@ class ListCalls:
                 raise PruneError(f'the network calls {what} once for each sample in a list, so that its calls for '
                                  f'{size} samples are not those that were traced, for {self._traced}: give lists of '
                                  f'{self._traced} samples, e.g. of a DataLoader with batch_size={self._traced} and '
-                                 'drop_last=True.')
+                                 'drop_last=True; or let forward stack the samples and run its layers once.')
         self._checked.add(size)
 
     def _calls(self, batch: Batch) -> Calls:

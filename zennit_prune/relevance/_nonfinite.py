@@ -19,6 +19,7 @@ from ..util._isolation import exact_pass, isolated
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, modules_by_name, tensors_in
 
+DIVIDING = ('div', 'reciprocal', 'rsqrt', 'log', 'sqrt', 'pow')  # functions that are infinite or NaN at zero
 FILLING = {'full', 'full_like', 'new_full', 'fill', 'masked_fill', 'where', 'scatter', 'index_fill', 'setitem'}
 
 
@@ -67,7 +68,7 @@ def _counted(tensor: torch.Tensor, wrong: torch.Tensor) -> str:
     value = tensor[tuple(index)].item()
     many = int(wrong.sum())
     others = f' and {many - 1:,} more such value{"s" if many > 2 else ""}' if many > 1 else ''
-    return f'{value:.4g} at {index}{others}'
+    return f'{value:.4g}{f" at {index}" if index else ""}{others}'
 
 
 def overflow(model: nn.Module, inputs: Any) -> str:
@@ -79,7 +80,7 @@ def overflow(model: nn.Module, inputs: Any) -> str:
     finder = _Finder(network)
     with torch.no_grad(), exact_pass(), isolated(network), finder, suppress(PruneError):  # it may branch on values
         call_network(network, inputs)
-    return finder.found or finder.infinite
+    return finder.buffer or finder.found or finder.infinite
 
 
 class _Finder(CallCounter):
@@ -91,11 +92,14 @@ class _Finder(CallCounter):
         The first call that returned NaN or infinity, in words.
     infinite: str
         The first call that returned minus infinity, which is usual before a softmax.
+    buffer: str
+        The first infinite buffer that makes NaN or infinity of finite numbers, in words.
     '''
 
     def __init__(self, network: nn.Module):
         super().__init__(network)
-        self.found = self.infinite = ''
+        self.found = self.infinite = self.buffer = ''
+        self._buffers = {id(tensor): name for name, tensor in network.named_buffers()}
         self._largest: list[list[float]] = []
 
     def intercept(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -104,6 +108,7 @@ class _Finder(CallCounter):
         largest = _magnitudes((args, kwargs))  # before the call, which may write into them
         function, module = self.function.strip('_'), self.site.module
         result = func(*args, **kwargs)
+        self._note_buffer((args, kwargs), result)
         if function not in FILLING:
             of_torch = module and self.kind in vars(nn)
             self._note(repr(module) if of_torch else _named(function, module), largest, result)
@@ -113,10 +118,20 @@ class _Finder(CallCounter):
         self._largest.append(_magnitudes(inputs))
 
     def left(self, frame: Any, output: Any) -> None:
-        self._note(repr(frame.module), self._largest.pop(), output)
+        self._note(repr(frame.module) if frame.module else 'the network itself', self._largest.pop(), output)
+
+    def _note_buffer(self, arguments: Any, result: Any) -> None:
+        '''Note an infinite buffer among the arguments of a call that returned NaN or infinity.'''
+        for tensor in tensors_in(arguments):
+            name = self._buffers.get(id(tensor))
+            if name and tensor.is_floating_point() and not tensor.isfinite().all() and not self.buffer and any(
+                    not without_nan(other).all() for other in tensors_in(result) if other.is_floating_point()):
+                self.buffer = f'{name!r} holds {_counted(tensor, ~tensor.isfinite())}, which the network computes with'
 
     def _note(self, where: str, largest: list[float], result: Any) -> None:
-        if self.found or not all(map(math.isfinite, largest)):
+        if self.found:
+            return
+        if not all(map(math.isfinite, largest)):
             return
         for tensor in tensors_in(result):
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -140,8 +155,9 @@ def _named(function: str, module: str) -> str:
 def _described(where: str, largest: list[float], result: torch.Tensor) -> str:
     kind = str(result.dtype).removeprefix('torch.')
     came = f'numbers of up to {largest[0]:.3g} come in' if largest else 'no numbers come in'
-    if result.isinf().any() or math.prod(largest) > torch.finfo(result.dtype).max:
+    divides = any(name in where for name in DIVIDING)
+    if (result.isinf().any() and not divides) or math.prod(largest) > torch.finfo(result.dtype).max:
         wider = 'float64 with .double()' if result.dtype in (torch.float32, torch.float64) else 'float32 with .float()'
         return (f'overflow in {where}: {came}, and what comes out is not finite in {kind}. Scale the weights, or '
                 f'convert the network and its inputs to {wider}')
-    return f'NaN in {where}: {came}, and what comes out is not finite, e.g. after a division of zero by zero'
+    return f'NaN in {where}: {came}, and what comes out is not finite, e.g. after a division by zero'

@@ -10,6 +10,7 @@ from ..errors import PruneError, nearest, shown
 from ..util._networks import output_tensors, tensors_in
 
 Output = int | str | Callable[[Any], Any] | None
+IMAGES = 4  # dimensions of a batch of images, at least
 SCORES = ('logit', 'cls', 'class', 'score', 'pred')  # in names of outputs that are likely to be meant
 NAMED = ('logits', 'out')  # where Hugging Face's networks and torchvision's segmentation networks return scores
 
@@ -73,14 +74,13 @@ def _part(returned: Any, output: Output) -> Any:
         except Exception as error:
             raise PruneError(f'the function given as output= fails on what the network returns, {_listed(returned)}: '
                              f'{type(error).__name__}: {error}') from error
+    if isinstance(returned, Mapping) and output in returned:
+        return returned[output]
     if isinstance(output, int):
         if isinstance(returned, (tuple, list)) and -len(returned) <= output < len(returned):
             return returned[output]
-    elif output is not None:
-        if isinstance(returned, Mapping) and output in returned:
-            return returned[output]
-        if not isinstance(returned, torch.Tensor) and hasattr(returned, output):
-            return getattr(returned, output)
+    elif output is not None and not isinstance(returned, torch.Tensor) and hasattr(returned, output):
+        return getattr(returned, output)
     hint = nearest(output, _names(returned)) if isinstance(output, str) else ''
     raise PruneError(f'output={output!r} is none of the outputs of the network, which returns {_listed(returned)}'
                      f'{hint or "."}')
@@ -90,7 +90,8 @@ def _names(part: Any) -> list[str]:
     if isinstance(part, Mapping):
         return [key for key in part if isinstance(key, str)]
     fields = getattr(part, '_fields', None)
-    return list(fields if fields is not None else getattr(part, '__dict__', ()))
+    slots = [name for kind in type(part).__mro__ for name in getattr(kind, '__slots__', ()) if hasattr(part, name)]
+    return list(fields if fields is not None else [*getattr(part, '__dict__', ()), *slots])
 
 
 def _entries(part: Any) -> Iterator[tuple[str, Any]]:
@@ -146,7 +147,7 @@ def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, label
     if output.dim() < 3:
         return 1 if output.dim() == 2 else None
     told = next((value for value in (target, labels) if isinstance(value, torch.Tensor) and value.dim()), None)
-    by_inputs = _by_positions(output, inputs)
+    by_inputs = _by_positions(output, inputs, told is not None)
     found: list[int | None] = []
     shape = output.shape
     if told is not None and told.shape[1:] == shape[1:]:
@@ -162,16 +163,16 @@ def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, label
     elif target != 'predicted':
         return 1
     found = found or list(by_inputs)
-    if len(found) > 1 and (given or output.dim() > 3) and 1 in found:
-        return 1
     both = [dim for dim in found if dim in by_inputs]
     if len(found) == 1 or len(both) == 1:
         return found[0] if len(found) == 1 else both[0]
+    if told is not None and (given or output.dim() > 3) and 1 in found:
+        return 1
     if told is not None:
         raise PruneError(
             f'the output has shape {tuple(output.shape)}, and the labels fit several of its dimensions: let output= '
-            'return a tensor with the classes in dimension 1, e.g. output=lambda out: out if they are there already, or '
-            f'output=lambda out: out.movedim({output.dim() - 1}, 1) if they are in the last one.')
+            'return a tensor with the classes in dimension 1, e.g. output=lambda out: out if they are there already, '
+            f'or output=lambda out: out.movedim({output.dim() - 1}, 1) if they are in the last one.')
     raise PruneError(
         f'the output has shape {tuple(output.shape)}, and which of its dimensions holds scores of classes, if any '
         'does, cannot be told: give labels, or say where relevance starts with initial=, a function of the output. For '
@@ -183,19 +184,28 @@ def _of_rows(rows: torch.Tensor, by_inputs: list[int | None]) -> list[int | None
     '''Return the dimensions that may hold classes for rows of 0 and 1 that are shaped as the output.'''
     if None in by_inputs:
         return [None]
-    if 1 in (rows.shape[1], rows.shape[-1]):
-        return [1 if rows.shape[1] == 1 else rows.dim() - 1]
-    once = [dim for dim in range(1, rows.dim()) if bool((rows.sum(dim) == 1).all())]
+    last = rows.dim() - 1
+    column: list[int | None] = []
+    if 1 in (rows.shape[1], rows.shape[last] if last == 2 else 0):
+        column.append(1 if rows.shape[1] == 1 else last)
+    once = [dim for dim in range(1, rows.dim()) if rows.shape[dim] > 1 and bool((rows.sum(dim) == 1).all())]
+    if column:  # of signs, or rows of a single position
+        return column + [dim for dim in once if last == 2]
     return list(once if len(once) == 1 else by_inputs or [1])
 
 
-def _by_positions(output: torch.Tensor, inputs: Any) -> list[int | None]:
-    '''Return the dimensions that may hold classes where others equal those of an input: pixels, or tokens.'''
+def _by_positions(output: torch.Tensor, inputs: Any, labelled: bool) -> list[int | None]:
+    '''Return the dimensions that may hold classes where others equal those of an input: pixels, or tokens.
+
+    Without labels, real numbers have to be images of a few colours: maps of features may have boxes at every position.
+    '''
     shape, last = output.shape, output.dim() - 1
     for tensor in tensors_in(inputs):
         if not tensor.is_floating_point():
             if output.dim() == 3 and tensor.dim() == 2 and tensor.shape in (shape[:2], shape[::2]):
                 return [dim for dim in (1, last) if tensor.shape == shape[:dim] + shape[dim + 1:]]
+            continue
+        if not labelled and (tensor.dim() < IMAGES or not {1, 3, 4}.intersection((tensor.shape[1], tensor.shape[-1]))):
             continue
         if tensor.dim() == output.dim() + 1 and tensor.shape[2:] == shape[1:]:
             return [None]

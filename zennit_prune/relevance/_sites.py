@@ -118,7 +118,9 @@ def find_sites(graph: ChannelGraph, values: Values | None = None) -> tuple[list[
     for group in graph.groups:
         found = [site for value in (values or Flow.complete)(flow, group) for site in flow.sites(group, value)]
         if not found:
-            missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns'
+            runs = any(flow.carries(value, group) for value in flow.fields)
+            missing[group.name] = 'its channels do not appear in a tensor that a module or torch function returns' \
+                if runs else 'only a further example of the trace runs it'
         unique = {(site.place.side, site.place.module, site.place.call, site.place.position, site.place.site): site
                   for site in found}
         sites += unique.values()

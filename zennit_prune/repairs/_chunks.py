@@ -1,7 +1,7 @@
 '''The inputs of a repair: a bounded subset of what is given, in chunks that run at once, and in folds.'''
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from math import ceil, copysign
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import PruneError
+from ..util._loaders import Batch
 from ..util._networks import map_tensors, tensors_in
 from ..util._samples import map_samples
 from ._references import KEPT, References, joined
@@ -41,11 +42,15 @@ class Inputs:
         The device that chunks are copied to when they run.
     network: torch.nn.Module, optional
         The network that the inputs are for.
+    leave_out: callable, optional
+        From a batch to whether it is left out.
 
     Attributes
     ----------
     order: torch.Tensor
         The indices of the inputs, shuffled: loaders come in any order.
+    left_out: int
+        The number of inputs left out.
 
     Raises
     ------
@@ -53,18 +58,22 @@ class Inputs:
         If there is none, or one is not finite.
     '''
 
-    def __init__(self, data: Any, device: torch.device, network: nn.Module | None = None):
+    def __init__(self, data: Any, device: torch.device, network: nn.Module | None = None,
+                 leave_out: Callable[[Batch], bool] = lambda batch: False):
         whole = isinstance(data, (Mapping, torch.Tensor, np.ndarray))
         references = References([data] if whole else data, KEPT, network=network)
         for batch in references:
             batch.check_finite()
         self.device = device
-        self._batches = list(joined(references.chosen()))
+        chosen = [batch for batch in references.chosen() if not leave_out(batch)]
+        self.left_out = sum(batch.size for batch in references.chosen()) - sum(batch.size for batch in chosen)
+        self._batches = list(joined(chosen))
         self._starts = [0]
         for batch in self._batches:
             self._starts.append(self._starts[-1] + batch.size)
         if not self._starts[-1]:
-            raise PruneError('there is no input to repair with: the data are empty.')
+            raise PruneError('there is no input to repair with: the data are empty' + (
+                ', but for those of other examples than the first one of the trace.' if self.left_out else '.'))
         first: dict[tuple[int, ...], int] = {}
         for number, key in enumerate(self._keys()):
             first.setdefault(key, number)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import PruneError, warn
 from ..relevance._initial import checked_classes, of_classes
@@ -13,7 +14,7 @@ from ..relevance._outputs import chosen_output
 from ..util._arguments import call_network
 from ..util._distributed import gathered, rank_and_world
 from ..util._loaders import BATCH, Batch, as_loader, batches
-from ..util._networks import device_of, tensors_in
+from ..util._networks import ATOMIC, device_of, tensors_in
 from ..util._samples import sample_list
 
 KEPT = 1024  # samples
@@ -144,8 +145,15 @@ def _shapes(batch: Batch) -> list[Any]:
     '''Return what must be equal where batches are concatenated: shapes, and tensors without samples.'''
     if sample_list(batch.inputs) is not None:  # of any sizes
         return [type(batch.inputs)]
-    return [tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == batch.size
-            else id(tensor) for tensor in tensors_in(batch.inputs)]
+    return constants(batch.inputs) + [
+        tensor.item() if not tensor.dim() else (tensor.shape[1:], tensor.dtype) if len(tensor) == batch.size
+        else id(tensor) for tensor in tensors_in(batch.inputs)]
+
+
+def constants(inputs: Any) -> list[Any]:
+    '''Return what arguments hold beside tensors, flags say, for comparison.'''
+    return [leaf if type(leaf) in ATOMIC else id(leaf) for leaf in tree_leaves(inputs)
+            if not isinstance(leaf, torch.Tensor)]
 
 
 def _concatenated(chunks: list[Batch]) -> Batch:

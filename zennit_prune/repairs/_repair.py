@@ -7,7 +7,7 @@ new weights, so that training can go on.
 '''
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product, repeat
 from math import prod
 from typing import Any
@@ -23,14 +23,16 @@ from ..relevance._nonfinite import why_not_finite
 from ..surgery._replay import Deletion
 from ..surgery._verify import evaluating
 from ..tracing._parametrized import copy_values, parametrizations, plain
-from ..util._arguments import call_network
+from ..tracing._trace import Recording
+from ..util._arguments import call_network, spread
+from ..util._display import some
 from ..util._isolation import exact_pass
 from ..util._loaders import Batch
 from ..util._networks import copied, device_of, map_tensors, tensors_by_module, tensors_in
 from ..util._samples import batch_size
 from ._chunks import Chunk, Inputs, wide
 from ._lockstep import Lockstep
-from ._references import warn_of_missing_classes
+from ._references import constants, warn_of_missing_classes
 from ._regression import FIRST_RIDGE, RIDGES, Change, Moments
 from ._targets import LayerCall, Repairable, Target, find_targets
 from ._trial import holdout_check, outputs
@@ -197,7 +199,8 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         small = small if in_place else copied(small)
         if method == 'none':
             return small
-        inputs = Inputs(data, device, model)
+        inputs = Inputs(data, device, model, _of_further_examples(plan.graph._recording))
+        _warn_of_further_parts(plan.graph._recording, inputs.left_out)
         with evaluating(small):
             targets = find_targets(plan.graph._recording.runs['eval'], small)
             network = _fitted(_widened(model), _widened(small, in_place=True), targets, plan, inputs, method,
@@ -205,6 +208,26 @@ def repaired(model: nn.Module, small: nn.Module, plan: Plan, data: Any, method: 
         if network is not None:
             copy_values(network, small)
     return small
+
+
+def _of_further_examples(recording: Recording) -> Callable[[Batch], bool]:
+    '''Return a function that says whether a batch runs what a further example of the trace runs, by its flags.'''
+    first, *further = (constants((example.args, example.kwargs)) for example in recording.examples)
+
+    def of_further(batch: Batch) -> bool:
+        own = constants(spread(batch.inputs))
+        return own != first and own in further
+
+    return of_further
+
+
+def _warn_of_further_parts(recording: Recording, left_out: int) -> None:
+    '''Warn that the repair is for the first of several examples.'''
+    parts = recording.further_parts
+    if parts or left_out:
+        beside = f'; {left_out} inputs of further examples are left out' if left_out else ''
+        warn(f'the repair fits the layers that the first example of the trace runs{beside}. What only further examples '
+             f'run stays as it is ({some(map(repr, parts), 5) or "no layer"}): check these tasks with and without it')
 
 
 def _fitted(original: nn.Module, before: nn.Module, targets: Sequence[Target], plan: Plan, inputs: Inputs, method: str,

@@ -368,6 +368,14 @@ class Recording:
         return list({id(run.example): run.example for run in self.runs.values()}.values())
 
     @property
+    def further_parts(self) -> list[str]:
+        '''The modules that only further examples run, without those inside another such module.'''
+        first = {module for module, _ in self.runs['eval'].outputs}
+        others = {module: None for run in self.runs.values() for module, _ in run.outputs if module not in first}
+        return [module for module in others
+                if not any(module.startswith(f'{other}.') for other in others if other != module)]
+
+    @property
     def device(self) -> str:
         '''``'meta'`` where all passes run without data, ``'real'`` where any needs values.'''
         return 'real' if any(example.device == 'real' for example in self.examples) else 'meta'

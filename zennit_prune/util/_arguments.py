@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import BY_POSITION, PruneError, shown
+from ._display import some
 from ._networks import map_tensors, tensors_in
 from ._samples import sample_list
 
@@ -56,7 +58,16 @@ class Forward:
     @classmethod
     def of(cls, network: nn.Module | None) -> Forward:
         '''Return the parameters of a network's ``forward``; any number of any name where they are not known.'''
-        parameters = [] if network is None else _parameters(network)
+        if network is None:
+            return cls()
+        forward = vars(network).get('forward')
+        known = _known.get(network)
+        if known is None or known[0] is not forward:
+            known = _known[network] = forward, cls._read(_parameters(network))
+        return known[1]
+
+    @classmethod
+    def _read(cls, parameters: list[inspect.Parameter]) -> Forward:
         if not parameters:
             return cls()
         kinds = [parameter.kind for parameter in parameters]
@@ -84,6 +95,9 @@ class Forward:
     def takes_by_position(self, count: int) -> bool:
         '''Return whether so many arguments can be given by position.'''
         return self.any_number or count <= len(self.positional)
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[Any, Forward]] = WeakKeyDictionary()  # reading a signature takes long
 
 
 def _parameters(network: nn.Module) -> list[inspect.Parameter]:
@@ -257,10 +271,10 @@ def call_network(network: nn.Module, inputs: Any, traced: Traced | None = None) 
     except PruneError:
         raise
     except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(arguments)]
+        shapes = some([str(tuple(tensor.shape)) for tensor in tensors_in(arguments)])
         found = f'The inputs are {described(arguments)}'
         found += f', and it was traced with {_shown_arguments(traced)}.' if traced else '.'
-        raise PruneError(f'the network does not run with inputs of shape {shapes}: {type(error).__name__}: '
+        raise PruneError(f'the network does not run with inputs of shape [{shapes}]: {type(error).__name__}: '
                          f'{str(error).rstrip(". ")}. {found}{advice(network, arguments, error, traced)}') from error
 
 
@@ -286,6 +300,9 @@ def described(value: Any) -> str:
 def advice(network: nn.Module, arguments: Any, error: Exception, traced: Traced | None = None) -> str:
     '''Return what to do about inputs that a network does not run with, or an empty text.'''
     samples = arguments if isinstance(arguments, list) else ()
+    if samples and all(isinstance(sample, dict) for sample in samples) and not (traced and sample_list(traced.args)):
+        return (' The inputs are a list of dicts, one for each sample: where the network takes tensors of many '
+                'samples, collate them, e.g. loader = map(torch.utils.data.default_collate, loader).')
     if samples and all(isinstance(sample, torch.Tensor) for sample in samples) and not (
             traced and sample_list(traced.args)):
         return (' The inputs are a list of tensors: where the network takes one tensor, stack them, e.g. '

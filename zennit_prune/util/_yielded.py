@@ -146,9 +146,8 @@ def _numbers_samples(value: Sequence[Any], forward: Forward) -> bool:
         return False
     if index.dtype == torch.bool or index.is_complex() or len(index.unique()) < len(index):
         return False
-    needed = [name for name in forward.required if name in forward.positional]
     sizes = {len(first) if first.dim() else 1, *([len(value[0])] if isinstance(value[0], (list, tuple)) else [])}
-    return len(index) in sizes and not _alike(first, second) and len(needed) < 2
+    return len(index) in sizes and not _alike(first, second) and len(forward.inputs) < 2
 
 
 def _alike(first: Any, second: Any) -> bool:
@@ -262,5 +261,10 @@ def _remedy(target: Any) -> str:
                 "initial='weights'.")
     if isinstance(target, torch.Tensor) or not isinstance(target, (dict, list, tuple)):
         return f'{shown(target)} stands in the place of class indices, of shape (N,).'
+    if isinstance(target, dict) and target:
+        key = next((key for key in target if key in LABELS), next(iter(target)))
+        return (f'choose the labels, e.g. loader = ((x, y[{key!r}]) for x, y in loader); or start from something else '
+                "with target='predicted' or initial=, a function of the output (for boxes, "
+                'zennit_prune.relevance.detections makes it).')
     return ("start from something else with target='predicted' or initial=, a function of the output (for boxes, "
             'zennit_prune.relevance.detections makes it), or give class indices, of shape (N,).')
