@@ -44,6 +44,13 @@ def test_anchors_in_one_dimension() -> None:
     assert start.sum() == 2 * 6 * 2
 
 
+def test_coordinates_of_the_chosen_boxes_share_what_starts_there() -> None:
+    output = torch.tensor([[[3.0, -1.0, 0.0, 4.0, 5.0, 9.0, 1.0], [7.0, 7.0, 7.0, 7.0, 2.0, 0.0, 1.0]]])
+    start = detections(slice(5, None), objectness=4, coordinates=slice(4), boxes=1)(output)
+    assert start.tolist() == [[[0.375, -0.125, 0, 0.5, 1, 1, 0], [0] * 7]]
+    assert start[..., 4:].equal(detections(slice(5, None), objectness=4, boxes=1)(output)[..., 4:])
+
+
 def test_queries_with_a_last_class_for_nothing() -> None:
     output = torch.tensor([[[1.0, 2.0, 9.0], [3.0, 0.0, -1.0]]])
     assert detections(slice(0, -1), boxes=1)(output).tolist() == [[[0, 0, 0], [1, 0, 0]]]
@@ -52,6 +59,7 @@ def test_queries_with_a_last_class_for_nothing() -> None:
 
 @pytest.mark.parametrize('options,shape,message', [
     ({'scores': 3}, None, 'scores=3 is no slice'), ({'anchors': 0}, None, 'anchors=0: give a whole number from 1 on'),
+    ({'coordinates': 4}, None, 'coordinates=4 is no slice'),
     ({'boxes': 1.5}, None, 'boxes=1.5 is no whole number'), ({'dim': None}, None, 'dim=None is no whole number'),
     ({'objectness': True}, None, 'objectness=True'), ({'dim': 0}, (2, 3, 4), r'dim=0 holds no boxes.*\(2, 3, 4\)'),
     ({}, (2, 3), 'holds no boxes'), ({'dim': 4}, (2, 3, 4), 'dim=4 holds no boxes'),

@@ -32,7 +32,8 @@ class Agreement:
         Spearman's rank correlation of the pixels of the two heatmaps, float64, shape (N,).
     same: torch.Tensor
         Whether both networks predict the same class, bool, shape (N,). With one class for each position
-        (segmentation), whether all of them are the same; with a single output (regression), always true.
+        (segmentation), whether all of them are the same; always true for a regression, a single column whose relevance
+        starts at its value or as a function says.
     predicted: tuple of torch.Tensor
         The class of the largest output, before and after, int64, shape (N,) or (N, ...).
     total_variation: torch.Tensor
@@ -74,22 +75,35 @@ class Agreement:
     scale: torch.Tensor
     order: torch.Tensor
 
+    @property
+    def staying(self) -> torch.Tensor:
+        '''The share of an image's predictions, one or one for each position, that stay, float32, shape (N,).'''
+        before, after = self.predicted
+        return (before == after).reshape(len(before), -1).float().mean(1)
+
+    @property
+    def stay(self) -> str:
+        '''How many predictions stay, in words.'''
+        if self.predicted[0].dim() == 1:
+            return f'{int(self.same.sum()):,} of {len(self.same):,} predictions stay'
+        return f'{float(self.staying.mean()):.1%} of the predicted positions stay'
+
     def __str__(self) -> str:
         before, after = self.predicted
         rows = []
         for image in self.order.tolist():
             classes = (int(before[image]), int(after[image])) if before.dim() == 1 else ('per position',) * 2
-            rows.append((image, *classes, 'yes' if self.same[image] else 'no', f'{float(self.cosine[image]):.2f}',
+            same = ('yes' if self.same[image] else 'no') if before.dim() == 1 else f'{float(self.staying[image]):.0%}'
+            rows.append((image, *classes, same, f'{float(self.cosine[image]):.2f}',
                          f'{float(self.rank[image]):.2f}', f'{float(self.total_variation[image]):.0%}'))
-        stay = int(self.same.sum())
         return '\n'.join([table(('image', 'before', 'after', 'same', 'cosine', 'rank', 'total variation'), rows), '',
-                          f'{stay} of {len(self.same)} predictions stay; medians: cosine '
+                          f'{self.stay}; medians: cosine '
                           f'{float(self.cosine.median()):.2f}, rank {float(self.rank.median()):.2f}, total variation '
                           f'{float(self.total_variation.median()):.0%}'])
 
     def __repr__(self) -> str:
-        return (f'Agreement({len(self.same)} images, {int(self.same.sum())} predictions stay, median cosine '
-                f'{float(self.cosine.median()):.2f})')
+        stay = self.stay.replace(f' of {len(self.same)}', '')
+        return f'Agreement({len(self.same)} images, {stay}, median cosine {float(self.cosine.median()):.2f})'
 
 
 @names_options()
@@ -165,8 +179,7 @@ def agreement(model: nn.Module, small: nn.Module, composite: Rules | None, x: An
                              f'and {tuple(after.shape)}. Give the original and a pruned or masked version of it.')
         return started.to(after)
 
-    labels = target if isinstance(target, torch.Tensor) else None
-    after, _, predicted_after = explained(small, composite, x, Origin(again, output=output, inputs=x, labels=labels))
+    after, _, predicted_after = explained(small, composite, x, Origin(again, output=output), classes=origin)
     if before.dim() < 2:
         raise PruneError(f'the heatmaps have shape {tuple(before.shape)}: give a batch of inputs, the samples first.')
     predicted = predicted_before.cpu(), predicted_after.cpu()

@@ -131,9 +131,9 @@ class Explained(NamedTuple):
     predicted: torch.Tensor
 
 
-def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, graph: ChannelGraph | None = None
-              ) -> Explained:
-    '''Return the heatmaps of a network, with their start and the predictions.'''
+def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin, graph: ChannelGraph | None = None,
+              classes: Origin | None = None) -> Explained:
+    '''Return the heatmaps of a network, their start and its predictions, as ``classes``, or ``origin``, reads them.'''
     model = unwrapped(model)
     composite = checked_composite(composite)
     canonizer = GraphCanonizer(model, x) if graph is None else GraphCanonizer.from_recording(graph._recording)
@@ -145,7 +145,8 @@ def explained(model: nn.Module, composite: Rules | None, x: Any, origin: Origin,
         arrived = propagate(output, start, pixels.tensors)
     if not without_nan(output).all():
         raise PruneError(f'the output is not finite: {why_not_finite(model, x) or "check the network"}.')
-    return Explained(_finite(pixels.summed(arrived), model, x), start, origin.predicted(output))
+    return Explained(_finite(pixels.summed(arrived), model, x), start,
+                     (classes or origin).predicted(output))
 
 
 class Pixels(NamedTuple):

@@ -24,6 +24,7 @@ from ._findings import Subject
 from ._heatmap import heatmap
 from ._pictures import CHANGE, SMALL, full_colour, heat, picture
 
+MOST = 0.9  # of the positions of an image, whose prediction is said to stay if so many do
 CHANGED = 0.5  # total variation distance of two heatmaps above which an explanation is said to change
 CLASSES = 20  # rows of the chart of classes
 PAIRS = 5  # channels at risk, each beside one that is kept
@@ -104,11 +105,12 @@ def heatmap_section(pruner: Subject, plan: Plan, small: nn.Module | None, images
     after = plan.masked(pruner.model) if small is None else small
     target = 'predicted' if images.target is None else images.target
     found = agreement(pruner.model, after, pruner.composite, images.x, target, images.initial, output=images.output)
-    turns = found.same & (found.total_variation > CHANGED)
+    turns = (found.staying >= MOST) & (found.total_variation > CHANGED)
     order = sorted(found.order.tolist(), key=lambda number: (not turns[number], found.same[number]))
     shown = [_image_heatmaps(number, found, images) for number in order[:images.most]]
-    stay = int(found.same.sum())
-    summary = (f'{stay:,} of {len(order):,} predictions stay the same; for {int(turns.sum()):,} of these, the heatmap '
+    dense = found.predicted[0].dim() > 1
+    which = f'images of which at least {MOST:.0%} stay' if dense else 'of these'
+    summary = (f'{found.stay}{"" if dense else " the same"}; for {int(turns.sum()):,} {which}, the heatmap '
                f'changes by a total variation distance of more than {CHANGED:.0%}. Median cosine between heatmaps '
                f'before and after: {float(found.cosine.median()):.2f}.')
     most = f' The {len(shown)} images that change most are shown.' if len(shown) < len(order) else ''
@@ -121,10 +123,10 @@ def _image_heatmaps(number: int, found: Agreement, images: Images) -> ImageHeatm
     '''Draw one image of the section with its heatmaps.'''
     assert images.x is not None
     same, variation = bool(found.same[number]), float(found.total_variation[number])
-    level = 'bad' if not same else 'warn' if variation > CHANGED else 'good'
+    level = 'bad' if found.staying[number] < MOST else 'warn' if variation > CHANGED else 'good'
     verdict = {'bad': 'prediction changes', 'warn': 'explanation changes', 'good': 'no change'}[level]
     before, after = (classes[number] for classes in found.predicted)
-    prediction = 'predicted position by position'
+    prediction = f'predicted position by position, {float(found.staying[number]):.0%} stay'
     if before.dim() == 0:
         prediction = f'predicted {images.class_name(int(before))}'
         prediction += f', then {images.class_name(int(after))}' * (not same)

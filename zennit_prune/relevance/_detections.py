@@ -10,13 +10,16 @@ import torch
 from ..errors import PruneError, shown
 
 
-def detections(scores: slice = slice(None), dim: int = -1, *, objectness: int | None = None, anchors: int = 1,
-               boxes: int = 10) -> Callable[[torch.Tensor], torch.Tensor]:
+def detections(scores: slice = slice(None), dim: int = -1, *, objectness: int | None = None,
+               coordinates: slice | None = None, anchors: int = 1, boxes: int = 10
+               ) -> Callable[[torch.Tensor], torch.Tensor]:
     '''Make a start of relevance for detectors, to be given as ``initial=``.
 
     Relevance starts at the class scores of the boxes that the network is surest of: 1 at the largest score of each, and
-    at its objectness where there is one. Coordinates of boxes are no classes, so that none starts there. No labels are
-    needed. Where a network returns several tensors, ``output=`` names the one that holds the scores.
+    at its objectness where there is one. With ``coordinates``, it starts at the coordinates of these boxes as well, at
+    their values, which are scaled so that their absolute values sum to 1 for each box: without, channels that only
+    place boxes get none, and are removed first. No labels are needed. Where a network returns several tensors,
+    ``output=`` names the one that holds the scores, or joins them.
 
     Parameters
     ----------
@@ -27,6 +30,8 @@ def detections(scores: slice = slice(None), dim: int = -1, *, objectness: int | 
         The dimension of the output that holds the numbers of a box; all others but the first, the batch, count boxes.
     objectness: int, optional
         The position of the objectness among the numbers of a box.
+    coordinates: slice, optional
+        The coordinates among the numbers of a box, e.g. ``slice(4)``.
     anchors: int
         The number of boxes whose numbers lie one after the other in ``dim``, as in (batch, anchors * numbers, H, W).
     boxes: int
@@ -56,10 +61,12 @@ def detections(scores: slice = slice(None), dim: int = -1, *, objectness: int | 
     '''
     if not isinstance(scores, slice):
         raise PruneError(f'scores={shown(scores)} is no slice: give e.g. slice(5, None), the class scores of a box.')
+    if not (coordinates is None or isinstance(coordinates, slice)):
+        raise PruneError(f'coordinates={shown(coordinates)} is no slice: give e.g. slice(4), or leave it out.')
     for name, value, least in (('anchors', anchors, 1), ('boxes', boxes, 1), ('dim', dim, None),
                                *([] if objectness is None else [('objectness', objectness, None)])):
         _check_number(name, value, least)
-    return _Detections(scores, dim, objectness, anchors, boxes)
+    return _Detections(scores, dim, objectness, coordinates, anchors, boxes)
 
 
 def _check_number(name: str, value: Any, least: int | None) -> None:
@@ -74,8 +81,10 @@ def _check_number(name: str, value: Any, least: int | None) -> None:
 class _Detections:
     '''A function from the output of a detector to the relevance there; its settings tell it from others.'''
 
-    def __init__(self, scores: slice, dim: int, objectness: int | None, anchors: int, boxes: int):
-        self.scores, self.dim, self.objectness, self.anchors, self.boxes = scores, dim, objectness, anchors, boxes
+    def __init__(self, scores: slice, dim: int, objectness: int | None, coordinates: slice | None, anchors: int,
+                 boxes: int):
+        self.scores, self.dim, self.objectness, self.coordinates = scores, dim, objectness, coordinates
+        self.anchors, self.boxes = anchors, boxes
         self.__name__ = 'detections'
 
     def __call__(self, output: torch.Tensor) -> torch.Tensor:
@@ -90,6 +99,11 @@ class _Detections:
             values = values * _probabilities(flat[..., self.objectness])
         chosen = values.topk(min(self.boxes, values.shape[1]), 1).indices
         sample = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
+        if self.coordinates is not None:
+            corners = flat[sample, chosen][..., self.coordinates]
+            rows_of = torch.zeros_like(flat[sample, chosen])
+            rows_of[..., self.coordinates] = corners / corners.abs().sum(-1, keepdim=True).clamp(min=1e-12)
+            begun[sample, chosen] = rows_of
         begun[sample, chosen, classes.to(best.device)[best[sample, chosen]]] = 1
         if self.objectness is not None:
             begun[sample, chosen, self.objectness] = 1

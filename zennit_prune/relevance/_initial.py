@@ -168,7 +168,8 @@ class Origin:
     def predicted(self, output: torch.Tensor) -> torch.Tensor:
         '''Return the class of the largest output, for each position.
 
-        For a single column, it is 1 from 0 on, or from 0.5 on where the column is a sigmoid. Where the dimension of the
+        For a single column, it is 1 from 0 on, or from 0.5 on where the column is a sigmoid; always 0 where relevance
+        starts at its value or as a function says, for it may be a regression. Where the dimension of the
         classes cannot be told, it is dimension 1.
         '''
         middle, output = (0.5 if ends_in_sigmoid(output) else 0.0), output.detach()
@@ -178,6 +179,8 @@ class Origin:
         except PruneError:
             dim = 1
         output = classes_second(output, dim)
+        if output.shape[1] == 1 and self._function() is not None:  # a regression
+            return torch.zeros_like(output[:, 0], dtype=torch.int64)
         return (output[:, 0] >= middle).long() if output.shape[1] == 1 else output.argmax(1)
 
     def _function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -200,6 +200,8 @@ def preflight(model: nn.Module, composite: Composite, recording: Recording, x: A
             absorbed, error = (sum(account.conservation_error for account in behind if account.is_layer == layer)
                                for layer in (True, False))
             stages.append(Stage(name, book[key].received, book[key].received_l1, -absorbed, error))
+    furthest = max(number for number, stage in enumerate(stages) if stage.l1_norm)
+    stages = [stage for number, stage in enumerate(stages) if stage.l1_norm or number > furthest]  # on the way to it
     accounts = tuple(account for key, account in reversed(book.items()) if key != 'input')
     return Preflight(tuple(stages), tuple(_problems(stages, accounts)), accounts)
 
