@@ -1,6 +1,7 @@
 '''The start of relevance for detectors, against boxes that are written out.'''
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,16 @@ def test_queries_with_a_last_class_for_nothing() -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, Any], shape: Any, message: str) -> None:
     with pytest.raises(zp.PruneError, match=message):
         detections(**options)(torch.zeros(shape))
+
+
+def test_scales_are_joined_as_the_docs_say() -> None:
+    classes, levels = 3, [torch.randn(2, 3 * 8, side, side) for side in (4, 2)]
+    page = (Path(__file__).resolve().parents[2] / 'docs' / 'starts.md').read_text()
+    line = next(line for line in page.splitlines() if 'unflatten' in line)
+    joined = eval(line.strip().removeprefix('output='), {'torch': torch, 'C': classes})(levels)
+    assert joined.shape == (2, 3 * (16 + 4), 5 + classes)
+    assert torch.equal(joined[1, 16 + 5], levels[0][1, 8:16, 1, 1])  # the second anchor
+    assert torch.equal(joined[0, 48], levels[1][0, :8, 0, 0])
 
 
 def test_a_detector_is_pruned_without_labels() -> None:
