@@ -42,7 +42,8 @@ SECTIONS = {'summary': 'Summary', 'images': 'Images', 'plan': 'Plan', 'classes':
 MISSING = {
     'images': 'Give x= with a few images to see their heatmaps before and after pruning.',
     'relevance': 'Give relevance= with the scores that the plan was made from to see which scores are removed.',
-    'classes': 'Give relevance= collected with exemplars=8, of samples with one class each, to see how much relevance each class loses.',
+    'classes': 'Give relevance= collected with exemplars=8, of samples with one class each, to see how much relevance '
+               'each class loses.',
     'risk': 'Give relevance= collected with exemplars=8, and references= with the loader it was collected from, to '
             'see the channels to be removed that single samples depend on.',
     'reliability': 'Give relevance= collected from at least two reference samples to see whether other samples would '
