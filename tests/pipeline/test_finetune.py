@@ -325,3 +325,14 @@ class Both(nn.Module):
 def test_values_of_a_regression_are_no_probabilities() -> None:
     with pytest.raises(zp.PruneError, match=r'neither 0 and 1 nor probabilities.*loss='):
         zp.finetune(nn.Linear(6, 3), [(torch.randn(8, 6), torch.randn(8, 3))], 1, progress=False)
+
+
+def test_masks_of_bytes_are_refused_and_sigmoids_are_validated_as_they_are_trained() -> None:
+    x, masks = torch.randn(8, 3, 4, 4), torch.randint(0, 2, (8, 4, 4), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(zp.PruneError, match='hold 255 and no 1'):
+        zp.finetune(nn.Conv2d(3, 2, 1), [(x, masks * 255)], 1, progress=False)
+    said: list[dict[str, float]] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 1), nn.Sigmoid())
+    zp.finetune(model, [(x, masks[:, 0, 0])], 1, lr=1e-9, validation=[(x, masks[:, 0, 0])], callback=said.append,
+                progress=False)
+    assert said[0]['validation'] == pytest.approx(said[0]['loss'], rel=1e-4)

@@ -49,6 +49,7 @@ def test_coordinates_of_the_chosen_boxes_share_what_starts_there() -> None:
     output = torch.tensor([[[3.0, -1.0, 0.0, 4.0, 5.0, 9.0, 1.0], [7.0, 7.0, 7.0, 7.0, 2.0, 0.0, 1.0]]])
     start = detections(slice(5, None), objectness=4, coordinates=slice(4), boxes=1)(output)
     assert start.tolist() == [[[0.375, -0.125, 0, 0.5, 1, 1, 0], [0] * 7]]
+    assert detections(coordinates=slice(4), objectness=4, boxes=1)(output.half()).float().equal(start)
     assert start[..., 4:].equal(detections(slice(5, None), objectness=4, boxes=1)(output)[..., 4:])
 
 
@@ -66,6 +67,8 @@ def test_queries_with_a_last_class_for_nothing() -> None:
     ({}, (2, 3), 'holds no boxes'), ({'dim': 4}, (2, 3, 4), 'dim=4 holds no boxes'),
     ({'anchors': 3, 'dim': 1}, (2, 4, 5, 5), 'anchors=3 does not divide dimension 1'),
     ({'scores': slice(5, None)}, (2, 3, 4), r'scores=slice\(5, None, None\) is not among the 4 numbers'),
+    ({'coordinates': slice(20, 24)}, (2, 3, 4), r'coordinates=slice\(20, 24, None\) is not among'),
+    ({'scores': slice(1), 'coordinates': slice(4)}, (2, 3, 7), r'scores=slice\(None, 1, None\) is not among'),
     ({'objectness': 4}, (2, 3, 4), 'objectness=4 is not among the 4')])
 def test_what_does_not_fit_is_refused(options: dict[str, Any], shape: Any, message: str) -> None:
     with pytest.raises(zp.PruneError, match=message):

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._initial import UNKNOWN, check_labels
+from ..relevance._initial import UNKNOWN, check_labels, check_seen, labels_seen
 from ..relevance._outputs import (
     Output,
     check_output,
@@ -159,6 +159,7 @@ class _Objective:
     def __init__(self, network: nn.Module, teacher: nn.Module | None, temperature: float, loss: Loss | None,
                  output: Output = None):
         self.network, self.temperature, self.loss, self.output = network, temperature, loss, output
+        self.seen: frozenset[int] = frozenset()
         device = self.device = next(network.parameters()).device
         self.teacher = None if teacher is None else copied(unwrapped(teacher)).eval().requires_grad_(False).to(device)
         mixed = device.type == 'cuda' and all(parameter.dtype == torch.float32 for parameter in network.parameters())
@@ -177,6 +178,8 @@ class _Objective:
             raise PruneError('there are no labels to learn: give (inputs, labels) batches, or teacher=, the unpruned '
                              'network.')
         output = map_tensors(_in_single, output)
+        if isinstance(output, torch.Tensor):
+            self.seen |= labels_seen(labels, output)
         if self.loss is not None:
             return self.loss(output, labels)
         if self.teacher is None:
@@ -213,6 +216,7 @@ class _Objective:
             schedule.step()
             total, samples = total + value.item() * size, samples + size
         self.network.eval()
+        check_seen(self.seen if self.loss is None and self.teacher is None else ())
         return self._per_sample(total, samples)
 
     def _set_training(self, size: int) -> None:
@@ -226,7 +230,7 @@ class _Objective:
     def mean(self, loader: Iterable[Any]) -> float:
         '''Return the mean loss over samples.'''
         total, samples = 0.0, 0
-        with torch.no_grad():
+        with torch.enable_grad():  # the graph says whether the network ends in a sigmoid
             for batch in batches(loader, network=self.network):
                 total += float(self(batch)) * batch.size
                 samples += batch.size

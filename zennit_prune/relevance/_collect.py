@@ -39,7 +39,7 @@ from ._attribute import (
 from ._canonize import GraphCanonizer
 from ._criteria import Criterion, collected_criterion
 from ._exemplars import Best, Exemplars, Spots
-from ._initial import Initial, Origin, check_initial, checked_classes, of_classes, shares
+from ._initial import Initial, Origin, check_initial, check_seen, checked_classes, labels_seen, of_classes, shares
 from ._list_calls import ListCalls
 from ._nonfinite import without_nan
 from ._outputs import Output, check_output
@@ -198,6 +198,7 @@ class Collector:
         self.notes: list[str] = []
         self._targets: torch.Tensor | None = None
         self._reached: set[str] = set()
+        self._labels: frozenset[int] = frozenset()
         self._lists = ListCalls(model, graph._recording, [site.place for site in self.sites])
         self._sound: torch.Tensor | None = None
         self._context: AbstractContextManager[Any] | None = None
@@ -317,13 +318,13 @@ class Collector:
         if self._context is None:
             raise PruneError('a collector is updated inside its with block: with pruner.collector() as collector: ...')
         samples = Selection(batch.to(self.device), self.classes, self.nonfinite == 'skip', self.sums.seen)
-        self._reached = set()
+        self._reached, self._labels = set(), frozenset()
         self._lists.check(samples.batch)
         self._targets, spots = None, Spots(self.aggregate in ('abs', 'sumabs')) if self.exemplars else None
         scores = self._sampled(samples, spots) if len(samples.numbers) else {}
         best = self._best(samples, scores, spots) if spots and len(samples.rows) else None
         self.sums = self.sums.plus(scores, samples.size, samples.skipped, samples.reason, tuple(batch), best,
-                                   self._reached)
+                                   self._reached, self._labels)
 
     def _best(self, samples: Selection, scores: Mapping[str, torch.Tensor], spots: Spots) -> Best:
         '''Return the samples of a batch with the largest scores, for each channel.'''
@@ -387,6 +388,7 @@ class Collector:
         check_depends(output)
         self._sound = without_nan(output)
         found = origin.starts(output)
+        self._labels = labels_seen(batch.target, output)
         self._targets = found[0].classes if len(found) == 1 else None
         caught = dict(self._reader.caught)
         if not caught:
@@ -634,6 +636,7 @@ class Collector:
 
     def _check_sums(self) -> None:
         sums = self.sums
+        check_seen(sums.labels)
         if not sums.samples:
             why = 'the loader is empty (a generator is read once), or no batch was added.'
             if sums.seen:

@@ -100,9 +100,9 @@ class _Detections:
         chosen = values.topk(min(self.boxes, values.shape[1]), 1).indices
         sample = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
         if self.coordinates is not None:
-            corners = flat[sample, chosen][..., self.coordinates]
+            corners = flat[sample, chosen][..., self.coordinates].float()
             rows_of = torch.zeros_like(flat[sample, chosen])
-            rows_of[..., self.coordinates] = corners / corners.abs().sum(-1, keepdim=True).clamp(min=1e-12)
+            rows_of[..., self.coordinates] = (corners / corners.abs().sum(-1, keepdim=True).clamp(min=1e-12)).to(flat)
             begun[sample, chosen] = rows_of
         begun[sample, chosen, classes.to(best.device)[best[sample, chosen]]] = 1
         if self.objectness is not None:
@@ -122,13 +122,19 @@ class _Detections:
 
     def _positions(self, numbers: int) -> torch.Tensor:
         '''Return the positions of the class scores among the numbers of a box.'''
-        found = torch.tensor(range(numbers)[self.scores], dtype=torch.int64, device='cpu')
-        objectness = self.objectness
-        if not len(found) or (objectness is not None and not -numbers <= objectness < numbers):
-            what = f'scores={self.scores}' if not len(found) else f'objectness={objectness}'
-            raise PruneError(f'{what} is not among the {numbers} numbers of a box. Name another output with output=, '
-                             'or change dim= or anchors=.')
-        return found if objectness is None else found[found != objectness % numbers]
+        others = set(range(numbers)[self.coordinates or slice(0)])
+        if self.objectness is not None and -numbers <= self.objectness < numbers:
+            others.add(self.objectness % numbers)
+        found = [number for number in range(numbers)[self.scores] if number not in others]
+        wrong = '' if found else f'scores={self.scores}'
+        if self.objectness is not None and not -numbers <= self.objectness < numbers:
+            wrong = f'objectness={self.objectness}'
+        if self.coordinates is not None and not range(numbers)[self.coordinates]:
+            wrong = f'coordinates={self.coordinates}'
+        if wrong:
+            raise PruneError(f'{wrong} is not among the {numbers} numbers of a box, beside the others. Name another '
+                             'output with output=, or change dim= or anchors=.')
+        return torch.tensor(found, dtype=torch.int64, device='cpu')
 
 
 def _probabilities(values: torch.Tensor) -> torch.Tensor:

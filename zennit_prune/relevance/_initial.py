@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import PruneError, nearest, unknown
+from ..errors import PruneError, nearest, unknown, warn
 from ..util._yielded import as_labels
 from ._outputs import Output, chosen_output, class_dimension, classes_back, classes_second, ends_in_sigmoid
 from ._sites import accumulation_dtype
 
 INITIAL = ('one-hot', 'logit', 'softmax', 'contrastive', 'cross-entropy', 'binary-cross-entropy', 'value', 'weights')
+SEVERAL = 4  # outputs within 0 and 1 that are hardly logits
+MISTAKEN = {255: 1, -1: 0}  # numbers that mean unknown, with the class of two that is often meant by it
 LOSSES = ('cross-entropy', 'binary-cross-entropy')
 UNKNOWN = 255  # the value of segmentation masks where the class is unknown
 Initial = str | Callable[[torch.Tensor], torch.Tensor]
@@ -168,19 +170,22 @@ class Origin:
     def predicted(self, output: torch.Tensor) -> torch.Tensor:
         '''Return the class of the largest output, for each position.
 
-        For a single column, it is 1 from 0 on, or from 0.5 on where the column is a sigmoid; always 0 where relevance
-        starts at its value or as a function says, for it may be a regression. Where the dimension of the
-        classes cannot be told, it is dimension 1.
+        For a single column, it is 1 from 0 on, or from 0.5 on where the column is a sigmoid. Always 0 for each sample
+        where there may be no classes: where relevance starts at the value, or as a function says at a single column,
+        and where the dimension of the classes cannot be told.
         '''
         middle, output = (0.5 if ends_in_sigmoid(output) else 0.0), output.detach()
-        target = self.target if isinstance(self.target, torch.Tensor) else 'predicted'
+        target, function = self.target if isinstance(self.target, torch.Tensor) else 'predicted', self._function()
+        none = torch.zeros(len(output), dtype=torch.int64, device=output.device)
+        if self.initial == 'value':
+            return none
         try:
             dim = class_dimension(output, target, self.inputs, self.labels, callable(self.output))
         except PruneError:
-            dim = 1
+            return none
         output = classes_second(output, dim)
-        if output.shape[1] == 1 and self._function() is not None:  # a regression
-            return torch.zeros_like(output[:, 0], dtype=torch.int64)
+        if output.shape[1] == 1 and function is not None:  # it may be a regression
+            return none
         return (output[:, 0] >= middle).long() if output.shape[1] == 1 else output.argmax(1)
 
     def _function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -226,7 +231,7 @@ class Origin:
             elif output.shape[1] == 1:
                 found = _of_column(values, given, output, self.initial, sigmoid)
             else:
-                found = _of_classes(values, given, output, self.initial, self.classes)
+                found = _of_classes(values, given, output, self.initial, self.classes, sigmoid)
             return classes_back(found, dim)
 
         return Start(relevance, given.flatten(1).any(1), one)
@@ -276,7 +281,7 @@ def _from_function(function: Callable[[torch.Tensor], torch.Tensor], output: tor
 
 # --- relevance for a target
 def _of_classes(rows: torch.Tensor, given: torch.Tensor, output: torch.Tensor, initial: Initial,
-                classes: Sequence[int] | None) -> torch.Tensor:
+                classes: Sequence[int] | None, sigmoid: bool) -> torch.Tensor:
     '''Return the relevance at an output of several classes, for rows of 0 and 1.'''
     if initial == 'one-hot':
         return rows
@@ -288,7 +293,7 @@ def _of_classes(rows: torch.Tensor, given: torch.Tensor, output: torch.Tensor, i
     if initial == 'cross-entropy':
         return (output.softmax(1) * rows.sum(1, keepdim=True) - rows) / _number(given)
     if initial == 'binary-cross-entropy':
-        return (output.sigmoid() - rows) * given / _number(given)
+        return _binary_loss(output, rows, sigmoid) * given / _number(given)
     if len(classes or range(output.shape[1])) < 2:
         raise _no_rival()
     rivals = _among(output.masked_fill(rows != 0, -torch.inf), classes)
@@ -305,11 +310,15 @@ def _of_column(signs: torch.Tensor, given: torch.Tensor, output: torch.Tensor, i
     if initial == 'softmax':
         return signs if sigmoid else signs * probability * (1 - probability)
     if initial in LOSSES:
-        labels = (signs + 1) / 2
-        if sigmoid:  # the loss of a probability
-            return (output - labels) / (output * (1 - output)).clamp(min=1e-6) * given / _number(given)
-        return (probability - labels) * given / _number(given)
+        return _binary_loss(output, (signs + 1) / 2, sigmoid) * given / _number(given)
     return signs
+
+
+def _binary_loss(output: torch.Tensor, labels: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    '''Return the gradient of the binary cross-entropy at logits, or at the probabilities that a sigmoid returned.'''
+    if sigmoid:
+        return (output - labels) / (output * (1 - output)).clamp(min=1e-6)
+    return output.sigmoid() - labels
 
 
 def _number(given: torch.Tensor) -> torch.Tensor:
@@ -369,12 +378,14 @@ def _signs(output: torch.Tensor, target: Any, origin: Origin, shape: tuple[int, 
     known = torch.ones_like(output, dtype=torch.bool)
     if isinstance(target, str):
         values = torch.where(output < middle, -1.0, 1.0)
+        if not middle and len(output) >= SEVERAL and bool(((output >= 0) & (output <= 1)).all()):
+            warn('all outputs are within 0 and 1, so that class 1 is predicted for each, as for logits from 0 on. If '
+                 'they are probabilities, give the labels, e.g. target=(output > 0.5)')
     else:
         target = _column(output, target, shape)
         if output.dim() > 2 and not target.is_floating_point() and target.dtype != torch.bool:
             known = (target >= 0) & (target != UNKNOWN)
         found = target[known]
-        _check_unknown(target, found)
         soft = origin.initial == 'binary-cross-entropy' and bool(((found >= 0) & (found <= 1)).all())
         if not _binary(found) and not soft:
             other = found[(found != 0) & (found != 1)][0].item()
@@ -389,13 +400,22 @@ def _signs(output: torch.Tensor, target: Any, origin: Origin, shape: tuple[int, 
     return Rows(values.to(output.dtype) * known, known)
 
 
-def _check_unknown(target: torch.Tensor, known: torch.Tensor) -> None:
-    '''Refuse masks of two classes in which one class has the number that means unknown.'''
-    for unknown_as, other, remedy in ((UNKNOWN, 1, 'y > 0, and mark what is unknown by -1'),
-                                      (-1, 0, 'y > 0, and mark what is unknown by 255')):
-        if bool((target == unknown_as).any()) and not bool((known == other).any()) and known.numel() < target.numel():
-            raise PruneError(f'the labels hold {unknown_as} and no {other}, and {unknown_as} means unknown: for masks '
-                             f'of two classes give 0 and 1, e.g. {remedy}.')
+def labels_seen(target: Any, output: torch.Tensor) -> frozenset[int]:
+    '''Return which of 0, 1 and the numbers that mean unknown occur in a mask of two classes; else nothing.'''
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.dim() < 2 or output.dim() < 3:
+        return frozenset()
+    if output.shape[1] > 2 and output.shape[-1] > 2:
+        return frozenset()
+    return frozenset(number for number in (*MISTAKEN, *MISTAKEN.values()) if bool((target == number).any()))
+
+
+def check_seen(seen: Collection[int]) -> None:
+    '''Refuse masks of two classes in which, over all batches, a class has the number that means unknown.'''
+    for unknown_as, other in MISTAKEN.items():
+        if unknown_as in seen and other not in seen and len(seen) > 1:
+            raise PruneError(f'the masks hold {unknown_as} and no {other} in all of the data, and {unknown_as} means '
+                             'unknown: if it is a class, give masks of 0 and 1, e.g. loader = ((x, y > 0) for x, y in '
+                             'loader).')
 
 
 def _column(output: torch.Tensor, target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -414,6 +434,8 @@ def _one_hot_rows(output: torch.Tensor, target: Any, initial: Initial, classes: 
     if isinstance(target, str):
         target = _among(output, classes).argmax(1)
     as_rows = target.shape == output.shape
+    if not as_rows and output[0].numel() == output.shape[1] and target.shape in (output.shape[:1], output[:, :1].shape):
+        target = target.reshape(len(output), *output.shape[2:])  # (N, classes, 1, 1)
     if not as_rows and target.shape == output[:, :1].shape and output.dim() > 2:  # a mask with a dimension of channels
         target = target.squeeze(1)
     rows = [_checked_rows(output, target, initial)] if as_rows else _one_hot(target, output, shape)
@@ -460,8 +482,6 @@ def _one_hot(target: torch.Tensor, output: torch.Tensor, shape: tuple[int, ...])
     if target.dim() > 1:
         none = (target < 0) | ((target == UNKNOWN) & (classes <= UNKNOWN) & (not several))
     check_labels(target[~none], classes)
-    if classes == 2 and not several:
-        _check_unknown(target, target[~none])
     if several:
         ordered = target.sort(1).values
         twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]

@@ -10,6 +10,7 @@ from ..errors import PruneError, nearest, shown
 from ..util._networks import output_tensors, tensors_in
 
 Output = int | str | Callable[[Any], Any] | None
+COLOURS = (1, 3, 4)  # channels of an image
 IMAGES = 4  # dimensions of a batch of images, at least
 SCORES = ('logit', 'cls', 'class', 'score', 'pred')  # in names of outputs that are likely to be meant
 NAMED = ('logits', 'out')  # where Hugging Face's networks and torchvision's segmentation networks return scores
@@ -162,7 +163,7 @@ def class_dimension(output: torch.Tensor, target: Any, inputs: Any = None, label
             return 1
     elif target != 'predicted':
         return 1
-    found = found or list(by_inputs)
+    found = found or list(by_inputs) or [1] * (told is None and all(size == 1 for size in shape[2:]))
     both = [dim for dim in found if dim in by_inputs]
     if len(found) == 1 or len(both) == 1:
         return found[0] if len(found) == 1 else both[0]
@@ -205,18 +206,20 @@ def _by_positions(output: torch.Tensor, inputs: Any, labelled: bool) -> list[int
             if output.dim() == 3 and tensor.dim() == 2 and tensor.shape in (shape[:2], shape[::2]):
                 return [dim for dim in (1, last) if tensor.shape == shape[:dim] + shape[dim + 1:]]
             continue
-        if not labelled and (tensor.dim() < IMAGES or not {1, 3, 4}.intersection((tensor.shape[1], tensor.shape[-1]))):
+        colours = [dim for dim in (1, last) if tensor.dim() > dim and tensor.shape[dim] in COLOURS]
+        if not labelled and (tensor.dim() < IMAGES or not colours):
             continue
         if tensor.dim() == output.dim() + 1 and tensor.shape[2:] == shape[1:]:
             return [None]
         if tensor.dim() == output.dim() and len(tensor) == len(output):
             found: list[int | None] = [1] if tensor.shape[2:] == shape[2:] else []
-            return found + ([last] if tensor.shape[1:-1] == shape[1:-1] else [])
+            found += [last] if tensor.shape[1:-1] == shape[1:-1] else []
+            return [colours[0]] if len(found) > 1 and tensor.dim() >= IMAGES and colours else found
     return []
 
 
 MOVES = ('View', 'Unsafe', 'Reshape', 'Squeeze', 'Unsqueeze', 'Select', 'Slice', 'Clone', 'Alias', 'Transpose',
-         'Permute', 'Expand', 'Identity', 'ToCopy', 'Carried', 'TBackward', 'AsStrided')  # nodes of gradient graphs
+         'Permute', 'Expand', 'Identity', 'Clamp', 'ToCopy', 'Carried', 'TBackward', 'AsStrided')  # nodes of graphs
 
 
 def ends_in_sigmoid(output: torch.Tensor) -> bool:
@@ -224,7 +227,7 @@ def ends_in_sigmoid(output: torch.Tensor) -> bool:
     node = output.grad_fn
     while node is not None and type(node).__name__.startswith(MOVES):
         node = node.next_functions[0][0] if node.next_functions else None
-    return type(node).__name__.startswith('Sigmoid')
+    return type(node).__name__.startswith(('Sigmoid', 'Hardsigmoid'))
 
 
 def classes_second(output: torch.Tensor, dim: int | None) -> torch.Tensor:

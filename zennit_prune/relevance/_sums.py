@@ -161,6 +161,8 @@ class Sums:
         The reference samples of each channel, where these are wanted.
     reached: frozenset of str
         The groups where anything but zero arrived.
+    labels: frozenset of int
+        Which of a few labels occurred, see :func:`zennit_prune.relevance._initial.labels_seen`.
     '''
 
     halves: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -172,6 +174,7 @@ class Sums:
     last: Any = None
     best: Best | None = None
     reached: frozenset[str] = frozenset()
+    labels: frozenset[int] = frozenset()
 
     @property
     def samples(self) -> int:
@@ -179,7 +182,7 @@ class Sums:
         return sum(self.counts)
 
     def plus(self, values: Mapping[str, torch.Tensor], size: int, skipped: int, reason: str, batch: Any,
-             best: Best | None = None, reached: Iterable[str] = ()) -> Sums:
+             best: Best | None = None, reached: Iterable[str] = (), labels: Iterable[int] = ()) -> Sums:
         '''Add a batch of ``size`` samples; ``values``, shape (samples, channels), are the scores of those that count.
 
         ``best`` numbers samples from the start of the batch; ``reached`` names groups where anything arrived.
@@ -190,7 +193,8 @@ class Sums:
         return Sums(_added(self.halves, halves), (self.counts[0] + len(range(odd, number, 2)),
                                                   self.counts[1] + len(range(1 - odd, number, 2))),
                     self.seen + size, self.batches + 1, self.skipped + skipped, self.reason or reason, batch,
-                    _joined(self.best, best, self.seen), self.reached.union(reached))
+                    _joined(self.best, best, self.seen), self.reached.union(reached),
+                    self.labels.union(labels))
 
     def merged(self, other: Sums) -> Sums:
         '''Add the sums of later samples.'''
@@ -198,7 +202,7 @@ class Sums:
                                                         self.counts[1] + other.counts[1]),
                     self.seen + other.seen, self.batches + other.batches, self.skipped + other.skipped,
                     self.reason or other.reason, best=_joined(self.best, other.best, self.seen),
-                    reached=self.reached | other.reached)
+                    reached=self.reached | other.reached, labels=self.labels | other.labels)
 
     def portable(self) -> Sums:
         '''Move the sums to the CPU and drop the last batch, to send them to another process.'''
@@ -208,7 +212,8 @@ class Sums:
     def save(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         '''Write one safetensors file; it appears when it is complete.'''
         state = {'counts': self.counts, 'seen': self.seen, 'batches': self.batches, 'skipped': self.skipped,
-                 'reason': self.reason, 'last': self.last_batch, 'reached': sorted(self.reached)}
+                 'reason': self.reason, 'last': self.last_batch, 'reached': sorted(self.reached),
+                 'labels': sorted(self.labels)}
         metadata = {'state': json.dumps(state), 'settings': json.dumps(settings)}
         tensors = dict(self.halves)
         if self.best is not None:
@@ -238,6 +243,7 @@ class Sums:
             state = json.loads(metadata['state'])
             state['counts'] = tuple(state['counts'])
             state['reached'] = frozenset(state.get('reached', halves))
+            state['labels'] = frozenset(state.get('labels', ()))
             return cls(halves, best=best, **state), json.loads(metadata['settings'])
         except (KeyError, TypeError, ValueError) as error:
             raise PruneError(f'{os.fspath(path)!r} is no {FORMAT}: its metadata are damaged ({error!r}).') from error
