@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import trange
 
 from ..errors import PruneError, unknown
-from ..relevance._initial import UNKNOWN, check_labels, check_seen, labels_seen
+from ..relevance._initial import check_labels, check_seen, labels_seen, unknown_pixels
 from ..relevance._outputs import (
     Output,
     check_output,
@@ -261,8 +261,7 @@ def _cross_entropy(output: torch.Tensor, labels: Any, inputs: Any, given: bool) 
     if not labels.is_floating_point():
         labels = labels.long()
         if labels.dim() > 1:
-            unknown = (labels < 0) | ((labels == UNKNOWN) & (scores.shape[1] <= UNKNOWN))
-            labels = labels.masked_fill(unknown, IGNORED)
+            labels = labels.masked_fill(unknown_pixels(labels, scores.shape[1]), IGNORED)
         check_labels(labels[labels != IGNORED], scores.shape[1])
     return F.cross_entropy(scores, labels)
 

@@ -100,10 +100,9 @@ class _Detections:
         chosen = values.topk(min(self.boxes, values.shape[1]), 1).indices
         sample = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
         if self.coordinates is not None:
-            corners = flat[sample, chosen][..., self.coordinates].float()
-            rows_of = torch.zeros_like(flat[sample, chosen])
-            rows_of[..., self.coordinates] = (corners / corners.abs().sum(-1, keepdim=True).clamp(min=1e-12)).to(flat)
-            begun[sample, chosen] = rows_of
+            corners = flat[sample, chosen, self.coordinates].float()
+            share = corners / corners.abs().sum(-1, keepdim=True).clamp(min=1e-12)
+            begun[sample, chosen, self.coordinates] = share.to(flat)
         begun[sample, chosen, classes.to(best.device)[best[sample, chosen]]] = 1
         if self.objectness is not None:
             begun[sample, chosen, self.objectness] = 1

@@ -384,7 +384,7 @@ def _signs(output: torch.Tensor, target: Any, origin: Origin, shape: tuple[int, 
     else:
         target = _column(output, target, shape)
         if output.dim() > 2 and not target.is_floating_point() and target.dtype != torch.bool:
-            known = (target >= 0) & (target != UNKNOWN)
+            known = ~unknown_pixels(target, 2)
         found = target[known]
         soft = origin.initial == 'binary-cross-entropy' and bool(((found >= 0) & (found <= 1)).all())
         if not _binary(found) and not soft:
@@ -398,6 +398,11 @@ def _signs(output: torch.Tensor, target: Any, origin: Origin, shape: tuple[int, 
         if origin.classes is not None and number not in origin.classes:
             known = known & (values.sign() != sign)
     return Rows(values.to(output.dtype) * known, known)
+
+
+def unknown_pixels(target: torch.Tensor, classes: int) -> torch.Tensor:
+    '''Return where a mask of whole numbers says that the class is unknown.'''
+    return (target < 0) | ((target == UNKNOWN) & (classes <= UNKNOWN))
 
 
 def labels_seen(target: Any, output: torch.Tensor) -> frozenset[int]:
@@ -480,7 +485,7 @@ def _one_hot(target: torch.Tensor, output: torch.Tensor, shape: tuple[int, ...])
     classes, target = output.shape[1], target.long()
     none = torch.zeros_like(target, dtype=torch.bool)
     if target.dim() > 1:
-        none = (target < 0) | ((target == UNKNOWN) & (classes <= UNKNOWN) & (not several))
+        none = target < 0 if several else unknown_pixels(target, classes)
     check_labels(target[~none], classes)
     if several:
         ordered = target.sort(1).values
